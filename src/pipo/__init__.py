@@ -1,0 +1,1 @@
+"""pipo: run language models larger than your memory."""

@@ -1,0 +1,1 @@
+"""What every other package may use: errors, units, the manifest, clock and trace. Imports nothing of pipo."""

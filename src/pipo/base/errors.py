@@ -1,0 +1,131 @@
+"""Every error pipo raises on purpose.
+
+PipoError                     anything we can name; `hint` says what to do, `exit_code` what a shell sees
+├── UsageError                a flag, size or argument that cannot be used                      (2)
+├── OverBudget                the limit is too small; names the smallest that works             (2)
+├── ContextOverflow           prompt plus answer do not fit the context; nothing is ever cut    (2)
+├── ModelError                the model file
+│   ├── MalformedFile         breaks its format: truncated, overlapping, out of range           (1)
+│   ├── UnsupportedModel      well formed, but needs something pipo does not implement          (1)
+│   └── ModelNotFound         no such file or model name                                        (1)
+├── LibraryError              libggml is missing, too old, or not laid out as expected          (1)
+├── ComputeError              a graph could not be built or run                                 (1)
+├── TransferError             bytes that did not arrive: file, offset, wanted and got           (1)
+│   ├── ReadFailed            the operating system refused (EIO, EBADF, …)                      (1)
+│   ├── UnexpectedEof         the file ends before the bytes do                                 (1)
+│   └── FileChanged           the file is not the one that was opened                           (1)
+├── DownloadError             a fetch that failed or did not match its checksum                 (1)
+└── Cancelled                 the user or a signal stopped it                                   (130)
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Cancelled",
+    "ComputeError",
+    "ContextOverflow",
+    "DownloadError",
+    "FileChanged",
+    "LibraryError",
+    "MalformedFile",
+    "ModelError",
+    "ModelNotFound",
+    "OverBudget",
+    "PipoError",
+    "ReadFailed",
+    "TransferError",
+    "UnexpectedEof",
+    "UnsupportedModel",
+    "UsageError",
+]
+
+
+class PipoError(Exception):
+    """Base of the tree. `str(error)` is the message, then a blank line and `hint: …` where there is one."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n\nhint: {self.hint}"
+
+
+class UsageError(PipoError):
+    exit_code = 2
+
+
+class OverBudget(PipoError):
+    """`smallest_bytes` is a `--ram` that works; None when no amount would."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, smallest_bytes: int | None = None, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.smallest_bytes = smallest_bytes
+
+
+class ContextOverflow(PipoError):
+    exit_code = 2
+
+
+class ModelError(PipoError):
+    pass
+
+
+class MalformedFile(ModelError):
+    pass
+
+
+class UnsupportedModel(ModelError):
+    pass
+
+
+class ModelNotFound(ModelError):
+    pass
+
+
+class LibraryError(PipoError):
+    pass
+
+
+class ComputeError(PipoError):
+    pass
+
+
+class TransferError(PipoError):
+    """`path`, `offset` and `wanted_bytes` say which bytes; `got_bytes` how many arrived."""
+
+    def __init__(
+        self, message: str, *, path: str, offset: int, wanted_bytes: int, got_bytes: int, hint: str | None = None
+    ) -> None:
+        super().__init__(
+            f"{message}: {path} at offset {offset}, wanted {wanted_bytes} bytes, got {got_bytes}", hint=hint
+        )
+        self.path = path
+        self.offset = offset
+        self.wanted_bytes = wanted_bytes
+        self.got_bytes = got_bytes
+
+
+class ReadFailed(TransferError):
+    pass
+
+
+class UnexpectedEof(TransferError):
+    pass
+
+
+class FileChanged(TransferError):
+    pass
+
+
+class DownloadError(PipoError):
+    pass
+
+
+class Cancelled(PipoError):
+    exit_code = 130

@@ -1,0 +1,104 @@
+"""What a checkpoint holds, in the project's own words. `formats/` fills it; everything above reads only this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import NewType
+
+from pipo.base.tensor_type import TensorType
+
+FileIdx = NewType("FileIdx", int)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of bytes in one of the checkpoint's files."""
+
+    file_idx: FileIdx
+    offset: int
+    num_bytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor on disk. `shape` is in ggml order: fastest dimension first, so (in, out) for a weight matrix."""
+
+    name: str
+    type: TensorType
+    shape: tuple[int, ...]
+    extent: Extent
+
+    @property
+    def num_bytes(self) -> int:
+        return self.extent.num_bytes
+
+
+class RopeScaling(Enum):
+    NONE = "none"
+    LINEAR = "linear"
+    YARN = "yarn"
+    FREQ_FACTORS = "freq_factors"  # Llama 3: divisors per frequency, kept in the tensor rope_freqs.weight
+
+
+class RopeLayout(Enum):
+    """Which elements form a rotated pair: neighbours (NORMAL) or halves (NEOX)."""
+
+    NORMAL = "normal"
+    NEOX = "neox"
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding, in the terms of ggml's `rope_ext`."""
+
+    num_dims: int
+    base: float
+    layout: RopeLayout = RopeLayout.NORMAL
+    scaling: RopeScaling = RopeScaling.NONE
+    factor: float = 1.0  # context grows by this; rope_ext wants 1 / factor
+    original_context_tokens: int = 0  # YaRN
+    attn_factor: float = 1.0  # YaRN: multiplies the magnitude
+    ext_factor: float = 1.0  # YaRN: mix of extrapolation
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class HyperParameters:
+    architecture: str  # as the file names it: "llama", …
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_tokens: int  # what the model was trained for
+    norm_epsilon: float
+    rope: Rope
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A checkpoint: where every byte lies and what the numbers mean. Holds no tensor data.
+
+    `extra` are hyper-parameters of the architecture (keys without its prefix) that have no field in
+    HyperParameters; a family must either know them or refuse the file.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    hyper: HyperParameters
+    tensors: Mapping[str, TensorSpec]
+    extra: Mapping[str, object]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.num_bytes for t in self.tensors.values())
