@@ -64,8 +64,8 @@ class Rope:
     scaling: RopeScaling = RopeScaling.NONE
     factor: float = 1.0  # context grows by this; rope_ext wants 1 / factor
     original_context_tokens: int = 0  # YaRN
-    attn_factor: float = 1.0  # YaRN: multiplies the magnitude
-    ext_factor: float = 1.0  # YaRN: mix of extrapolation
+    attn_factor: float = 1.0  # goes to rope_ext as it is; ggml adds YaRN's 1 + 0.1 ln(factor) itself if ext_factor
+    ext_factor: float = 1.0  # YaRN: mix of extrapolation; must reach rope_ext as 0 without YaRN
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 

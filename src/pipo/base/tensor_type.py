@@ -42,6 +42,8 @@ class TensorType(IntEnum):
     TQ2_0 = 35
     MXFP4 = 39
     NVFP4 = 40
+    Q1_0 = 41
+    Q2_0 = 42
 
     @property
     def block_elems(self) -> int:
@@ -97,4 +99,6 @@ _BLOCKS: dict[TensorType, tuple[int, int]] = {
     TensorType.TQ2_0: (256, 66),
     TensorType.MXFP4: (32, 17),
     TensorType.NVFP4: (64, 36),
+    TensorType.Q1_0: (128, 18),
+    TensorType.Q2_0: (64, 18),
 }

@@ -1,0 +1,110 @@
+"""How an engine is set up: one frozen object, made in one place, checked before anything is opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from pipo.base.errors import UsageError
+
+SCHEDULE_NAMES = ("pipelined", "sequential", "layer")
+LAYOUT_NAMES = ("auto", "plain", "repacked")
+CACHE_TYPE_NAMES = ("f16", "f32", "q8_0", "q4_0")
+ENV_PREFIX = "PIPO_"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything that shapes an engine. None means: chosen for you, and said in the plan.
+
+    `ram` is the anonymous memory of the whole process: a size ("4GB"), a share of what is free ("50%") or "auto".
+    """
+
+    ram: str = "auto"
+    context_tokens: int | None = None
+    threads: int | None = None
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    schedule: str = "pipelined"
+    layout: str = "auto"  # of weights with repacked kernels
+    prefill_chunk: int | None = None
+    max_outputs: int = 1  # positions of one pass that may ask for logits
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("schedule", self.schedule, SCHEDULE_NAMES)
+        _check_choice("layout", self.layout, LAYOUT_NAMES)
+        _check_choice("cache_type_k", self.cache_type_k, CACHE_TYPE_NAMES)
+        _check_choice("cache_type_v", self.cache_type_v, CACHE_TYPE_NAMES)
+        for name in ("context_tokens", "threads", "prefill_chunk", "max_outputs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, found {value}")
+
+    @property
+    def num_threads(self) -> int:
+        """Compute threads: those asked for, else one per core this process may use."""
+        return self.threads or available_cores()
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resolve_config(
+    arguments: Mapping[str, object], environment: Mapping[str, str], file: Path | None = None
+) -> EngineConfig:
+    """argument > environment (PIPO_RAM, …) > TOML file > default; an argument of None was not given.
+
+    Raises UsageError for an unknown or unusable key, naming where it stands.
+    """
+    config = EngineConfig()
+    if file is not None and file.exists():
+        config = _apply(config, _read_toml(file), str(file))
+    config = _apply(config, _from_environment(environment), "environment")
+    return replace(config, **{name: value for name, value in arguments.items() if value is not None})  # type: ignore[arg-type]
+
+
+def _apply(config: EngineConfig, values: Mapping[str, object], source: str) -> EngineConfig:
+    kinds = {field.name: field.type for field in fields(EngineConfig)}
+    for name, value in values.items():
+        if name not in kinds:
+            raise UsageError(f"{source}: unknown setting {name!r}", hint=f"known: {', '.join(sorted(kinds))}")
+        try:
+            config = replace(config, **{name: _convert(str(kinds[name]), value)})  # type: ignore[arg-type]
+        except (ValueError, UsageError) as error:
+            raise UsageError(f"{source}: {name} = {value!r}: {error}") from error
+    return config
+
+
+def _convert(kind: str, value: object) -> object:
+    if kind.startswith("int"):
+        return int(str(value))
+    if kind == "bool":
+        if str(value).lower() not in ("1", "0", "true", "false"):
+            raise ValueError("wanted true or false")
+        return str(value).lower() in ("1", "true")
+    return str(value)
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
+    known = {field.name for field in fields(EngineConfig)}
+    named = {key.removeprefix(ENV_PREFIX).lower(): value for key, value in environment.items() if key.startswith(ENV_PREFIX)}
+    return {name: value for name, value in named.items() if name in known}
+
+
+def _read_toml(file: Path) -> dict[str, object]:
+    import tomllib
+
+    try:
+        with file.open("rb") as stream:
+            return tomllib.load(stream)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{file}: not valid TOML: {error}") from error
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} {value!r} is not known", hint=f"one of {', '.join(choices)}")

@@ -1,0 +1,334 @@
+"""Graphs that are built once and re-pointed before every run.
+
+A `Builder` lays ggml ops over named leaves. `Builder.build` places the intermediate tensors in the shared
+`Workspace` and returns a `Graph`, whose leaves are then bound to memory by name: a weight to the slot it arrived in,
+the KV cache to its layer. Shapes and types are checked here in Python, because ggml answers a mistake with `abort()`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from ctypes import c_int64
+from dataclasses import dataclass
+from typing import NoReturn
+
+from pipo.base.errors import ComputeError
+from pipo.base.manifest import Rope, RopeLayout, RopeScaling
+from pipo.base.tensor_type import TensorType
+from pipo.compute.devices import CpuBackend
+from pipo.compute.ggml import GgmlTensor, InitParams, Library
+from pipo.compute.repack import RepackBuffer
+
+_UNBOUND = 64  # any non-null address: tells the allocator that this tensor's memory is ours
+_ROPE_MODE = {RopeLayout.NORMAL: 0, RopeLayout.NEOX: 2}
+_PREC_F32 = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A node of a graph under construction. `shape` in ggml order, without trailing ones beyond its rank."""
+
+    address: int
+    type: TensorType
+    shape: tuple[int, ...]
+
+    @property
+    def struct(self) -> GgmlTensor:
+        return GgmlTensor.from_address(self.address)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightType:
+    """How a weight's bytes are laid out in memory: a ggml type, plain or repacked for this CPU's kernels."""
+
+    type: TensorType
+    is_repacked: bool = False
+
+
+class Builder:
+    """Collects ops for one graph. Threads: one. Raises ComputeError where ggml would abort."""
+
+    def __init__(self, lib: Library, repack: RepackBuffer | None = None, max_nodes: int = 128) -> None:
+        self._lib = lib
+        self._repack = repack
+        size = max_nodes * lib.tensor_overhead() + lib.graph_overhead_custom(max_nodes, False)
+        self._context = lib.init(InitParams(size, None, True))
+        if not self._context:
+            raise ComputeError("ggml could not allocate a graph context")
+        self._graph = lib.new_graph_custom(self._context, max_nodes, False)
+        self._max_nodes = max_nodes
+        self._num_tensors = 0
+        self._leaves: dict[str, Tensor] = {}
+
+    # leaves: memory that the caller binds
+
+    def leaf(self, name: str, type_: TensorType, *shape: int, strides: Sequence[int] | None = None) -> Tensor:
+        """A tensor whose memory is bound by `Graph.bind`. `strides`: bytes per step of each dimension (`nb`)."""
+        tensor = self._new(type_, shape)
+        struct = tensor.struct
+        struct.data = _UNBOUND
+        for i, stride in enumerate(strides or ()):
+            struct.nb[i] = stride
+        return self._named(name, tensor)
+
+    def weight(self, name: str, layout: WeightType, *shape: int) -> Tensor:
+        tensor = self.leaf(name, layout.type, *shape)
+        if layout.is_repacked:
+            if self._repack is None:
+                self._refuse(f"weight {name} is repacked, but this backend has no repacked kernels")
+            self._repack.adopt(tensor.address)
+        return tensor
+
+    def output(self, name: str, tensor: Tensor) -> Tensor:
+        """Make the result of an op land in memory bound by `Graph.bind` instead of the workspace."""
+        struct = tensor.struct
+        if struct.view_src:
+            self._refuse(f"output {name} is a view")
+        struct.data = _UNBOUND
+        return self._named(name, tensor)
+
+    def _named(self, name: str, tensor: Tensor) -> Tensor:
+        if name in self._leaves:
+            self._refuse(f"two leaves are named {name}")
+        self._leaves[name] = tensor
+        return tensor
+
+    # ops, in the words of ggml.h
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        self._check_broadcast("add", a, b)
+        return self._op("add", a.type, a.shape, a, b)
+
+    def add_inplace(self, a: Tensor, b: Tensor) -> Tensor:
+        """`a += b`; the result is a view of `a`."""
+        self._check_broadcast("add_inplace", a, b)
+        return self._op("add_inplace", a.type, a.shape, a, b)
+
+    def mul(self, a: Tensor, b: Tensor) -> Tensor:
+        self._check_broadcast("mul", a, b)
+        return self._op("mul", a.type, a.shape, a, b)
+
+    def rms_norm(self, a: Tensor, epsilon: float) -> Tensor:
+        if a.type is not TensorType.F32:
+            self._refuse(f"rms_norm wants F32, found {a.type.name}")
+        return self._op("rms_norm", a.type, a.shape, a, epsilon)
+
+    def mul_mat(self, weight: Tensor, x: Tensor) -> Tensor:
+        """weight (in, out) x (in, tokens) → (out, tokens), F32."""
+        if weight.shape[0] != x.shape[0] or len(weight.shape) != 2 or x.type is not TensorType.F32:
+            self._refuse(f"mul_mat of {weight.shape} {weight.type.name} and {x.shape} {x.type.name}")
+        return self._op("mul_mat", TensorType.F32, (weight.shape[1], *x.shape[1:]), weight, x)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up"""
+        if gate.shape != up.shape or gate.type is not up.type:
+            self._refuse(f"swiglu of {gate.shape} and {up.shape}")
+        return self._op("swiglu_split", gate.type, gate.shape, gate, up)
+
+    def reshape(self, a: Tensor, *shape: int) -> Tensor:
+        if _num_elems(a.shape) != _num_elems(shape):
+            self._refuse(f"reshape of {a.shape} to {shape}")
+        return self._op(f"reshape_{len(shape)}d", a.type, shape, a, *shape)
+
+    def permute(self, a: Tensor, *axes: int) -> Tensor:
+        """Axis i of `a` becomes axis `axes[i]`. Rank 3."""
+        if sorted(axes) != [0, 1, 2] or len(a.shape) != 3:
+            self._refuse(f"permute of {a.shape} by {axes}")
+        shape = tuple(a.shape[axes.index(i)] for i in range(3))
+        return self._op("permute", a.type, shape, a, *axes, 3)
+
+    def get_rows(self, a: Tensor, rows: Tensor) -> Tensor:
+        """a (n, any) F32, rows (k,) I32 → (n, k). The caller vouches for the range of `rows`."""
+        if rows.type is not TensorType.I32 or a.type is not TensorType.F32:
+            self._refuse(f"get_rows of {a.type.name} by {rows.type.name}")
+        return self._op("get_rows", a.type, (a.shape[0], rows.shape[0]), a, rows)
+
+    def set_rows(self, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
+        """Store the rows of `b` (n, k) F32 at `rows` (k,) I64 of `a` (n, any). The caller vouches for their range."""
+        fits = a.shape[0] == b.shape[0] and b.shape[1:] == rows.shape and rows.type is TensorType.I64
+        if not fits or b.type is not TensorType.F32:
+            self._refuse(f"set_rows of {b.shape} into {a.shape} at {rows.shape} {rows.type.name}")
+        return self._op("set_rows", a.type, a.shape, a, b, rows)
+
+    def heads_view(self, rows: Tensor, head_dim: int, num_heads: int, num_rows: int) -> Tensor:
+        """The first `num_rows` rows of a KV cache (heads * head_dim, any) as (head_dim, num_rows, heads)."""
+        row_bytes = rows.type.row_bytes(rows.shape[0])
+        if head_dim * num_heads != rows.shape[0] or num_rows > rows.shape[1] or head_dim % rows.type.block_elems:
+            self._refuse(f"{num_heads} heads of {head_dim} over {num_rows} rows of {rows.shape} {rows.type.name}")
+        head_bytes = rows.type.row_bytes(head_dim)
+        shape = (head_dim, num_rows, num_heads)
+        return self._op("view_3d", rows.type, shape, rows, *shape, row_bytes, head_bytes, 0)
+
+    def rope(self, a: Tensor, positions: Tensor, rope: Rope, factors: Tensor | None) -> Tensor:
+        """Rotate (head_dim, heads, tokens). `factors` (num_dims / 2,) F32 divide the frequencies."""
+        if positions.shape != a.shape[2:] or positions.type is not TensorType.I32 or rope.num_dims > a.shape[0]:
+            self._refuse(f"rope of {a.shape} by {positions.shape} {positions.type.name}, {rope.num_dims} dimensions")
+        if factors is not None and (factors.shape[0] < rope.num_dims // 2 or factors.type is not TensorType.F32):
+            self._refuse(f"rope factors {factors.shape} {factors.type.name}")
+        return self._op(
+            "rope_ext", a.type, a.shape, a, positions, factors, rope.num_dims, _ROPE_MODE[rope.layout],
+            rope.original_context_tokens, rope.base, 1.0 / rope.factor,
+            rope.ext_factor if rope.scaling is RopeScaling.YARN else 0.0,
+            rope.attn_factor, rope.beta_fast, rope.beta_slow,
+        )  # fmt: skip
+
+    def flash_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """q (d, tokens, heads), k and v (d, rows, kv heads), mask (rows, tokens) F16 → (d, heads, tokens)."""
+        fits = (
+            q.shape[0] == k.shape[0] == v.shape[0]
+            and k.shape == v.shape
+            and q.shape[2] % k.shape[2] == 0
+            and mask.shape == (k.shape[1], q.shape[1])
+            and mask.type is TensorType.F16
+            and q.type is TensorType.F32
+        )
+        if not fits:
+            self._refuse(f"flash_attention of q {q.shape}, k {k.shape}, v {v.shape}, mask {mask.shape}")
+        shape = (q.shape[0], q.shape[2], q.shape[1])
+        result = self._op("flash_attn_ext", TensorType.F32, shape, q, k, v, mask, scale, 0.0, 0.0)
+        self._lib.flash_attn_ext_set_prec(result.address, _PREC_F32)
+        return result
+
+    # finish
+
+    def expand(self, *results: Tensor) -> None:
+        """Append what the results need, in this order, to the graph."""
+        for result in results:
+            self._lib.build_forward_expand(self._graph, result.address)
+
+    def build(self, workspace: Workspace) -> Graph:
+        """The graph, with its intermediates placed: ready to bind and run."""
+        graph = self.finish()
+        workspace.place(graph)
+        return graph
+
+    def finish(self) -> Graph:
+        """The graph without memory for intermediates: for measuring."""
+        return Graph(self._lib, self._context, self._graph, self._leaves)
+
+    def free(self) -> None:
+        """Give the context back without building."""
+        self._lib.free(self._context)
+
+    def _new(self, type_: TensorType, shape: tuple[int, ...]) -> Tensor:
+        if not 1 <= len(shape) <= 4 or min(shape) < 1 or shape[0] % type_.block_elems:
+            self._refuse(f"a tensor of shape {shape} and type {type_.name}")
+        self._count()
+        address = self._lib.new_tensor(self._context, int(type_), len(shape), (c_int64 * len(shape))(*shape))
+        return Tensor(int(address), type_, shape)
+
+    def _op(self, name: str, type_: TensorType, shape: tuple[int, ...], *arguments: object) -> Tensor:
+        self._count()
+        plain = [a.address if isinstance(a, Tensor) else a for a in arguments]
+        return Tensor(int(getattr(self._lib, name)(self._context, *plain)), type_, shape)
+
+    def _count(self) -> None:
+        self._num_tensors += 1
+        assert self._num_tensors <= self._max_nodes, "raise max_nodes of this Builder"
+
+    def _check_broadcast(self, op: str, a: Tensor, b: Tensor) -> None:
+        padded = b.shape + (1,) * (len(a.shape) - len(b.shape))
+        if len(padded) != len(a.shape) or any(n % m for n, m in zip(a.shape, padded, strict=True)):
+            self._refuse(f"{op} of {a.shape} and {b.shape}")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ComputeError(f"cannot build the graph: {what}")
+
+
+class Graph:
+    """A built graph. Bind every leaf, then run it; bind again and run again.
+
+    Threads: one at a time. Cost of `bind`: about 0.2 µs per tensor that refers to the leaf.
+    """
+
+    def __init__(self, lib: Library, context: int, graph: int, leaves: dict[str, Tensor]) -> None:
+        self._lib = lib
+        self._context = context
+        self.address = graph
+        owners = {tensor.address: name for name, tensor in leaves.items()}
+        self._pointers: dict[str, list[tuple[ctypes.c_uint64, int]]] = {name: [] for name in leaves}
+        for struct in _tensors(lib, context):
+            name = owners.get(ctypes.addressof(struct)) or owners.get(struct.view_src or 0)
+            if name is not None:
+                self._pointers[name].append((_data_field(struct), struct.view_offs))
+
+    @property
+    def leaf_names(self) -> Iterable[str]:
+        return self._pointers.keys()
+
+    def bind(self, name: str, address: int) -> None:
+        """Point a leaf, and every view of it, at memory that outlives the next run."""
+        for field, offset in self._pointers[name]:
+            field.value = address + offset
+
+    def work_bytes(self, num_threads: int) -> int:
+        """Scratch the CPU backend takes to run this graph."""
+        return int(self._lib.graph_plan(self.address, num_threads, None).work_size)
+
+    def run(self, backend: CpuBackend) -> None:
+        """Compute. Raises Cancelled when the backend's abort flag was set, ComputeError otherwise."""
+        backend.compute(self.address)
+
+    def free(self) -> None:
+        if self._context:
+            self._lib.free(self._context)
+            self._context = 0
+
+
+class Workspace:
+    """The memory of intermediate tensors, shared by all graphs because only one runs at a time.
+
+    Growing it would leave the graphs placed before pointing at freed memory: `reserve` for the largest graphs first,
+    then `place`, which refuses to grow it.
+    """
+
+    def __init__(self, lib: Library) -> None:
+        self._lib = lib
+        self._allocator = lib.gallocr_new(lib.backend_cpu_buffer_type())
+        self._num_placed = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self._lib.gallocr_get_buffer_size(self._allocator, 0))
+
+    def measure(self, graph: Graph) -> int:
+        """Bytes of intermediates this graph needs; allocates nothing."""
+        size = ctypes.c_size_t(0)
+        self._lib.gallocr_reserve_n_size(self._allocator, graph.address, None, None, ctypes.byref(size))
+        return int(size.value)
+
+    def reserve(self, graph: Graph) -> None:
+        assert self._num_placed == 0, "reserve before the first graph is placed"
+        if not self._lib.gallocr_reserve(self._allocator, graph.address):
+            raise ComputeError("ggml could not allocate memory for intermediate results")
+
+    def place(self, graph: Graph) -> None:
+        before = self.num_bytes
+        if not self._lib.gallocr_alloc_graph(self._allocator, graph.address):
+            raise ComputeError(f"ggml could not place a graph in a workspace of {before} bytes")
+        assert self._num_placed == 0 or self.num_bytes == before, "reserve for the largest graph first"
+        self._num_placed += 1
+
+    def close(self) -> None:
+        if self._allocator:
+            self._lib.gallocr_free(self._allocator)
+            self._allocator = 0
+
+
+def _tensors(lib: Library, context: int) -> Iterable[GgmlTensor]:
+    address = lib.get_first_tensor(context)
+    while address:
+        yield GgmlTensor.from_address(address)
+        address = lib.get_next_tensor(context, address)
+
+
+def _data_field(struct: GgmlTensor) -> ctypes.c_uint64:
+    return ctypes.c_uint64.from_address(ctypes.addressof(struct) + GgmlTensor.data.offset)
+
+
+def _num_elems(shape: Sequence[int]) -> int:
+    product = 1
+    for n in shape:
+        product *= n
+    return product

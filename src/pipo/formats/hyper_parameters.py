@@ -1,0 +1,289 @@
+"""GGUF's hyper-parameter keys, under llama.cpp's names, → HyperParameters.
+
+Source: `llama_model::load_hparams` and the `llama_context` constructor of llama.cpp, for the names, the defaults and
+what a value means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import isfinite, log
+
+import numpy as np
+
+from pipo.base.errors import MalformedFile, UnsupportedModel
+from pipo.base.manifest import HyperParameters, Rope, RopeLayout, RopeScaling, TensorSpec
+from pipo.base.tensor_type import TensorType
+from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata, ValueType, describe_value
+
+MAX_SIZE = (1 << 31) - 1
+MAX_LAYERS = 10_000
+MAX_EXTRA_BYTES = 1 << 20  # of all arrays without a field together; real ones have an entry per layer or rope section
+ROPE_FREQS = "rope_freqs.weight"
+
+# As `llama_model_rope_type` of llama.cpp has them; converters of the NORMAL ones permute the rows of q and k.
+_NORMAL = "arcee cohere2 command-r granite granitemoe internlm2 llama mistral3 olmo smollm3"
+_NEOX = "gemma gemma2 gemma3 gpt-oss olmo2 olmoe phi2 phi3 qwen2 qwen2moe qwen3 qwen3moe stablelm starcoder2"
+_ROPE_LAYOUTS = {
+    **dict.fromkeys(_NORMAL.split(), RopeLayout.NORMAL),
+    **dict.fromkeys(_NEOX.split(), RopeLayout.NEOX),
+}
+_ROPE_SCALINGS = {"none": RopeScaling.NONE, "linear": RopeScaling.LINEAR, "yarn": RopeScaling.YARN}
+
+
+class ArchKeys:
+    """The keys under `{architecture}.`: takes them one by one, checked, and keeps account of those left over."""
+
+    def __init__(self, metadata: GgufMetadata, architecture: str) -> None:
+        self.metadata = metadata
+        self.architecture = architecture
+        self._taken: set[str] = set()
+        self._extra_bytes = 0
+
+    def full(self, name: str) -> str:
+        return f"{self.architecture}.{name}"
+
+    def size(self, name: str, *, most: int = MAX_SIZE, per_layer: int = 0) -> int:
+        """A required count from 1 to `most`. An array of `per_layer` equal values will do."""
+        value = self.size_or_none(name, most=most, per_layer=per_layer)
+        if value is None:
+            raise self.wrong(name, "missing", f"a count from 1 to {most}")
+        return value
+
+    def size_or_none(self, name: str, *, most: int = MAX_SIZE, per_layer: int = 0) -> int | None:
+        self._taken.add(name)
+        found = self.metadata.get(self.full(name))
+        if per_layer and isinstance(found, ArrayRef):
+            value: int | None = self._same_in_all_layers(name, found, per_layer)
+        else:
+            value = self.metadata.integer(self.full(name))
+        if value is not None and not 1 <= value <= most:
+            raise self.wrong(name, str(value), f"a count from 1 to {most}")
+        return value
+
+    def number_or_none(self, name: str, least: float, most: float) -> float | None:
+        self._taken.add(name)
+        value = self.metadata.number(self.full(name))
+        if value is not None and not (isfinite(value) and least <= value <= most):
+            raise self.wrong(name, str(value), f"a number from {least:g} to {most:g}")
+        return value
+
+    def number(self, name: str, default: float, least: float, most: float) -> float:
+        value = self.number_or_none(name, least, most)
+        return default if value is None else value
+
+    def text(self, name: str, default: str) -> str:
+        self._taken.add(name)
+        value = self.metadata.text(self.full(name))
+        return default if value is None else value
+
+    def ignore(self, name: str) -> None:
+        """Take a key that changes nothing."""
+        self._taken.add(name)
+
+    def left_over(self) -> dict[str, object]:
+        """What nobody took, without the prefix; arrays as tuples."""
+        prefix = self.full("")
+        names = [key.removeprefix(prefix) for key in self.metadata if key.startswith(prefix)]
+        return {name: self._plain(name) for name in names if name not in self._taken}
+
+    def wrong(self, name: str, found: str, wanted: str) -> MalformedFile:
+        return MalformedFile(f"{self.metadata.path}: key {self.full(name)!r} is {found}, wanted {wanted}")
+
+    def _same_in_all_layers(self, name: str, ref: ArrayRef, per_layer: int) -> int:
+        if ref.count != per_layer or ref.element_type in (ValueType.STRING, ValueType.FLOAT32, ValueType.FLOAT64):
+            raise self.wrong(name, describe_value(ref), f"an integer, or one for each of {per_layer} layers")
+        values = np.unique(self.metadata.array(self.full(name)))
+        if len(values) > 1:
+            raise UnsupportedModel(
+                f"{self.metadata.path}: key {self.full(name)!r} differs between layers ({values.min()} to "
+                f"{values.max()}), which pipo does not implement"
+            )
+        return int(values[0])
+
+    def _plain(self, name: str) -> object:
+        key = self.full(name)
+        value = self.metadata.get(key)
+        if not isinstance(value, ArrayRef):
+            return value
+        self._extra_bytes += value.num_bytes
+        if self._extra_bytes > MAX_EXTRA_BYTES:
+            raise UnsupportedModel(
+                f"{self.metadata.path}: key {key!r:.80} is {describe_value(value)}, which brings arrays that pipo "
+                f"does not know to {self._extra_bytes} bytes, at most {MAX_EXTRA_BYTES} can be"
+            )
+        if value.element_type is ValueType.STRING:
+            return tuple(self.metadata.strings(key))
+        return tuple(self.metadata.array(key).tolist())
+
+
+def read_hyper_parameters(
+    metadata: GgufMetadata, tensors: Mapping[str, TensorSpec]
+) -> tuple[HyperParameters, dict[str, object]]:
+    """Also returns the architecture's keys that have no field.
+
+    Raises UnsupportedModel for an architecture that is not in the table, or what HyperParameters cannot say.
+    """
+    keys = ArchKeys(metadata, _architecture(metadata))
+    num_layers = keys.size("block_count", most=MAX_LAYERS)
+    hidden_size = keys.size("embedding_length")
+    num_q_heads = keys.size("attention.head_count", per_layer=num_layers)
+    head_dim = _head_dim(keys, hidden_size, num_q_heads)
+    context_tokens = keys.size("context_length")
+    hyper = HyperParameters(
+        architecture=keys.architecture,
+        hidden_size=hidden_size,
+        intermediate_size=keys.size("feed_forward_length", per_layer=num_layers),
+        num_layers=num_layers,
+        num_q_heads=num_q_heads,
+        num_kv_heads=_num_kv_heads(keys, num_q_heads, num_layers),
+        head_dim=head_dim,
+        vocab_size=_vocab_size(keys, tensors),
+        context_tokens=context_tokens,
+        norm_epsilon=_norm_epsilon(keys),
+        rope=_rope(keys, head_dim, context_tokens, tensors.get(ROPE_FREQS)),
+    )
+    return hyper, keys.left_over()
+
+
+def _architecture(metadata: GgufMetadata) -> str:
+    architecture = metadata.text("general.architecture")
+    if not architecture:
+        raise MalformedFile(f"{metadata.path}: key 'general.architecture' is missing, wanted the model's family")
+    if architecture not in _ROPE_LAYOUTS:
+        raise UnsupportedModel(
+            f"{metadata.path}: architecture {architecture!r:.80} is not implemented",
+            hint=f"known are {', '.join(sorted(_ROPE_LAYOUTS))}",
+        )
+    return architecture
+
+
+def _head_dim(keys: ArchKeys, hidden_size: int, num_q_heads: int) -> int:
+    key_length, value_length = keys.size_or_none("attention.key_length"), keys.size_or_none("attention.value_length")
+    if (key_length is None or value_length is None) and hidden_size % num_q_heads:
+        raise keys.wrong("attention.head_count", str(num_q_heads), f"a divisor of the hidden size {hidden_size}")
+    key_length = hidden_size // num_q_heads if key_length is None else key_length
+    value_length = hidden_size // num_q_heads if value_length is None else value_length
+    if key_length != value_length:
+        raise UnsupportedModel(
+            f"{keys.metadata.path}: keys of {key_length} and values of {value_length} elements a head: "
+            "pipo implements equal ones"
+        )
+    return key_length
+
+
+def _num_kv_heads(keys: ArchKeys, num_q_heads: int, num_layers: int) -> int:
+    num_kv_heads = keys.size_or_none("attention.head_count_kv", per_layer=num_layers) or num_q_heads
+    if num_q_heads % num_kv_heads:
+        raise keys.wrong("attention.head_count_kv", str(num_kv_heads), f"a divisor of the {num_q_heads} heads")
+    return num_kv_heads
+
+
+def _vocab_size(keys: ArchKeys, tensors: Mapping[str, TensorSpec]) -> int:
+    vocab_size = keys.size_or_none("vocab_size")
+    tokens = keys.metadata.get("tokenizer.ggml.tokens")
+    embedding = tensors.get("token_embd.weight")
+    if vocab_size is not None:
+        return vocab_size
+    if isinstance(tokens, ArrayRef) and 1 <= tokens.count <= MAX_SIZE:
+        return tokens.count
+    if embedding is not None and len(embedding.shape) == 2 and embedding.shape[1] <= MAX_SIZE:
+        return embedding.shape[1]
+    raise keys.wrong("vocab_size", "missing", "it, or tokenizer.ggml.tokens, or token_embd.weight of 2 dimensions")
+
+
+def _norm_epsilon(keys: ArchKeys) -> float:
+    for name in ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"):
+        epsilon = keys.number_or_none(name, 0.0, 1.0)
+        if epsilon is None:
+            continue
+        if not 0 < epsilon < 1:
+            raise keys.wrong(name, str(epsilon), "a number between 0 and 1")
+        return epsilon
+    raise keys.wrong("attention.layer_norm_rms_epsilon", "missing", "a number between 0 and 1")
+
+
+def _rope(keys: ArchKeys, head_dim: int, context_tokens: int, freqs: TensorSpec | None) -> Rope:
+    num_dims = keys.size_or_none("rope.dimension_count") or head_dim
+    if num_dims % 2 or num_dims > head_dim:
+        raise keys.wrong("rope.dimension_count", str(num_dims), f"an even count up to the head's {head_dim}")
+    base = keys.number("rope.freq_base", 10_000.0, least=1.0, most=1e12)
+    if base == 1.0:
+        raise keys.wrong("rope.freq_base", "1", "more than 1")
+    scaling, factor = _scaling(keys)
+    if freqs is not None:
+        _check_freqs(keys, freqs, num_dims)
+        if scaling is not RopeScaling.NONE:
+            raise UnsupportedModel(
+                f"{keys.metadata.path}: has {ROPE_FREQS!r} and rope scaling {scaling.value!r}: pipo implements either"
+            )
+        scaling = RopeScaling.FREQ_FACTORS
+    original_tokens = keys.size_or_none("rope.scaling.original_context_length")
+    rope = Rope(
+        num_dims=num_dims,
+        base=base,
+        layout=_ROPE_LAYOUTS[keys.architecture],
+        scaling=scaling,
+        factor=factor,
+        original_context_tokens=original_tokens or context_tokens,
+        attn_factor=keys.number("rope.scaling.attn_factor", 1.0, least=1e-3, most=1e3),
+        ext_factor=0.0,
+    )
+    keys.ignore("rope.scaling.finetuned")  # a remark
+    return _yarn(keys, rope) if scaling is RopeScaling.YARN else rope
+
+
+def _scaling(keys: ArchKeys) -> tuple[RopeScaling, float]:
+    name = keys.text("rope.scaling.type", "linear")
+    scaling = _ROPE_SCALINGS.get(name)
+    if scaling is None:
+        raise UnsupportedModel(
+            f"{keys.metadata.path}: rope scaling {name!r:.80} is not implemented",
+            hint=f"known are {', '.join(_ROPE_SCALINGS)}",
+        )
+    factor = keys.number_or_none("rope.scaling.factor", least=0.0, most=1e6)
+    old_factor = keys.number_or_none("rope.scale_linear", least=0.0, most=1e6)
+    factor = (old_factor if factor is None else factor) or 1.0  # 0 means not scaled
+    if scaling is RopeScaling.YARN and factor < 1:
+        raise keys.wrong("rope.scaling.factor", str(factor), "at least 1 with YaRN")
+    if scaling is RopeScaling.NONE or (scaling is RopeScaling.LINEAR and factor == 1):
+        return RopeScaling.NONE, 1.0
+    return scaling, factor
+
+
+def _yarn(keys: ArchKeys, rope: Rope) -> Rope:
+    """Fill in what YaRN adds.
+
+    ggml's rope multiplies the magnitude by 1 + 0.1 ln(factor) whenever ext_factor is not 0, on top of the attn_factor
+    it is given. That is the paper's value, so the plain case passes 1. A file with `yarn_log_multiplier` (the
+    `mscale_all_dim` of Hugging Face configs) wants (1 + 0.1 ln f) / (1 + 0.1 m ln f) in all, so it passes
+    1 / (1 + 0.1 m ln f). Source: https://github.com/ggml-org/llama.cpp/pull/17945.
+    """
+    ext_factor = keys.number("rope.scaling.yarn_ext_factor", -1.0, least=-1.0, most=1.0)
+    ext_factor = 1.0 if ext_factor < 0 else ext_factor  # negative means not set
+    magnitude = keys.number("rope.scaling.yarn_attn_factor", 1.0, least=1e-3, most=1e3)
+    log_multiplier = keys.number("rope.scaling.yarn_log_multiplier", 0.0, least=0.0, most=1e3)
+    if ext_factor and magnitude != 1:
+        # llama.cpp computes it and drops the file's value; what a file that sets it means is not settled.
+        raise UnsupportedModel(
+            f"{keys.metadata.path}: key {keys.full('rope.scaling.yarn_attn_factor')!r} is {magnitude}, wanted 1"
+        )
+    if ext_factor:
+        magnitude = 1 / (1 + 0.1 * log_multiplier * log(rope.factor))
+    return replace(
+        rope,
+        attn_factor=rope.attn_factor * magnitude,
+        ext_factor=ext_factor,
+        beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0, least=1e-3, most=1e6),
+        beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0, least=1e-3, most=1e6),
+    )
+
+
+def _check_freqs(keys: ArchKeys, freqs: TensorSpec, num_dims: int) -> None:
+    """ggml ends the process when the divisors are not F32 or too few."""
+    if freqs.type is not TensorType.F32 or freqs.shape != (num_dims // 2,):
+        raise MalformedFile(
+            f"{keys.metadata.path}: tensor {ROPE_FREQS!r} is {freqs.type.name} {freqs.shape}, "
+            f"wanted F32 {(num_dims // 2,)}"
+        )

@@ -1,0 +1,115 @@
+"""Open a model file for reading, and say what a file is when it is not the one we hoped for."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+from pipo.base.errors import FileChanged, MalformedFile, ModelError, ModelNotFound, UnsupportedModel
+
+_WHAT_WORKS = "pipo reads GGUF files"
+_DOWNLOAD_AGAIN = "the download went wrong: fetch the file again"
+_CONVERT = f"{_WHAT_WORKS}; convert the model with llama.cpp's convert_hf_to_gguf.py, or download a GGUF of it"
+
+# How another kind of file begins. The first two columns are its first bytes and its name.
+_UNSUPPORTED = (
+    (b"PK\x03\x04", "a zip archive (PyTorch saves .bin, .pt and .pth this way)"),
+    (b"\x80\x02", "a Python pickle"),
+    (b"\x80\x03", "a Python pickle"),
+    (b"\x80\x04", "a Python pickle"),
+    (b"\x80\x05", "a Python pickle"),
+    (b"tjgg", "a GGJT file, the predecessor of GGUF"),
+    (b"fmgg", "a GGMF file, a predecessor of GGUF"),
+    (b"lmgg", "a GGML file, a predecessor of GGUF"),
+    (b"FUGG", "a GGUF file with its bytes swapped"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x1f\x8b", "a gzip archive"),
+)
+_BROKEN_DOWNLOADS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file it points to"),
+    (b"<!DOCTYPE", "a web page"),
+    (b"<!doctype", "a web page"),
+    (b"<html", "a web page"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What tells an opened file from one that replaced it."""
+
+    num_bytes: int
+    modified_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, file: FileIO) -> FileIdentity:
+        found = os.fstat(file.fileno())
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def open_model_file(path: Path) -> FileIO:
+    """Open for unbuffered reading. Raises ModelNotFound or UnsupportedModel; never blocks on a pipe or device."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            return path.open("rb", buffering=0)
+    except FileNotFoundError:
+        raise ModelNotFound(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise ModelNotFound(f"{path}: cannot be opened: {error}") from error
+    if stat.S_ISDIR(mode):
+        raise UnsupportedModel(f"{path}: is a folder, wanted a model file", hint=_folder_hint(path))
+    raise UnsupportedModel(f"{path}: is not a regular file", hint=_WHAT_WORKS)
+
+
+def refuse_not_gguf(path: Path, head: bytes) -> ModelError:
+    """The error for a file whose first bytes, `head` (16 or more where the file has them), are not GGUF's."""
+    if not head:
+        return MalformedFile(f"{path}: is empty", hint=_DOWNLOAD_AGAIN)
+    for start, what in _BROKEN_DOWNLOADS:
+        if head.startswith(start):
+            return MalformedFile(f"{path}: is {what}", hint=_DOWNLOAD_AGAIN)
+    for start, what in _UNSUPPORTED:
+        if head.startswith(start):
+            return UnsupportedModel(f"{path}: is {what}", hint=_CONVERT)
+    if _looks_like_safetensors(head):
+        return UnsupportedModel(f"{path}: is a safetensors file, which pipo does not read yet", hint=_CONVERT)
+    return MalformedFile(f"{path}: is not a GGUF file: wanted the magic b'GGUF', found {head[:4]!r}", hint=_WHAT_WORKS)
+
+
+def check_unchanged(path: Path, file: FileIO, identity: FileIdentity, *, offset: int, num_bytes: int) -> None:
+    """Raises FileChanged when `file` is not the one `identity` was taken from."""
+    if FileIdentity.of(file) != identity:
+        raise FileChanged(
+            "the file changed since it was opened",
+            path=str(path),
+            offset=offset,
+            wanted_bytes=num_bytes,
+            got_bytes=0,
+            hint="wait until the download is complete, then start again",
+        )
+
+
+def forget_cached(file: FileIO, num_bytes: int) -> None:
+    """Drop the first `num_bytes` from the page cache, where the system has a call for it.
+
+    The whole file is never dropped: another process may be using the rest.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, num_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def _looks_like_safetensors(head: bytes) -> bool:
+    # Eight bytes of header length, then the header: a JSON object.
+    return len(head) >= 10 and head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") < 1 << 32
+
+
+def _folder_hint(path: Path) -> str:
+    inside = sorted(p.name for p in path.glob("*.gguf"))
+    if inside:
+        more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
+        return f"name a file in it: {', '.join(inside[:3])}{more}"
+    return f"{_WHAT_WORKS}; folders of safetensors are not supported yet"

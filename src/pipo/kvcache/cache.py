@@ -1,0 +1,70 @@
+"""Keys and values of one sequence, in RAM: per block, rows of all heads in the order of position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipo.base.errors import UsageError
+from pipo.base.manifest import HyperParameters
+from pipo.base.tensor_type import TensorType
+from pipo.base.units import round_up
+from pipo.tiers.ram import Place
+
+ROWS_PER_CLASS = 256  # graphs see the KV length rounded up to this, as llama.cpp's do
+CACHE_TYPES = {t.name.lower(): t for t in (TensorType.F16, TensorType.F32, TensorType.Q8_0, TensorType.Q4_0)}
+_ALIGNMENT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """Size of a cache. `num_rows` is the context rounded up to whole classes."""
+
+    num_layers: int
+    kv_size: int  # kv heads * head_dim
+    num_rows: int
+    type_k: TensorType
+    type_v: TensorType
+
+    @property
+    def layer_bytes_k(self) -> int:
+        return round_up(self.num_rows * self.type_k.row_bytes(self.kv_size), _ALIGNMENT)
+
+    @property
+    def layer_bytes_v(self) -> int:
+        return round_up(self.num_rows * self.type_v.row_bytes(self.kv_size), _ALIGNMENT)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_layers * (self.layer_bytes_k + self.layer_bytes_v)
+
+
+def kv_shape(hyper: HyperParameters, context_tokens: int, type_k: TensorType, type_v: TensorType) -> KvShape:
+    """Raises UsageError when a head is not whole blocks of the type."""
+    for name, type_ in (("--cache-type-k", type_k), ("--cache-type-v", type_v)):
+        if hyper.head_dim % type_.block_elems:
+            raise UsageError(
+                f"{name} {type_.name.lower()} needs heads of a multiple of {type_.block_elems}, "
+                f"this model's have {hyper.head_dim}",
+                hint="use f16",
+            )
+    rows = kv_rows_class(context_tokens)
+    return KvShape(hyper.num_layers, hyper.num_kv_heads * hyper.head_dim, rows, type_k, type_v)
+
+
+def kv_rows_class(num_tokens: int) -> int:
+    return round_up(max(num_tokens, 1), ROWS_PER_CLASS)
+
+
+class KvCache:
+    """Addresses of each block's keys and values inside one place. Zeroed memory, so that masked rows stay finite."""
+
+    def __init__(self, shape: KvShape, place: Place) -> None:
+        assert place.num_bytes >= shape.num_bytes
+        self.shape = shape
+        self._base = place.address
+
+    def address_k(self, layer_idx: int) -> int:
+        return self._base + layer_idx * (self.shape.layer_bytes_k + self.shape.layer_bytes_v)
+
+    def address_v(self, layer_idx: int) -> int:
+        return self.address_k(layer_idx) + self.shape.layer_bytes_k

@@ -1,0 +1,79 @@
+"""What a family checks before it trusts a file: every tensor known and of the right shape, no key it ignores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipo.base.errors import MalformedFile, UnsupportedModel
+from pipo.base.manifest import Manifest, TensorSpec
+from pipo.base.tensor_type import TensorType
+
+
+@dataclass(frozen=True, slots=True)
+class Linears:
+    """Matrices (in, out) by role, and the biases of those that have one."""
+
+    matrices: dict[str, TensorSpec]
+    biases: dict[str, TensorSpec]
+
+
+class TensorBook:
+    """Hands out a manifest's tensors with their shapes checked, and remembers which were asked for."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._used: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        return name in self._manifest.tensors
+
+    def matrix(self, name: str, num_in: int, num_out: int) -> TensorSpec:
+        return self._tensor(name, (num_in, num_out))
+
+    def optional_matrix(self, name: str, num_in: int, num_out: int) -> TensorSpec | None:
+        return self.matrix(name, num_in, num_out) if self.has(name) else None
+
+    def vector(self, name: str, size: int) -> TensorSpec:
+        spec = self._tensor(name, (size,))
+        if spec.type is not TensorType.F32:
+            raise UnsupportedModel(f"{self._manifest.name}: {name} is {spec.type.name}; vectors must be F32")
+        return spec
+
+    def linears(self, block_idx: int, **shapes: tuple[int, int]) -> Linears:
+        matrices, biases = {}, {}
+        for role, (num_in, num_out) in shapes.items():
+            name = f"blk.{block_idx}.{role}"
+            matrices[f"{role}.weight"] = self.matrix(f"{name}.weight", num_in, num_out)
+            if self.has(f"{name}.bias"):
+                biases[f"{role}.bias"] = self.vector(f"{name}.bias", num_out)
+        return Linears(matrices, biases)
+
+    def refuse_leftovers(self) -> None:
+        """Raises UnsupportedModel when the file holds tensors nobody asked for: it needs more than we would run."""
+        leftovers = sorted(self._manifest.tensors.keys() - self._used)
+        if leftovers:
+            more = f" and {len(leftovers) - 3} more" if len(leftovers) > 3 else ""
+            raise UnsupportedModel(
+                f"{self._manifest.name}: architecture {self._manifest.hyper.architecture} has tensors pipo does not "
+                f"run: {', '.join(leftovers[:3])}{more}"
+            )
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> TensorSpec:
+        spec = self._manifest.tensors.get(name)
+        if spec is None:
+            raise MalformedFile(f"{self._manifest.name}: tensor {name} is missing; wanted shape {shape}")
+        if spec.shape != shape:
+            raise MalformedFile(f"{self._manifest.name}: tensor {name} has shape {spec.shape}, wanted {shape}")
+        self._used.add(name)
+        return spec
+
+
+def refuse_unknown_keys(manifest: Manifest, harmless: Mapping[str, object]) -> None:
+    """Raises UnsupportedModel for a hyper-parameter that the family neither reads nor knows to be harmless."""
+    for key, value in manifest.extra.items():
+        if key in harmless and (harmless[key] is None or harmless[key] == value):
+            continue
+        raise UnsupportedModel(
+            f"{manifest.name}: {manifest.hyper.architecture}.{key} = {value!r} asks for something pipo does not run"
+        )

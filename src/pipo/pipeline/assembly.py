@@ -1,0 +1,265 @@
+"""Puts an engine together: what it would take (a Demand for the planner), then the real thing, every byte reserved."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from pipo.base.clock import Clock
+from pipo.base.config import EngineConfig
+from pipo.base.errors import ComputeError
+from pipo.base.manifest import Manifest
+from pipo.base.tensor_type import TensorType
+from pipo.base.trace import Tracer
+from pipo.base.units import round_up
+from pipo.compute.dequantise import Dequantiser
+from pipo.compute.repack import RepackBuffer
+from pipo.kvcache.cache import CACHE_TYPES, KvCache, KvShape, kv_rows_class, kv_shape
+from pipo.models.stage import ShapeClass, Stage
+from pipo.pipeline.buffers import BufferShape, PassBuffers
+from pipo.pipeline.embedding import Embedding
+from pipo.pipeline.executor import Executor
+from pipo.pipeline.forward import Forward, Model
+from pipo.pipeline.schedule import SCHEDULES, Residency, SlotId, UnitId
+from pipo.pipeline.stage_graphs import GRAPH_BYTES, MAX_GRAPHS, Compute, StageGraphs
+from pipo.pipeline.units import Unit, WeightLayouts, cut_head, make_units, unit_sizes
+from pipo.planner.placement import ChunkCost, Demand, Placement
+from pipo.store.index import RepackRows
+from pipo.tiers.ledger import Ledger
+from pipo.tiers.ram import Arena, Place
+from pipo.transfer.disk import DiskTransfer, DriveSettings
+
+CHUNKS = (16, 32, 64, 128, 256, 512)  # prefill chunks the planner may choose from
+EMBEDDING_TABLE = "token_embd.weight"
+PAGE = 4096
+# what Python and ggml grow by while answering: sampling arrays, token lists, thread stacks
+GROWTH_BYTES = 12 << 20
+# repacking costs more than it saves while weights stream, except where it runs at several GB/s a thread
+FAST_TO_REPACK = frozenset({TensorType.Q4_0, TensorType.IQ4_NL})
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """What is known of a model before any memory is taken. `stages` has the head in one piece."""
+
+    manifest: Manifest
+    stages: Sequence[Stage]
+    layouts: WeightLayouts
+    compute: Compute
+    config: EngineConfig
+    drive: DriveSettings
+
+    def kv_shape(self, context_tokens: int) -> KvShape:
+        types = CACHE_TYPES[self.config.cache_type_k], CACHE_TYPES[self.config.cache_type_v]
+        return kv_shape(self.manifest.hyper, context_tokens, *types)
+
+    def buffer_shape(self, context_tokens: int, chunk_tokens: int) -> BufferShape:
+        h, rows = self.manifest.hyper, kv_rows_class(context_tokens)
+        return BufferShape(h.hidden_size, h.vocab_size, chunk_tokens, rows, self.config.max_outputs)
+
+    def largest_shape(self, context_tokens: int, chunk_tokens: int) -> ShapeClass:
+        kv = self.kv_shape(context_tokens)
+        return ShapeClass(chunk_tokens, kv.num_rows, self.config.max_outputs, kv.type_k, kv.type_v)
+
+    @property
+    def bounce_bytes(self) -> int:
+        """Read buffers of the transfer workers: for rows on their way through repacking, and for embeddings."""
+        return self.drive.num_workers * (self.drive.chunk_bytes + 2 * PAGE)
+
+
+def choose_layouts(
+    stages: Sequence[Stage], repack: RepackBuffer | None, wanted: str, all_resident: bool
+) -> WeightLayouts:
+    """Which weights to keep repacked. `wanted` is EngineConfig.layout.
+
+    "auto" takes Q4_0 and IQ4_NL always, the other types only when every weight stays in RAM: repacking Q4_K at 2 GB/s
+    a thread would cost a streaming engine more than the faster product gives back.
+    """
+    if repack is None or wanted == "plain":
+        return WeightLayouts(frozenset())
+    names = set()
+    for stage in stages:
+        for spec in stage.matrices.values():
+            is_chosen = wanted == "repacked" or all_resident or spec.type in FAST_TO_REPACK
+            if is_chosen and repack.supports(spec.type, spec.shape):
+                names.add(spec.name)
+    return WeightLayouts(frozenset(names))
+
+
+def demand(blueprint: Blueprint, context_tokens: int, limit_bytes: int, process_bytes: int) -> Demand:
+    """What the model needs at this context, for the planner."""
+    graphs = StageGraphs(blueprint.compute, blueprint.manifest.hyper, blueprint.layouts)
+    try:
+        chunks = [
+            ChunkCost(t, _chunk_bytes(blueprint, graphs, context_tokens, t)) for t in _chunks(blueprint, context_tokens)
+        ]
+    finally:
+        graphs.close()
+    fixed = {
+        "KV cache": round_up(blueprint.kv_shape(context_tokens).num_bytes, PAGE),
+        "transfer buffers": blueprint.bounce_bytes,
+        "norms": _vector_bytes(blueprint.stages),
+        "graphs": MAX_GRAPHS * GRAPH_BYTES,
+        "process": process_bytes + GROWTH_BYTES,
+    }
+    return Demand(unit_sizes(blueprint.stages, blueprint.layouts), fixed, chunks, limit_bytes)
+
+
+def _chunks(blueprint: Blueprint, context_tokens: int) -> list[int]:
+    if blueprint.config.prefill_chunk is not None:
+        return [min(blueprint.config.prefill_chunk, context_tokens)]
+    return sorted({min(chunk, context_tokens) for chunk in CHUNKS})
+
+
+def _chunk_bytes(blueprint: Blueprint, graphs: StageGraphs, context_tokens: int, chunk_tokens: int) -> int:
+    measured = graphs.measure(blueprint.stages, blueprint.largest_shape(context_tokens, chunk_tokens))
+    table = blueprint.manifest.tensors[EMBEDDING_TABLE]
+    raw_rows = chunk_tokens * table.type.row_bytes(table.shape[0])
+    return measured + raw_rows + round_up(blueprint.buffer_shape(context_tokens, chunk_tokens).num_bytes, PAGE)
+
+
+def _vectors(stages: Sequence[Stage]) -> dict[str, int]:
+    """Offset of each distinct vector in their shared place."""
+    offsets: dict[str, int] = {}
+    end = 0
+    for stage in stages:
+        for spec in stage.vectors.values():
+            if spec.name not in offsets:
+                offsets[spec.name] = end
+                end += round_up(spec.num_bytes, 128)
+    return offsets
+
+
+def _vector_bytes(stages: Sequence[Stage]) -> int:
+    sizes = {spec.name: round_up(spec.num_bytes, 128) for stage in stages for spec in stage.vectors.values()}
+    return round_up(sum(sizes.values()), PAGE)
+
+
+class Assembly:
+    """A running engine's parts, all of whose memory is charged to `ledger`. Close it to give everything back."""
+
+    def __init__(
+        self, blueprint: Blueprint, placement: Placement, context_tokens: int, limit_bytes: int, clock: Clock, tracer: Tracer
+    ) -> None:
+        self.ledger = Ledger(limit_bytes)
+        self._exit = ExitStack()
+        try:
+            self.transfer, self.forward = self._build(blueprint, placement, context_tokens, clock, tracer)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(
+        self, blueprint: Blueprint, placement: Placement, context_tokens: int, clock: Clock, tracer: Tracer
+    ) -> tuple[DiskTransfer, Forward]:
+        for name in ("process", "graphs"):
+            self._exit.enter_context(self.ledger.reserve(name, placement.fixed[name]))
+        stages = self._stages(blueprint, placement)
+        units = make_units(stages, blueprint.layouts)
+        transfer = self._transfer(blueprint, clock, tracer)
+        homes, slots, residency = self._places(units, stages, blueprint, placement)
+        executor = Executor(
+            units, homes, slots, residency, transfer, clock, tracer, lambda: blueprint.compute.backend.abort.is_set
+        )
+        chunk = placement.chunk.num_tokens
+        buffers = self._arena("activations", blueprint.buffer_shape(context_tokens, chunk).num_bytes)
+        cache = self._arena("KV cache", blueprint.kv_shape(context_tokens).num_bytes)
+        forward = Forward(
+            Model(stages, units, self._load_vectors(stages, transfer)),
+            blueprint.compute,
+            self._graphs(blueprint, stages, context_tokens, chunk),
+            executor,
+            self._embedding(blueprint, transfer, chunk),
+            PassBuffers(blueprint.buffer_shape(context_tokens, chunk), buffers),
+            KvCache(blueprint.kv_shape(context_tokens), cache),
+            SCHEDULES[blueprint.config.schedule],
+        )
+        return transfer, forward
+
+    def _stages(self, blueprint: Blueprint, placement: Placement) -> Sequence[Stage]:
+        """The head in pieces when it streams, whole when it is resident (the results are the same)."""
+        if placement.resident[-1]:
+            return blueprint.stages
+        return cut_head(blueprint.stages, placement.slots[1].slot_bytes)
+
+    def _transfer(self, blueprint: Blueprint, clock: Clock, tracer: Tracer) -> DiskTransfer:
+        repack = blueprint.compute.repack
+
+        def repack_rows(rows: RepackRows, num_rows: int, source: int, target: int) -> None:
+            if repack is None:
+                raise ComputeError("no repacked kernels")
+            repack.repack_rows(rows.type, rows.row_elems, num_rows, source, target)
+
+        transfer = DiskTransfer(
+            blueprint.manifest.files,
+            blueprint.drive,
+            repack=repack_rows if blueprint.layouts.repacked else None,
+            ledger=self.ledger,
+            tracer=tracer,
+            clock=clock,
+        )
+        self._exit.callback(transfer.close)
+        return transfer
+
+    def _places(
+        self, units: Sequence[Unit], stages: Sequence[Stage], blueprint: Blueprint, placement: Placement
+    ) -> tuple[dict[UnitId, Place], dict[SlotId, Place], Residency]:
+        # the planner counted the head as one unit, always the last; its pieces share its fate
+        last = len(placement.resident) - 1
+        resident = [u for u in units if placement.resident[min(u.unit_id, last)]]
+        streamed = [u for u in units if not placement.resident[min(u.unit_id, last)]]
+        homes = self._homes(resident)
+        slots: dict[SlotId, Place] = {}
+        free: list[deque[SlotId]] = []
+        for slot_class in placement.slots:
+            ids = [SlotId(len(slots) + i) for i in range(slot_class.num_slots)]
+            places = self._split("slots", [slot_class.slot_bytes] * slot_class.num_slots)
+            slots |= dict(zip(ids, places, strict=True))
+            free.append(deque(ids))
+        classes = {u.unit_id: placement.slot_class[min(u.unit_id, last)] for u in streamed}
+        return homes, slots, Residency(classes, free, {u.unit_id for u in resident})
+
+    def _homes(self, resident: Sequence[Unit]) -> dict[UnitId, Place]:
+        places = self._split("resident weights", [u.layout.num_bytes for u in resident])
+        return {u.unit_id: place for u, place in zip(resident, places, strict=True)}
+
+    def _load_vectors(self, stages: Sequence[Stage], transfer: DiskTransfer) -> dict[str, int]:
+        offsets = _vectors(stages)
+        place = self._arena("norms", _vector_bytes(stages))
+        specs = {spec.name: spec for stage in stages for spec in stage.vectors.values()}
+        for name, offset in offsets.items():
+            spec = specs[name]
+            place.view[offset : offset + spec.num_bytes] = transfer.read_now(spec.extent)
+        return {name: place.address + offset for name, offset in offsets.items()}
+
+    def _graphs(
+        self, blueprint: Blueprint, stages: Sequence[Stage], context_tokens: int, chunk: int
+    ) -> StageGraphs:
+        graphs = StageGraphs(blueprint.compute, blueprint.manifest.hyper, blueprint.layouts)
+        self._exit.callback(graphs.close)
+        shape = blueprint.largest_shape(context_tokens, chunk)
+        self._exit.enter_context(self.ledger.reserve("activations", graphs.measure(stages, shape)))
+        graphs.reserve(stages, shape)
+        return graphs
+
+    def _embedding(self, blueprint: Blueprint, transfer: DiskTransfer, chunk: int) -> Embedding:
+        table = blueprint.manifest.tensors[EMBEDDING_TABLE]
+        embedding = Embedding(table, transfer, Dequantiser(blueprint.compute.lib, table.type), chunk)
+        self._exit.enter_context(self.ledger.reserve("activations", embedding.num_bytes))
+        return embedding
+
+    def _arena(self, name: str, num_bytes: int) -> Place:
+        return self._split(name, [num_bytes])[0]
+
+    def _split(self, name: str, sizes: Sequence[int]) -> list[Place]:
+        """One arena cut into page-aligned places."""
+        total = sum(round_up(size, PAGE) for size in sizes)
+        if not total:
+            return []
+        arena = self._exit.enter_context(Arena(total, name=name, ledger=self.ledger))
+        return [arena.take(size) for size in sizes]
+
+    def close(self) -> None:
+        self._exit.close()

@@ -1,0 +1,44 @@
+"""Embedding rows, gathered from disk row by row: the table is never resident."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipo.base.manifest import Extent, TensorSpec
+from pipo.compute.dequantise import Dequantiser
+
+
+class RowReader(Protocol):
+    def read_rows(self, extents: Sequence[Extent], out: memoryview) -> None: ...
+
+
+class Embedding:
+    """Writes the embeddings of tokens into float32 rows. Each distinct token is read once per call."""
+
+    def __init__(self, table: TensorSpec, reader: RowReader, dequantiser: Dequantiser, max_tokens: int) -> None:
+        self._table = table
+        self._reader = reader
+        self._dequantiser = dequantiser
+        self._row_bytes = table.type.row_bytes(table.shape[0])
+        self._raw = np.empty(max_tokens * self._row_bytes, np.uint8)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._raw.nbytes
+
+    def gather(self, token_ids: Sequence[int], out: npt.NDArray[np.float32]) -> None:
+        """out (tokens, hidden_size). The caller vouches for the range of the ids."""
+        distinct, inverse = np.unique(np.asarray(token_ids), return_inverse=True)
+        used = len(distinct) * self._row_bytes
+        self._reader.read_rows([self._extent(int(token)) for token in distinct], memoryview(self._raw)[:used])
+        base, hidden_size = self._raw.ctypes.data, self._table.shape[0]
+        for i, row in enumerate(inverse):
+            self._dequantiser.convert(base + int(row) * self._row_bytes, out[i].ctypes.data, hidden_size)
+
+    def _extent(self, token_id: int) -> Extent:
+        whole = self._table.extent
+        return Extent(whole.file_idx, whole.offset + token_id * self._row_bytes, self._row_bytes)

@@ -1,0 +1,130 @@
+"""One pass of tokens through the model: schedule, bind, compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipo.base.tensor_type import TensorType
+from pipo.kvcache.cache import KvCache, kv_rows_class
+from pipo.models.stage import ShapeClass, Stage, StageKind
+from pipo.pipeline.buffers import PassBuffers
+from pipo.pipeline.embedding import Embedding
+from pipo.pipeline.executor import Executor
+from pipo.pipeline.schedule import Need, Schedule
+from pipo.pipeline.stage_graphs import Compute, StageGraphs
+from pipo.pipeline.stats import PassStats
+from pipo.pipeline.units import Unit, head_pieces
+from pipo.tiers.ram import Place
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model ready to run: its stages, their units, and the vectors that always stay in RAM."""
+
+    stages: Sequence[Stage]
+    units: Sequence[Unit]
+    vectors: dict[str, int]  # tensor name → address
+
+
+class Forward:
+    """Runs passes over one sequence's KV cache. Threads: one at a time."""
+
+    def __init__(
+        self,
+        model: Model,
+        compute: Compute,
+        graphs: StageGraphs,
+        executor: Executor,
+        embedding: Embedding,
+        buffers: PassBuffers,
+        cache: KvCache,
+        schedule: Schedule,
+    ) -> None:
+        self._model = model
+        self._compute = compute
+        self._graphs = graphs
+        self._executor = executor
+        self._embedding = embedding
+        self._buffers = buffers
+        self._cache = cache
+        self._schedule = schedule
+        self._unit_of_stage = {unit.stage_idx: unit for unit in model.units}
+        self._pieces = {piece.stage_idx: piece for piece in head_pieces(model.stages)}
+        self._all_needs = [self._need(i) for i in range(len(model.stages))]
+        self._body_needs = [n for n in self._all_needs if not self._is_output(n.stage_idx)]
+        self._all_units = [need.unit_id for need in self._all_needs if need.unit_id is not None]
+        self._shape = ShapeClass(1, 1, 1, cache.shape.type_k, cache.shape.type_v)
+
+    @property
+    def stats(self) -> PassStats:
+        return self._executor.stats
+
+    @property
+    def max_tokens(self) -> int:
+        return self._buffers.shape.max_tokens
+
+    @property
+    def max_outputs(self) -> int:
+        return self._buffers.shape.max_outputs
+
+    def run(self, token_ids: Sequence[int], start: int, outputs: Sequence[int] = ()) -> npt.NDArray[np.float32]:
+        """Pass tokens at positions start, start + 1, …; `outputs` are indices into `token_ids`.
+
+        Returns logits (outputs, vocabulary), valid until the next pass. Without outputs the head is neither read nor
+        computed. The KV cache then holds these positions; after an error it does not.
+        Raises TransferError, ComputeError, Cancelled.
+        """
+        num_tokens, num_outputs = len(token_ids), len(outputs)
+        kv_rows = kv_rows_class(start + num_tokens)
+        assert kv_rows <= self._cache.shape.num_rows, "the caller keeps to the context"
+        types: tuple[TensorType, TensorType] = self._cache.shape.type_k, self._cache.shape.type_v
+        self._shape = ShapeClass(num_tokens, kv_rows, max(num_outputs, 1), *types)
+        self._buffers.prepare(start, num_tokens, np.asarray(outputs, np.int32))
+        self._embedding.gather(token_ids, self._buffers.hidden)
+        needs = self._all_needs if outputs else self._body_needs
+        steps = self._schedule(needs, self._all_units, self._executor.residency.copy())
+        self._executor.run(steps, self._compute_stage)
+        self.stats.num_tokens += num_tokens
+        pieces = [(p.start, p.stop) for p in self._pieces.values()]
+        return self._buffers.logits(pieces, num_outputs) if outputs else np.empty((0, 0), np.float32)
+
+    def _compute_stage(self, stage_idx: int, place: Place | None) -> None:
+        stage = self._model.stages[stage_idx]
+        graph = self._graphs.get(stage, self._shape)
+        for name, address in self._addresses(stage_idx, stage, place).items():
+            graph.bind(name, address)
+        graph.run(self._compute.backend)
+
+    def _addresses(self, stage_idx: int, stage: Stage, place: Place | None) -> dict[str, int]:
+        """Where every leaf of the stage's graph lies in this pass."""
+        fixed = self._buffers.addresses
+        addresses = {role: self._model.vectors[spec.name] for role, spec in stage.vectors.items()}
+        if place is not None:
+            offsets = self._unit_of_stage[stage_idx].layout.offsets
+            for role, spec in stage.matrices.items():
+                addresses[role] = place.address + offsets[spec.name]
+        if stage.kind is StageKind.ATTENTION:
+            addresses |= {name: fixed[name] for name in ("hidden", "positions", "kv_rows", "mask")}
+            addresses["k_cache"] = self._cache.address_k(stage.block_idx)
+            addresses["v_cache"] = self._cache.address_v(stage.block_idx)
+        elif stage.kind is StageKind.MLP:
+            addresses["hidden"] = fixed["hidden"]
+        elif stage.kind is StageKind.FINAL_NORM:
+            addresses |= {name: fixed[name] for name in ("hidden", "out_rows", "normed")}
+        else:
+            addresses["normed"] = fixed["normed"]
+            addresses["logits"] = self._buffers.logits_address(self._pieces[stage_idx].start, self._shape.num_outputs)
+        return addresses
+
+    def _need(self, stage_idx: int) -> Need:
+        unit = self._unit_of_stage.get(stage_idx)
+        return Need(stage_idx, unit.unit_id if unit else None)
+
+    def _is_output(self, stage_idx: int) -> bool:
+        return self._model.stages[stage_idx].kind in (StageKind.FINAL_NORM, StageKind.HEAD)
+
+

@@ -1,0 +1,41 @@
+"""What a run cost: bytes, seconds, and why the compute thread waited."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class StallCause(Enum):
+    """What the unit that compute waited for was doing meanwhile."""
+
+    QUEUE = "queue"  # its read had not begun: the drive served earlier units
+    DISK = "disk"
+    REPACK = "repack"
+
+
+@dataclass(slots=True)
+class PassStats:
+    """Counters since the last `reset`; seconds of the compute thread add up to `wall_s` but for bookkeeping."""
+
+    num_passes: int = 0
+    num_tokens: int = 0
+    num_reads: int = 0
+    bytes_read: int = 0  # weights asked for, without alignment
+    compute_s: float = 0.0
+    wall_s: float = 0.0
+    num_bubbles: int = 0  # times compute had to wait
+    stall_s: dict[StallCause, float] = field(default_factory=lambda: dict.fromkeys(StallCause, 0.0))
+
+    @property
+    def total_stall_s(self) -> float:
+        return sum(self.stall_s.values())
+
+    @property
+    def stall_share(self) -> float:
+        """Of the wall time, 0 to 1."""
+        return self.total_stall_s / self.wall_s if self.wall_s else 0.0
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.bytes_read / self.wall_s if self.wall_s else 0.0

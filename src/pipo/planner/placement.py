@@ -1,0 +1,214 @@
+"""Who lives where: pure arithmetic from sizes and a limit to a placement, or the smallest limit that works.
+
+A sweep over the blocks defeats any cache that evicts by age, so the resident set is fixed; the streamed blocks are
+spread evenly between the resident ones, which keeps the drive busy while resident stages compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from pipo.base.errors import OverBudget
+from pipo.base.units import format_size, round_up
+
+SLOT_ROUNDING = 4096
+
+
+class UnitRole(Enum):
+    """Units of one role have about the same size and share a class of slots."""
+
+    ATTENTION = "attention"
+    MLP = "mlp"
+    HEAD = "head"
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSize:
+    """A unit as the planner sees it. `place_bytes` is what it takes in RAM, `read_bytes` what is read for it.
+
+    `max_piece_bytes` is set for a unit that may be cut when it is streamed: the largest piece.
+    """
+
+    role: UnitRole
+    block_idx: int
+    place_bytes: int
+    read_bytes: int
+    max_piece_bytes: int | None = None
+
+    @property
+    def slot_bytes(self) -> int:
+        return round_up(self.max_piece_bytes or self.place_bytes, SLOT_ROUNDING)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkCost:
+    """Memory that a prefill chunk of `num_tokens` takes: intermediates, scratch, inputs."""
+
+    num_tokens: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotClass:
+    slot_bytes: int
+    num_slots: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.slot_bytes * self.num_slots
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Everything a placement depends on. `fixed` names what is needed whatever is resident, in bytes."""
+
+    units: Sequence[UnitSize]
+    fixed: Mapping[str, int]
+    chunks: Sequence[ChunkCost]  # ascending
+    limit_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """`resident[i]` says whether unit i stays in RAM; slots[slot_class[i]] holds it otherwise."""
+
+    resident: tuple[bool, ...]
+    slot_class: tuple[int, ...]
+    slots: tuple[SlotClass, ...]
+    chunk: ChunkCost
+    resident_bytes: int
+    streamed_bytes: int  # read per pass
+    fixed: Mapping[str, int]
+
+    @property
+    def breakdown(self) -> dict[str, int]:
+        slots = sum(s.num_bytes for s in self.slots)
+        return {
+            "resident weights": self.resident_bytes,
+            "slots": slots,
+            "activations": self.chunk.num_bytes,
+            **self.fixed,
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.breakdown.values())
+
+
+def place(demand: Demand) -> Placement:
+    """The placement that streams least. Raises OverBudget naming the smallest limit that works.
+
+    Order of claims on the budget: what is fixed; one slot per class and the smallest chunk; a larger chunk, up to an
+    eighth of what is left, because prefill reads the streamed weights once per chunk; resident units with the rest;
+    a second slot per class where it costs under a fiftieth of the limit.
+    """
+    smallest = smallest_bytes(demand)
+    if demand.limit_bytes < smallest:
+        raise _over_budget(demand, smallest)
+    everything = _with_residents(demand, demand.chunks[-1], [True] * len(demand.units), extra_slots=0)
+    if everything.num_bytes <= demand.limit_bytes:
+        return everything
+    chunk = _largest_affordable_chunk(demand)
+    best = _fill(demand, chunk, extra_slots=0)
+    deeper = sum(s.slot_bytes for s in best.slots)
+    if deeper * 50 <= demand.limit_bytes:
+        return _fill(demand, chunk, extra_slots=1)
+    return best
+
+
+def smallest_bytes(demand: Demand) -> int:
+    """The smallest limit that `place` accepts for this demand."""
+    streamed = _with_residents(demand, demand.chunks[0], [False] * len(demand.units), extra_slots=0)
+    resident = _with_residents(demand, demand.chunks[0], [True] * len(demand.units), extra_slots=0)
+    return min(streamed.num_bytes, resident.num_bytes)
+
+
+def _largest_affordable_chunk(demand: Demand) -> ChunkCost:
+    bare = _with_residents(demand, demand.chunks[0], [False] * len(demand.units), extra_slots=0).num_bytes
+    bare -= demand.chunks[0].num_bytes
+    left = demand.limit_bytes - bare
+    affordable = [c for c in demand.chunks if c.num_bytes <= left // 8]
+    return affordable[-1] if affordable else demand.chunks[0]
+
+
+def _fill(demand: Demand, chunk: ChunkCost, extra_slots: int) -> Placement:
+    """Stream as few evenly spread blocks as fit, then keep single units for what is left."""
+    blocks = sorted({u.block_idx for u in demand.units if u.block_idx >= 0})
+    best: Placement | None = None
+    for head_resident in (True, False):
+        for num_streamed in range(len(blocks) + 1):
+            streamed = _spread(blocks, num_streamed)
+            resident = [u.block_idx not in streamed if u.block_idx >= 0 else head_resident for u in demand.units]
+            candidate = _with_residents(demand, chunk, resident, extra_slots)
+            if candidate.num_bytes <= demand.limit_bytes:
+                candidate = _keep_more(demand, candidate, extra_slots)
+                if best is None or candidate.streamed_bytes < best.streamed_bytes:
+                    best = candidate
+                break
+    if best is not None:
+        return best
+    return _with_residents(demand, chunk, [False] * len(demand.units), extra_slots=0)
+
+
+def _keep_more(demand: Demand, placement: Placement, extra_slots: int) -> Placement:
+    """Make further single units resident while they fit, largest first."""
+    order = sorted(range(len(demand.units)), key=lambda i: -demand.units[i].place_bytes)
+    for i in order:
+        if placement.resident[i]:
+            continue
+        resident = list(placement.resident)
+        resident[i] = True
+        candidate = _with_residents(demand, placement.chunk, resident, extra_slots)
+        if candidate.num_bytes <= demand.limit_bytes and candidate.streamed_bytes < placement.streamed_bytes:
+            placement = candidate
+    return placement
+
+
+def _spread(blocks: Sequence[int], num: int) -> set[int]:
+    """`num` of the blocks, evenly apart."""
+    total = len(blocks)
+    return {b for i, b in enumerate(blocks) if (i + 1) * num // total > i * num // total}
+
+
+def _with_residents(
+    demand: Demand, chunk: ChunkCost, resident: Sequence[bool], extra_slots: int
+) -> Placement:
+    streamed = [u for u, stays in zip(demand.units, resident, strict=True) if not stays]
+    attention = _class_of([u for u in streamed if u.role is UnitRole.ATTENTION], extra_slots)
+    others = _class_of([u for u in streamed if u.role is not UnitRole.ATTENTION], extra_slots)
+    slots = (attention, others)
+    return Placement(
+        resident=tuple(resident),
+        slot_class=tuple(0 if u.role is UnitRole.ATTENTION else 1 for u in demand.units),
+        slots=slots,
+        chunk=chunk,
+        resident_bytes=sum(
+            round_up(u.place_bytes, SLOT_ROUNDING) for u, stays in zip(demand.units, resident, strict=True) if stays
+        ),
+        streamed_bytes=sum(u.read_bytes for u in streamed),
+        fixed=demand.fixed,
+    )
+
+
+def _class_of(units: Iterable[UnitSize], extra_slots: int) -> SlotClass:
+    sizes = [u.slot_bytes for u in units]
+    return SlotClass(max(sizes), 1 + extra_slots) if sizes else SlotClass(0, 0)
+
+
+def _over_budget(demand: Demand, smallest: int) -> OverBudget:
+    weights = sum(u.place_bytes for u in demand.units)
+    parts = {"weights on disk": weights, "activations": demand.chunks[0].num_bytes, **demand.fixed}
+    line = " · ".join(f"{name} {format_size(size)}" for name, size in parts.items())
+    return OverBudget(
+        f"needs {format_size(smallest)} of RAM at least, the limit is {format_size(demand.limit_bytes)}\n  {line}",
+        smallest_bytes=smallest,
+        hint=f"the smallest --ram that works is {smallest_ram_text(smallest)}",
+    )
+
+
+def smallest_ram_text(num_bytes: int) -> str:
+    """A `--ram` argument that parses to at least `num_bytes`, to a tenth of a MiB."""
+    tenths = -(-num_bytes * 10 // (1 << 20))
+    return f"{tenths // 10}.{tenths % 10}MiB"

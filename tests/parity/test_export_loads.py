@@ -1,0 +1,126 @@
+"""The tiny checkpoints, exported, run in llama.cpp as transformers computes them.
+
+Our loader is tested against these files; llama.cpp proves the files themselves, so exporter and loader cannot
+share a mistake.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as GgufType
+from gguf import GGUFReader
+from tests.support import tiny_models
+from tests.support.llama_cpp import Generated, LlamaCpp
+from tests.support.tiny_models import SPECS, FloatArray, TinySpec, make_model, reference_logits, write_gguf
+from tests.support.tiny_vocab import Tokenizer
+
+NOT_TEXT = range(259)  # specials and bytes
+PROMPT_TOKENS, NEW_TOKENS = 100, 8
+
+# Relative root mean square error of one product: how the type's kernel rounds its activations.
+# Half-width 2^-12 and 2^-9 of a rounding step, uniform; Q8: steps of max/127 with a max near 2.1 deviations of 32.
+_HALF_STEP = 1 / math.sqrt(12)
+_ROUNDING = {
+    GgufType.F32: 2**-23 * math.sqrt(64),  # accumulation over the hidden size, not rounding of activations
+    GgufType.F16: 2**-10 * _HALF_STEP,
+    GgufType.BF16: 2**-7 * _HALF_STEP,
+    GgufType.Q8_0: 2.1 / 127 * _HALF_STEP,
+    GgufType.Q4_0: 2.1 / 127 * _HALF_STEP,
+    GgufType.Q4_1: 2.1 / 127 * _HALF_STEP,
+    GgufType.Q5_0: 2.1 / 127 * _HALF_STEP,
+    GgufType.Q5_1: 2.1 / 127 * _HALF_STEP,
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_variant_computes_the_same(name: str, tmp_path: Path) -> None:
+    got, want = _both(SPECS[name], tmp_path)
+    _assert_same(got, want, _tolerance(SPECS[name], GgufType.F32, want))
+
+
+@pytest.mark.parametrize("type", _ROUNDING)
+def test_every_type_computes_the_same(type: GgufType, tmp_path: Path) -> None:
+    got, want = _both(SPECS["llama"], tmp_path, type)
+    _assert_same(got, want, _tolerance(SPECS["llama"], type, want))
+
+
+@pytest.mark.parametrize("name", ["llama-yarn", "llama-linear", "llama-llama3"])
+def test_rope_scaling_shows_in_the_logits(name: str, tmp_path: Path) -> None:
+    scaled = SPECS[name]
+    got, want = _both(scaled, tmp_path)
+    plain = TinySpec(is_tied=scaled.is_tied, rope_theta=scaled.rope_theta, seed=scaled.seed)
+    unscaled = _logprobs(reference_logits(make_model(plain), _prompt(plain)))[-1]
+    assert _rms(got.logprobs[0] - unscaled) > 1000 * _tolerance(scaled, GgufType.F32, want)
+
+
+def test_a_wrong_row_order_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_models, "pair_neighbours", lambda weight, num_heads: weight)
+    got, want = _both(SPECS["llama"], tmp_path)
+    assert _rms(got.logprobs - want) > 1000 * _tolerance(SPECS["llama"], GgufType.F32, want)
+
+
+@pytest.mark.parametrize("tokenizer", ["spm", "gpt2"])
+def test_tokenizer_accepts_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(make_model(SPECS["llama"]), path, tokenizer=tokenizer)
+    text = LlamaCpp(path).greedy("a cat – 猫", 4, vocab_size=320, banned=NOT_TEXT)
+    assert len(text.token_ids) == 4
+
+
+def test_same_spec_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_gguf(make_model(SPECS["mistral"]), tmp_path / name, GgufType.Q8_0)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_file_order_is_a_converted_checkpoints(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(make_model(SPECS["llama-llama3"]), path)
+    names = [tensor.name for tensor in GGUFReader(path).tensors]
+    assert names[:4] == ["rope_freqs.weight", "token_embd.weight", "blk.0.attn_norm.weight", "blk.0.ffn_down.weight"]
+    assert names[-2:] == ["blk.1.attn_v.weight", "output_norm.weight"]
+
+
+def _prompt(spec: TinySpec) -> list[int]:
+    return [int(token) for token in np.random.default_rng(7).integers(3, spec.vocab_size, PROMPT_TOKENS)]
+
+
+def _both(spec: TinySpec, tmp_path: Path, type: GgufType = GgufType.F32) -> tuple[Generated, FloatArray]:
+    """What llama.cpp generates, and transformers' log-probabilities along the same tokens."""
+    model, prompt, path = make_model(spec), _prompt(spec), tmp_path / "tiny.gguf"
+    write_gguf(model, path, type)
+    got = LlamaCpp(path).greedy(prompt, NEW_TOKENS, vocab_size=spec.vocab_size, banned=NOT_TEXT)
+    tokens = [*prompt, *got.token_ids]
+    want = _logprobs(reference_logits(tiny_models.rounded_model(model, type), tokens))
+    return got, want[PROMPT_TOKENS - 1 : -1]
+
+
+def _assert_same(got: Generated, want: FloatArray, tolerance: float) -> None:
+    assert got.logprobs.shape == want.shape == (NEW_TOKENS, want.shape[1])
+    assert _rms(got.logprobs - want) < tolerance
+    assert np.abs(got.logprobs - want).max() < 6 * tolerance
+    text = want[:, len(NOT_TEXT) :]
+    chosen = want[np.arange(NEW_TOKENS), list(got.token_ids)]
+    assert (text.max(axis=1) - chosen).max() < 6 * tolerance  # greedy, up to ties
+
+
+def _tolerance(spec: TinySpec, type: GgufType, want: FloatArray) -> float:
+    """Independent errors of products in a row add as squares; attention, up and down per block, and the head.
+
+    Three times that, for what the estimate leaves out (softmax, norms, correlated errors).
+    """
+    stages = 3 * spec.num_layers + 2
+    return float(3 * want.std() * _ROUNDING[type] * math.sqrt(stages))
+
+
+def _logprobs(logits: FloatArray) -> FloatArray:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), dtype=np.float32)
+
+
+def _rms(errors: FloatArray) -> float:
+    return float(np.sqrt(np.mean(np.square(errors))))
