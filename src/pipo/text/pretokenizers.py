@@ -107,8 +107,13 @@ _YOUTU_SCRIPTS = (
 )
 _BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 
-# Groups of three counted from the end: 1|234|567. Cut whole numbers, then their first one or two digits, then threes.
-_THREES_FROM_END = (r"\A\d{1,2}(?=(?:\d{3})+\z)", r"\d{3}")
+
+
+def _threes_from_end(number: str, digit: str) -> tuple[str, ...]:
+    """1|234|567: cut whole numbers, then their first one or two digits, then threes."""
+    return (number, rf"\A{digit}{{1,2}}(?=(?:{digit}{{3}})+\z)", rf"{digit}{{3}}")
+
+
 
 _FALCON_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|`]+"
 _JAIS2_SPACES = "|".join(rf"\s{{{run}}}(?!\S)" for run in ("512", "256", "128", "64", "32", "16", "8", "4", "1,2"))
@@ -122,7 +127,7 @@ _GPT4O_WORDS = PreTokenizer((_GPT4O,))
 _BLOOM_WORDS = PreTokenizer((_BLOOM,))
 _MARKED_SPACES = PreTokenizer((r"[^\n]+|\n+",), is_byte_level=False)
 _GEMMA4 = replace(_MARKED_SPACES, adds_bos=True)
-_TINY_AYA = PreTokenizer((r"(?<!\d)\d++\b", *_THREES_FROM_END, _GPT4O))
+_TINY_AYA = PreTokenizer((*_threes_from_end(r"(?<!\d)\d++\b", r"\d"), _GPT4O))
 _BAILING = PreTokenizer(
     (rf"'(?i:[sdmt]|ll|ve|re)|{_WORD}|\p{{N}}|{_SIGNS}|\s*[\r\n]|{_SPACES}",)
 )  # fmt: skip
@@ -209,7 +214,11 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = _by_name(
     (
         ["afmoe"],
         PreTokenizer(
-            (r"\p{N}+", *_THREES_FROM_END, _AFMOE_SCRIPTS, rf"{_DEEPSEEK3_WORDS}[\r\n]*|{_LINES_AND_SPACES}")
+            (
+                *_threes_from_end(r"\p{N}+", r"\p{N}"),
+                _AFMOE_SCRIPTS,
+                rf"{_DEEPSEEK3_WORDS}[\r\n]*|{_LINES_AND_SPACES}",
+            )
         ),
     ),
     (
@@ -239,7 +248,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = _by_name(
     (["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"], _GPT4O_WORDS),
     (["granite-embed-multi-97m"], replace(_GPT4O_WORDS, ignores_merges=True)),
     (["tiny_aya", "cohere2moe"], _TINY_AYA),
-    (["superbpe"], PreTokenizer((r"\p{N}+", *_THREES_FROM_END))),
+    (["superbpe"], PreTokenizer(_threes_from_end(r"\p{N}+", r"\d"))),
     (["kimi-k2"], PreTokenizer((_KIMI,))),
     (["gemma4", "granite-embed-multi-311m"], _GEMMA4),
     (["sarvam-moe"], _MARKED_SPACES),

@@ -1,0 +1,93 @@
+"""Anonymous private memory in page-aligned places, every byte of it charged to the ledger."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from pipo.base.units import MIB, round_up
+from pipo.tiers.ledger import Ledger
+
+PAGE_BYTES = 4096
+HUGE_PAGE_BYTES = 2 * MIB
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """A page-aligned run of RAM. Valid while its arena is open; compared by identity, never by content."""
+
+    view: memoryview
+    address: int
+    num_bytes: int
+
+
+class Arena:
+    """One mapping, cut into places that are given back all together by `close`.
+
+    The memory is private: shared anonymous memory would be accounted as shmem, outside the process's anonymous bytes.
+    It starts as zeros and takes real pages when first written, but is charged whole from the start.
+    Raises OverBudget. Threads: one, except that places may be used from any.
+    """
+
+    def __init__(self, num_bytes: int, *, name: str, ledger: Ledger) -> None:
+        assert num_bytes > 0
+        self.num_bytes = round_up(num_bytes, PAGE_BYTES)
+        self._reservation = ledger.reserve(name, self.num_bytes)
+        try:
+            self._map = mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except BaseException:
+            self._reservation.close()
+            raise
+        if self.num_bytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._taken_bytes = 0
+        self._is_closed = False
+
+    def take(self, num_bytes: int) -> Place:
+        """The next `num_bytes`, beginning on a page. The caller knows that they fit."""
+        start = self._taken_bytes
+        self._taken_bytes += round_up(num_bytes, PAGE_BYTES)
+        assert not self._is_closed and self._taken_bytes <= self.num_bytes, "the arena is too small or closed"
+        return Place(memoryview(self._map)[start : start + num_bytes], self._address + start, num_bytes)
+
+    def close(self) -> None:
+        """Give the pages back at once. The addresses go when the last view of a place dies, so that a view, or a read
+        that is still under way, never points into memory of somebody else. Closing again does nothing.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._map.madvise(mmap.MADV_DONTNEED)
+        del self._map
+        self._reservation.close()
+
+    def __enter__(self) -> Arena:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SlotPool:
+    """Slots of fixed sizes, allocated once from one arena: `places[i]` has sizes[i] bytes. Does not know who is in."""
+
+    def __init__(self, sizes: Sequence[int], *, name: str, ledger: Ledger) -> None:
+        self._arena = Arena(sum(round_up(size, PAGE_BYTES) for size in sizes), name=name, ledger=ledger)
+        self.places: tuple[Place, ...] = tuple(self._arena.take(size) for size in sizes)
+
+    def close(self) -> None:
+        self._arena.close()
+
+    def __enter__(self) -> SlotPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
