@@ -35,9 +35,7 @@ class Tracer:
     def __init__(self, max_zones: int = MAX_ZONES) -> None:
         self._zones: deque[Zone] = deque(maxlen=max_zones)
 
-    def zone(
-        self, row: str, name: str, start_s: float, end_s: float, args: Mapping[str, object] | None = None
-    ) -> None:
+    def zone(self, row: str, name: str, start_s: float, end_s: float, args: Mapping[str, object] | None = None) -> None:
         """Record what `row` did. Times are of one Clock."""
         self._zones.append(Zone(row, name, start_s, end_s, args))
 
@@ -65,9 +63,7 @@ class NullTracer(Tracer):
     def __init__(self) -> None:
         super().__init__(max_zones=0)
 
-    def zone(
-        self, row: str, name: str, start_s: float, end_s: float, args: Mapping[str, object] | None = None
-    ) -> None:
+    def zone(self, row: str, name: str, start_s: float, end_s: float, args: Mapping[str, object] | None = None) -> None:
         pass
 
 

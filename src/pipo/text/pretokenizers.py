@@ -108,11 +108,9 @@ _YOUTU_SCRIPTS = (
 _BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 
 
-
 def _threes_from_end(number: str, digit: str) -> tuple[str, ...]:
     """1|234|567: cut whole numbers, then their first one or two digits, then threes."""
     return (number, rf"\A{digit}{{1,2}}(?=(?:{digit}{{3}})+\z)", rf"{digit}{{3}}")
-
 
 
 _FALCON_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|`]+"

@@ -44,9 +44,9 @@ _OTHER_ENDS = (
     "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "</s>", "[EOS]", "<eos>", "<turn|>", "<|tool_response>",
     "[e~[",
 )  # fmt: skip
-_NOT_ENDS = {  # text: sets of ends beside which it is not one itself
-    "<|end|>": ({"<|return|>", "<|call|>"}, {"<|call|>", "<|flush|>"}, {"<|calls|>", "<|flush|>"}),
-    "</s>": ({"<|tool_response>"}, {"<|plamo:eos|>"}),
+_NOT_ENDS = {  # text: sets of ends, beside any of which it is not one itself
+    "<|end|>": [{other, call} for other in ("<|return|>", "<|flush|>") for call in ("<|call|>", "<|calls|>")],
+    "</s>": [{"<|tool_response>"}, {"<|plamo:eos|>"}],
 }
 _KINDS_WHEN_NOT_ENDS = {"<|end|>": TokenKind.USER_DEFINED, "</s>": TokenKind.NORMAL}
 _SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # gpt-oss: the answer's parts
@@ -165,38 +165,33 @@ class SpecialMatcher:
     def split(self, text: str) -> Iterator[str | int]:
         """Texts and token ids in order; no empty texts."""
         start = 0
-        for position, length, token_id in self._matches(text):
-            if position < start:  # white space that was swallowed
-                continue
+        while (found := self._find(text, start)) is not None:
+            position, end, token_id = found
             if position > start:
                 yield text[start:position]
             yield token_id
-            start = position + length
-            if token_id in self._swallowing:
-                start += _num_leading_spaces(text, start)
+            start = _skip_spaces(text, end) if token_id in self._swallowing else end
         if start < len(text):
             yield text[start:]
 
-    def _matches(self, text: str) -> Iterator[tuple[int, int, int]]:
-        position = 0
-        while self._first is not None and (candidate := self._first.search(text, position)):
-            position = candidate.start()
-            for length in self._lengths[text[position]]:
-                token_id = self._token_ids.get(text[position : position + length])
+    def _find(self, text: str, start: int) -> tuple[int, int, int] | None:
+        """The next match: where it begins, where it ends, which token it is."""
+        while self._first is not None and (candidate := self._first.search(text, start)):
+            start = candidate.start()
+            for length in self._lengths[text[start]]:
+                token_id = self._token_ids.get(text[start : start + length])
                 if token_id is not None:
-                    yield position, length, token_id
-                    position += length
-                    break
-            else:
-                position += 1
+                    return start, start + length, token_id
+            start += 1
+        return None
 
 
 _SPACES = re.compile(r"[ \t\n\v\f\r]*")
 
 
-def _num_leading_spaces(text: str, start: int) -> int:
+def _skip_spaces(text: str, start: int) -> int:
     match = _SPACES.match(text, start)
-    return 0 if match is None else match.end() - start
+    return start if match is None else match.end()
 
 
 def find_swallowing(metadata: TokenizerMetadata, special_ids: Mapping[str, int]) -> frozenset[int]:

@@ -1,59 +1,77 @@
-"""Disk → RAM: a few workers keep large reads in flight, each straight into its place or through repacking.
-
-Chunks wait in one FIFO across units, so the drive sees no border between them.
-"""
+"""Disk → RAM: worker threads that read chunks past the page cache straight into places, first come, first served."""
 
 from __future__ import annotations
 
-import mmap
+import logging
 import os
-import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipo.base.clock import Clock, RealClock
-from pipo.base.errors import Cancelled, PipoError
+from pipo.base.clock import Clock
+from pipo.base.errors import Cancelled, FileChanged, PipoError
 from pipo.base.manifest import Extent
-from pipo.base.trace import NullTracer, Tracer
-from pipo.base.units import round_down, round_up
+from pipo.base.trace import Tracer
+from pipo.base.units import KIB
 from pipo.store.index import Read, RepackRows
 from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Arena, Place
-from pipo.transfer.files import PAGE, Preadv, UncachedFile
+from pipo.transfer.chunks import PlainChunk, RepackChunk, RowCopy, Span, cut_copies, cut_reads
+from pipo.transfer.files import ALIGNMENT, Preadv, UncachedFile
 from pipo.transfer.handle import Handle
 
-GROUP_ROWS = 8  # rows are repacked in groups of this
-_ROW_READERS = 4  # threads that gather embedding rows of a prefill chunk
-Repack = Callable[[RepackRows, int, int, int], None]  # (matrix, rows, source address, target address)
+log = logging.getLogger(__name__)
+
+CLOSE_S = 0.4  # how long `close` waits for a read that is under way
+_COPY_BYTES = 64 * KIB  # most of an embedding row or norm that is read at once
+
+Repack = Callable[[RepackRows, int, int, int], None]  # rows, how many of them, source and target address
 
 
 @dataclass(frozen=True, slots=True)
 class DriveSettings:
-    """How the drive is read: bytes per request, requests in flight, past the page cache or not."""
+    """How a drive is read: the size of one request, how many at once, and whether past the page cache."""
 
     chunk_bytes: int
     num_workers: int
     direct: bool = True
 
+    def bounce_bytes(self, *, repacks: bool) -> int:
+        """Buffers of all workers together. Without repacking only single rows and norms go through them."""
+        return self.num_workers * ((self.chunk_bytes if repacks else _COPY_BYTES) + 2 * ALIGNMENT)
+
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """One chunk. `extent` is what is wanted of the file, `address` where its first byte (or row) goes."""
-
+class _ReadJob:
     handle: Handle
-    extent: Extent
+    chunk: PlainChunk | RepackChunk
     place: Place
-    place_offset: int
-    rows: RepackRows | None
+
+
+@dataclass(frozen=True, slots=True)
+class _CopyJob:
+    handle: Handle
+    copies: Sequence[RowCopy]
+    out: memoryview
+
+
+class _Worker:
+    """One thread, its bounce buffer, and what it is busy with."""
+
+    def __init__(self, row: str, bounce: Place) -> None:
+        self.row = row
+        self.bounce = bounce
+        self.handle: Handle | None = None
 
 
 class DiskTransfer:
-    """Reads units into places. The first failure ends it: everything submitted later fails with the same error.
+    """Moves units from files to places. The first failure poisons it: what is queued, and all that is submitted
+    later, ends with the same error. `close` gives everything back.
 
-    Threads: `submit`, `read_now` and `read_rows` from one thread. Raises ModelNotFound, OverBudget on opening.
+    Threads: `submit`, `read_rows`, `read_now` and `close` from any, `close` last.
     """
 
     def __init__(
@@ -61,133 +79,208 @@ class DiskTransfer:
         files: Sequence[Path],
         settings: DriveSettings,
         *,
+        repack: Repack | None,
         ledger: Ledger,
-        repack: Repack | None = None,
-        tracer: Tracer | None = None,
-        clock: Clock | None = None,
-        preadv: Preadv | None = None,
+        tracer: Tracer,
+        clock: Clock,
+        preadv: Preadv = os.preadv,
     ) -> None:
+        """Raises ReadFailed when a file cannot be opened, OverBudget when the bounce buffers do not fit."""
+        assert settings.chunk_bytes % ALIGNMENT == 0 and settings.chunk_bytes > 0 and settings.num_workers > 0
         self.settings = settings
         self._repack = repack
-        self._tracer = tracer or NullTracer()
-        self._clock = clock or RealClock()
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._failure: PipoError | None = None
-        self._files = [UncachedFile(f, direct=settings.direct, preadv=preadv or os.preadv) for f in files]
-        self._bounce_bytes = settings.chunk_bytes + 2 * PAGE
-        self._bounce = Arena(settings.num_workers * self._bounce_bytes, name="transfer buffers", ledger=ledger)
-        self._row_readers = ThreadPoolExecutor(_ROW_READERS, thread_name_prefix="rows")
-        self._workers = [
-            threading.Thread(target=self._work, args=(i, self._bounce.take(self._bounce_bytes)), daemon=True, name=f"read {i}")
-            for i in range(settings.num_workers)
-        ]
+        self._tracer = tracer
+        self._clock = clock
+        self._jobs: deque[_ReadJob | _CopyJob] = deque()
+        self._urgent: deque[_ReadJob | _CopyJob] = deque()
+        self._ready = threading.Condition()  # guards the queues, the failure and the number of workers
+        self._failure: BaseException | None = None
+        self._is_closed = False
+        self._all_left = threading.Event()
+        with ExitStack() as resources:
+            self._files = [_opened(path, settings, preadv, resources) for path in files]
+            num_bytes = settings.bounce_bytes(repacks=repack is not None)
+            bounce = resources.enter_context(Arena(num_bytes, name="transfer buffers", ledger=ledger))
+            self._resources = resources.pop_all()
+        share = num_bytes // settings.num_workers
+        self._workers = [_Worker(f"read {i}", bounce.take(share)) for i in range(settings.num_workers)]
+        self._num_working = settings.num_workers
         for worker in self._workers:
-            worker.start()
+            threading.Thread(target=self._work, args=(worker,), name=f"pipo {worker.row}", daemon=True).start()
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether every file is read past the page cache; known for certain after the first reads."""
+        return all(file.is_direct for file in self._files)
 
     def submit(self, reads: Sequence[Read], place: Place, label: str) -> Handle:
-        """Start filling `place`; returns at once. The place must not be used before the handle is done."""
-        jobs = [job for read in reads for job in self._cut(read)]
-        handle = Handle(label, sum(read.extent.num_bytes for read in reads), len(jobs), self._clock)
-        try:
-            for file_idx in {read.extent.file_idx for read in reads}:
-                self._files[file_idx].check()
-        except PipoError as error:
-            self._failure = self._failure or error
-        for extent, offset, rows in jobs:
-            self._jobs.put(_Job(handle, extent, place, offset, rows))
+        """Queue the reads of one unit into its place. Never blocks and never raises: the handle tells."""
+        chunks = cut_reads(reads, self.settings.chunk_bytes)
+        num_bytes = sum(read.extent.num_bytes for read in reads)
+        handle = Handle(label, num_bytes=num_bytes, num_chunks=len(chunks), submitted_s=self._clock.now())
+        self._check_open_files({read.extent.file_idx for read in reads})
+        self._enqueue(self._jobs, [_ReadJob(handle, chunk, place) for chunk in chunks])
         return handle
 
-    def check_files(self) -> None:
-        """Raises FileChanged when a path no longer leads to the file that was opened."""
-        for file in self._files:
-            file.check(by_path=True)
+    def read_rows(self, extents: Sequence[Extent], out: memoryview) -> None:
+        """Read small extents one after another into `out`, in parallel and ahead of everything queued. Blocks.
+
+        Raises TransferError, Cancelled.
+        """
+        num_bytes = sum(extent.num_bytes for extent in extents)
+        assert out.nbytes == num_bytes
+        copies = cut_copies(extents, _COPY_BYTES)
+        share = -(-len(copies) // self.settings.num_workers)
+        groups = [copies[i : i + share] for i in range(0, len(copies), max(share, 1))]
+        handle = Handle("rows", num_bytes=num_bytes, num_chunks=len(groups), submitted_s=self._clock.now())
+        self._check_open_files({extent.file_idx for extent in extents})
+        self._enqueue(self._urgent, [_CopyJob(handle, group, out.cast("B")) for group in groups])
+        handle.wait()
 
     def read_now(self, extent: Extent) -> bytes:
-        """A few bytes, read on this thread. Raises TransferError."""
-        with mmap.mmap(-1, _aligned_bytes(extent)) as bounce:
-            with memoryview(bounce) as view:
-                self._read_aligned(extent, view)
-                start = extent.offset % PAGE
-                return bytes(view[start : start + extent.num_bytes])
+        """Read one small extent. Blocks. Raises TransferError, Cancelled."""
+        out = bytearray(extent.num_bytes)
+        self.read_rows([extent], memoryview(out))
+        return bytes(out)
 
-    def read_rows(self, extents: Sequence[Extent], out: memoryview) -> None:
-        """Many small reads, one after the other into `out`. Raises TransferError."""
-        starts = [0]
-        for extent in extents:
-            starts.append(starts[-1] + extent.num_bytes)
-
-        def read_one(i: int) -> None:
-            out[starts[i] : starts[i + 1]] = self.read_now(extents[i])
-
-        if len(extents) < _ROW_READERS:
-            for i in range(len(extents)):
-                read_one(i)
-        else:
-            list(self._row_readers.map(read_one, range(len(extents))))
+    def check_files(self) -> None:
+        """Raises FileChanged, and ends all transfers, when a path no longer names the file that was opened."""
+        try:
+            for file in self._files:
+                file.check_path()
+        except FileChanged as error:
+            self._poison(error)
+            raise
 
     def close(self) -> None:
-        """Stop the workers, fail what still waits with Cancelled, give the memory back."""
-        self._failure = self._failure or Cancelled("the engine was closed")
-        for _ in self._workers:
-            self._jobs.put(None)
+        """End what is unfinished as Cancelled, stop the workers, release files and buffers. Takes CLOSE_S at most:
+        a read that is stuck longer keeps its worker, which cleans up whenever it returns. Closing again does nothing.
+        """
+        self._poison(Cancelled("the transfer was closed"))
+        with self._ready:
+            self._is_closed = True
+            self._ready.notify_all()
+        if self._all_left.wait(CLOSE_S):
+            return
         for worker in self._workers:
-            worker.join()
-        self._row_readers.shutdown()
-        self._bounce.close()
-        for file in self._files:
-            file.close()
+            if (handle := worker.handle) is not None:
+                log.warning("worker=%r unit=%r reason=still reading at close", worker.row, handle.label)
+                handle.abandon(self._clock.now(), Cancelled("the transfer was closed"))
 
-    def _cut(self, read: Read) -> Iterator[tuple[Extent, int, RepackRows | None]]:
-        """Chunks of a read: page to page in the file, or whole groups of rows."""
-        whole = read.extent
-        if read.rows is None:
-            start = whole.offset
-            while start < whole.end:
-                stop = min(round_down(start, PAGE) + self.settings.chunk_bytes, whole.end)
-                yield Extent(whole.file_idx, start, stop - start), read.place_offset + start - whole.offset, None
-                start = stop
+    def _check_open_files(self, file_idxs: set[int]) -> None:
+        if self._failure is not None:
             return
-        group = read.rows.row_bytes * GROUP_ROWS
-        step = max(self.settings.chunk_bytes // group, 1) * group
-        for start in range(0, whole.num_bytes, step):
-            size = min(step, whole.num_bytes - start)
-            yield Extent(whole.file_idx, whole.offset + start, size), read.place_offset + start, read.rows
+        try:
+            for idx in file_idxs:
+                self._files[idx].check_unchanged()
+        except FileChanged as error:
+            self._poison(error)
 
-    def _work(self, worker_idx: int, bounce: Place) -> None:
-        row = f"read {worker_idx}"
-        while (job := self._jobs.get()) is not None:
-            if self._failure is not None:
-                job.handle.job_failed(self._failure)
-                continue
-            begin = self._clock.now()
-            job.handle.job_started()
-            try:
-                self._do(job, bounce)
-            except PipoError as error:
-                self._failure = self._failure or error
-                job.handle.job_failed(error)
-                continue
-            self._tracer.zone(row, job.handle.label, begin, self._clock.now(), bytes=job.extent.num_bytes)
-            job.handle.job_finished()
+    def _enqueue(self, queue: deque[_ReadJob | _CopyJob], jobs: Sequence[_ReadJob | _CopyJob]) -> None:
+        with self._ready:
+            failure = self._failure
+            if failure is None:
+                queue.extend(jobs)
+                self._ready.notify(len(jobs))
+                return
+        self._drop(jobs, failure)
 
-    def _do(self, job: _Job, bounce: Place) -> None:
-        if job.rows is None:
-            first = round_down(job.place_offset, PAGE)
-            self._read_aligned(job.extent, job.place.view[first : first + _aligned_bytes(job.extent)])
-            job.handle.job_read()
-            return
-        self._read_aligned(job.extent, bounce.view[: _aligned_bytes(job.extent)])
-        job.handle.job_read()
-        assert self._repack is not None
-        source = bounce.address + job.extent.offset % PAGE
-        num_rows = job.extent.num_bytes // job.rows.row_bytes
-        self._repack(job.rows, num_rows, source, job.place.address + job.place_offset)
+    def _poison(self, failure: BaseException) -> None:
+        """Keep the first failure and end every queued job with it."""
+        with self._ready:
+            self._failure = self._failure or failure.with_traceback(None)
+            failure = self._failure
+            dropped = [*self._urgent, *self._jobs]
+            self._urgent.clear()
+            self._jobs.clear()
+        self._drop(dropped, failure)
 
-    def _read_aligned(self, extent: Extent, view: memoryview) -> None:
-        first = round_down(extent.offset, PAGE)
-        self._files[extent.file_idx].read(view, first, extent.end - first)
+    def _drop(self, jobs: Sequence[_ReadJob | _CopyJob], failure: BaseException) -> None:
+        for job in jobs:
+            job.handle.end_chunk(self._clock.now(), failure)
+
+    def _work(self, worker: _Worker) -> None:
+        try:
+            while self._serve_one(worker):
+                pass
+        finally:
+            self._leave()
+
+    def _serve_one(self, worker: _Worker) -> bool:
+        """Wait for a job and do it. False when the transfer was closed. Keeps no reference to a place in between."""
+        job = self._next_job()
+        if job is None:
+            return False
+        worker.handle = job.handle
+        job.handle.begin_chunk(self._clock.now())
+        error: BaseException | None = None
+        try:
+            self._move(job, worker)
+        except PipoError as failure:
+            error = failure
+            self._poison(failure)
+        except BaseException as failure:  # our own bug; whoever waits must hear of it all the same
+            error = failure
+            self._poison(failure)
+            raise
+        finally:
+            worker.handle = None
+            job.handle.end_chunk(self._clock.now(), error)
+        return True
+
+    def _next_job(self) -> _ReadJob | _CopyJob | None:
+        with self._ready:
+            while not (self._urgent or self._jobs or self._is_closed):
+                self._ready.wait()
+            if self._is_closed:
+                return None
+            return (self._urgent or self._jobs).popleft()
+
+    def _leave(self) -> None:
+        """The last worker out gives files and buffers back: never while a read is under way."""
+        with self._ready:
+            self._num_working -= 1
+            is_last = not self._num_working
+        if is_last:
+            self._resources.close()
+            self._all_left.set()
+
+    def _move(self, job: _ReadJob | _CopyJob, worker: _Worker) -> None:
+        """Read the job's bytes, then repack them where that is wanted."""
+        begin = self._clock.now()
+        read_bytes = self._read(job, worker.bounce)
+        was_read = self._clock.now()
+        job.handle.end_read(read_bytes, was_read)
+        self._tracer.zone(worker.row, job.handle.label, begin, was_read)
+        if isinstance(job, _ReadJob) and isinstance(job.chunk, RepackChunk):
+            self._repack_chunk(job.chunk, worker.bounce, job.place)
+            self._tracer.zone(worker.row, f"repack {job.handle.label}", was_read, self._clock.now())
+
+    def _read(self, job: _ReadJob | _CopyJob, bounce: Place) -> int:
+        """Returns the bytes that came from the drive."""
+        if isinstance(job, _CopyJob):
+            return sum(self._copy(copy, job.out, bounce) for copy in job.copies)
+        chunk = job.chunk
+        if isinstance(chunk, PlainChunk):
+            return self._read_span(chunk.span, job.place.view[chunk.place_offset :])
+        return self._read_span(chunk.span, bounce.view)
+
+    def _copy(self, copy: RowCopy, out: memoryview, bounce: Place) -> int:
+        read_bytes = self._read_span(copy.span, bounce.view)
+        out_stop, stop = copy.out_offset + copy.num_bytes, copy.skip_bytes + copy.num_bytes
+        out[copy.out_offset : out_stop] = bounce.view[copy.skip_bytes : stop]
+        return read_bytes
+
+    def _read_span(self, span: Span, target: memoryview) -> int:
+        return self._files[span.file_idx].read(target[: span.num_bytes], span.offset, span.needed_bytes)
+
+    def _repack_chunk(self, chunk: RepackChunk, bounce: Place, place: Place) -> None:
+        assert self._repack is not None, "a layout with repacked tensors needs a repack function"
+        source, target = bounce.address + chunk.skip_bytes, place.address + chunk.place_offset
+        self._repack(chunk.rows, chunk.num_rows, source, target)
 
 
-def _aligned_bytes(extent: Extent) -> int:
-    """Bytes of the whole pages an extent touches."""
-    return round_up(extent.end, PAGE) - round_down(extent.offset, PAGE)
+def _opened(path: Path, settings: DriveSettings, preadv: Preadv, resources: ExitStack) -> UncachedFile:
+    file = UncachedFile(path, direct=settings.direct, preadv=preadv)
+    resources.callback(file.close)
+    return file

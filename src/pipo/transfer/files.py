@@ -1,4 +1,4 @@
-"""Model files opened past the page cache: direct where it works, buffered and dropped again where it does not."""
+"""Model files opened past the page cache, and reads that end with all the bytes or a typed error."""
 
 from __future__ import annotations
 
@@ -6,122 +6,170 @@ import errno
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from pipo.base.errors import FileChanged, ModelNotFound, ReadFailed, UnexpectedEof
+from pipo.base.errors import FileChanged, ReadFailed, TransferError, UnexpectedEof
 from pipo.base.units import round_down
+
+if sys.platform == "darwin":
+    import fcntl
 
 log = logging.getLogger(__name__)
 
-PAGE = 4096
-_F_NOCACHE = 48  # macOS fcntl
-Preadv = Callable[[int, Sequence[memoryview], int], int]
+ALIGNMENT = 4096  # of offsets, lengths and addresses; a multiple of every drive's logical block in use
+_MAX_STALLS = 4  # reads in a row that return less than a block from the middle of a file
+
+Preadv = Callable[[int, Sequence[memoryview], int], int]  # os.preadv, or a faulty one in tests
+
+
+class Identity(NamedTuple):
+    """What tells one version of a file from another without reading it."""
+
+    device: int
+    inode: int
+    num_bytes: int
+    mtime_ns: int
 
 
 class UncachedFile:
-    """One open file. Threads: any number of readers."""
+    """One file open for reading: directly where the file system allows it, else through the page cache, which is
+    emptied behind each read. Threads: `read` from any.
+    """
 
-    def __init__(self, path: Path, *, direct: bool, preadv: Preadv) -> None:
+    def __init__(self, path: Path, *, direct: bool = True, preadv: Preadv = os.preadv) -> None:
+        """Raises ReadFailed when the file cannot be opened."""
         self.path = path
+        self.is_direct = False
         self._preadv = preadv
-        self._identity = _identity(os.stat(_existing(path)))
-        self.is_direct = direct
-        self._buffered_fd = -1
+        self._lock = threading.Lock()
+        self._fds: list[int] = []  # the last one serves; one that was given up may still be inside a read
         try:
-            self._fd = self._open_direct() if direct else self._open_buffered()
+            self._open(direct)
         except OSError as error:
-            if not direct or error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise ReadFailed(
-                    f"cannot open: {error.strerror}", path=str(path), offset=0, wanted_bytes=0, got_bytes=0
-                ) from error
-            self._fall_back(error)
+            raise self._error(ReadFailed, f"cannot open ({_name_of(error)})", 0, 0, 0) from error
+        self.identity = _identify(os.fstat(self._fds[0]))
 
-    @property
-    def num_bytes(self) -> int:
-        return self._identity[2]
+    def read(self, view: memoryview, offset: int, needed_bytes: int) -> int:
+        """Fill `view` from `offset`; both must be aligned. Returns the bytes read, at least `needed_bytes`.
 
-    def read(self, view: memoryview, offset: int, useful_bytes: int) -> None:
-        """Fill `view` from `offset` until at least `useful_bytes` have arrived.
-
-        `offset`, the view's address and its length are whole pages; the rest of the view beyond `useful_bytes` may
-        or may not be filled. Raises UnexpectedEof, ReadFailed.
+        The file may end between `needed_bytes` and the end of the view. Raises ReadFailed, UnexpectedEof.
         """
-        got = 0
-        while got < useful_bytes:
-            done = self._read_some(view[got:], offset + got, offset, useful_bytes, got)
-            got += done
-            if got < useful_bytes:
-                got = round_down(got, PAGE)  # a direct read goes on from a page border
-                if done == 0 or (done < PAGE and offset + got + done >= self.num_bytes):
-                    raise UnexpectedEof(
-                        "the file ends early", path=str(self.path), offset=offset, wanted_bytes=useful_bytes,
-                        got_bytes=got + done, hint="the file is truncated: fetch it again",
-                    )  # fmt: skip
+        done = total = stalls = 0
+        while True:
+            got = self._read_once(view[done:] if done else view, offset + done, needed_bytes - done)
+            total += got
+            if done + got >= needed_bytes:
+                break
+            if not got or offset + done + got >= self._size_now():
+                raise self._error(UnexpectedEof, "the file ends too early", offset, needed_bytes, done + got)
+            # a direct read can only go on from a whole block
+            step = round_down(got, ALIGNMENT) if self.is_direct else got
+            stalls = 0 if step else stalls + 1
+            if stalls == _MAX_STALLS:
+                raise self._error(ReadFailed, "the drive returns too little", offset, needed_bytes, done + got)
+            done += step
         if not self.is_direct:
-            _drop(self._fd, offset, got)
+            _drop_cached(self._fds[-1], offset, len(view))
+        return total
 
-    def check(self, *, by_path: bool = False) -> None:
-        """Raises FileChanged when this is no longer the file that was opened."""
+    def check_unchanged(self) -> None:
+        """Raises FileChanged when the open file was written to or cut. Cost: one fstat, about 1 µs."""
+        self._compare(_identify(os.fstat(self._fds[0])))
+
+    def check_path(self) -> None:
+        """Raises FileChanged when the path now names another file, or none."""
         try:
-            now = _identity(os.stat(self.path) if by_path else os.fstat(self._fd))
-        except OSError:
-            now = (0, 0, 0, 0)
-        if now != self._identity:
-            raise FileChanged(
-                "the model file changed while it was in use", path=str(self.path), offset=0,
-                wanted_bytes=self._identity[2], got_bytes=now[2], hint="start again with the new file",
-            )  # fmt: skip
+            found = _identify(self.path.stat())
+        except OSError as error:
+            raise self._error(FileChanged, "the file is gone", 0, self.identity.num_bytes, 0) from error
+        self._compare(found)
 
     def close(self) -> None:
-        os.close(self._fd)
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
 
-    def _read_some(self, view: memoryview, at: int, offset: int, useful_bytes: int, got: int) -> int:
+    def _open(self, direct: bool) -> None:
+        if direct:
+            try:
+                self._fds.append(_open_uncached(self.path))
+                self.is_direct = True
+                return
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._log_fallback("refused at open")
+        self._fds.append(_open_buffered(self.path))
+
+    def _read_once(self, view: memoryview, offset: int, needed_bytes: int) -> int:
+        was_direct, fd = self.is_direct, self._fds[-1]
         try:
-            return self._preadv(self._fd, [view], at)
+            return self._preadv(fd, [view], offset)
         except OSError as error:
-            if self.is_direct and error.errno == errno.EINVAL:
-                self._fall_back(error)
-                return self._read_some(view, at, offset, useful_bytes, got)
-            raise ReadFailed(
-                f"read failed ({error.strerror})", path=str(self.path), offset=offset, wanted_bytes=useful_bytes,
-                got_bytes=got, hint="the drive or file system reported an error; see the system log",
-            ) from error  # fmt: skip
+            if not was_direct or error.errno != errno.EINVAL:
+                # without traceback: its frames would keep the place's memory alive as long as the error
+                cause = error.with_traceback(None)
+                raise self._error(ReadFailed, f"cannot read ({_name_of(error)})", offset, needed_bytes, 0) from cause
+        self._fall_back()
+        return self._read_once(view, offset, needed_bytes)
 
-    def _open_direct(self) -> int:
-        if sys.platform == "darwin":
-            import fcntl
+    def _fall_back(self) -> None:
+        """Some file systems accept O_DIRECT at open and refuse it at the first read."""
+        with self._lock:
+            if self.is_direct:
+                self._log_fallback("refused at the first read")
+                self._fds.append(_open_buffered(self.path))
+                self.is_direct = False
 
-            fd = os.open(self.path, os.O_RDONLY)
-            fcntl.fcntl(fd, _F_NOCACHE, 1)
-            return fd
-        if not hasattr(os, "O_DIRECT"):
-            raise OSError(errno.ENOTSUP, "this system has no direct reads")
-        return os.open(self.path, os.O_RDONLY | os.O_DIRECT)
+    def _log_fallback(self, reason: str) -> None:
+        log.warning("file=%s direct_io=off reason=%s", self.path, reason)
 
-    def _open_buffered(self) -> int:
-        fd = os.open(self.path, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # our reads are large and planned: no read-ahead
+    def _size_now(self) -> int:
+        return os.fstat(self._fds[0]).st_size
+
+    def _compare(self, found: Identity) -> None:
+        if found != self.identity:
+            wanted, got = self.identity.num_bytes, found.num_bytes
+            raise self._error(FileChanged, "the file was changed while in use", 0, wanted, got)
+
+    def _error(
+        self, kind: type[TransferError], message: str, offset: int, wanted_bytes: int, got_bytes: int
+    ) -> TransferError:
+        hint = "leave the file alone and start again" if kind is FileChanged else None
+        path = str(self.path)
+        return kind(message, path=path, offset=offset, wanted_bytes=wanted_bytes, got_bytes=got_bytes, hint=hint)
+
+
+def _open_uncached(path: Path) -> int:
+    """A descriptor whose reads leave nothing in the page cache. Raises OSError EINVAL where there is no such thing."""
+    if sys.platform == "linux":
+        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+    if sys.platform == "darwin":
+        fd = os.open(path, os.O_RDONLY)
+        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
         return fd
-
-    def _fall_back(self, error: OSError) -> None:
-        """From direct to buffered reads, said once per file. The old descriptor stays open for reads in flight."""
-        self._buffered_fd = self._fd = self._open_buffered()
-        self.is_direct = False
-        log.warning("direct reads refused, using buffered ones path=%s reason=%r", self.path, error.strerror)
+    raise OSError(errno.EINVAL, "no direct reads on this platform")
 
 
-def _drop(fd: int, offset: int, num_bytes: int) -> None:
-    if hasattr(os, "posix_fadvise"):
+def _open_buffered(path: Path) -> int:
+    fd = os.open(path, os.O_RDONLY)
+    if sys.platform == "linux":
+        # no read-ahead: what it brings in beyond a read would stay in the page cache
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    return fd
+
+
+def _drop_cached(fd: int, offset: int, num_bytes: int) -> None:
+    if sys.platform == "linux":
         os.posix_fadvise(fd, offset, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise ModelNotFound(f"{path}: no such file")
-    return path
+def _identify(status: os.stat_result) -> Identity:
+    return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+def _name_of(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, str(error))

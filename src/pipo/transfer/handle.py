@@ -66,8 +66,9 @@ class Handle:
         with self._lock:
             if not self._done.is_set():
                 self._error = self._error or error
-                self._finish(now_s)
+            self._finish(now_s)
 
     def _finish(self, now_s: float) -> None:
-        self.finished_s = now_s
-        self._done.set()
+        if not self._done.is_set():  # else it was abandoned, and the stuck read came back after all
+            self.finished_s = now_s
+            self._done.set()
