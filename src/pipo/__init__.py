@@ -1,1 +1,21 @@
 """pipo: run language models larger than your memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipo.engine import LLM, Engine, load
+    from pipo.generation.request import SamplingParams
+
+__all__ = ["LLM", "Engine", "SamplingParams", "load"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Import the API on first use: `pipo --help` must not load libggml."""
+    if name not in __all__:
+        raise AttributeError(f"module 'pipo' has no attribute {name!r}")
+    from pipo import engine
+
+    return getattr(engine, name)

@@ -7,11 +7,9 @@
 
 from __future__ import annotations
 
-import logging
-import queue
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -20,7 +18,8 @@ import numpy.typing as npt
 
 from pipo.base.clock import RealClock
 from pipo.base.config import EngineConfig
-from pipo.base.errors import Cancelled, OverBudget, UsageError
+from pipo.base.errors import OverBudget, UnsupportedModel, UsageError
+from pipo.base.manifest import Manifest
 from pipo.base.trace import NullTracer, Tracer
 from pipo.base.units import MIB, round_up
 from pipo.compute import ggml
@@ -28,30 +27,28 @@ from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.formats.checkpoint import Checkpoint, open_checkpoint
 from pipo.generation.loop import Generator, Piece, Timing
-from pipo.generation.request import SamplingParams
-from pipo.hardware.drive import DriveRate, drive_rate
-from pipo.hardware.memory import auto_budget_bytes, process_memory, ram_bytes
-from pipo.kvcache.cache import kv_rows_class
+from pipo.generation.request import Completion, FinishReason, Sampled, SamplingParams, Usage
+from pipo.generation.worker import Worker
+from pipo.hardware.budget import ram_bytes
+from pipo.hardware.cache import drive_rates
+from pipo.hardware.drive import QUICK_COMBOS, DriveRate, best_rate, measure_drive
+from pipo.hardware.memory import PeakSampler, process_memory
 from pipo.models.registry import stages_of
 from pipo.pipeline.assembly import Assembly, Blueprint, choose_layouts, demand
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
-from pipo.planner.placement import Demand, Placement, place, smallest_bytes
-from pipo.store.library import resolve_model
+from pipo.planner.placement import Placement, place
 from pipo.text.chat_template import ChatTemplate, Message
-from pipo.text.tokenizer import Tokenizer, build_tokenizer
+from pipo.text.tokenizer import Tokenizer
 from pipo.transfer.disk import DriveSettings
-
-log = logging.getLogger(__name__)
 
 # Anonymous memory of the process once everything is imported and the tokenizer is built, by declaration, so that the
 # smallest budget is the same number on every run; a process that measures more is charged what it measures.
 PROCESS_BYTES = 64 * MIB
-PROCESS_STEP = 4 * MIB
-# a context nobody asked for: the largest power of two whose keys and values take at most this share of the budget
-KV_SHARE = 4
-NARROW_DRIVE = DriveSettings(chunk_bytes=MIB, num_workers=4, direct=True)
+PROCESS_STEP = 8 * MIB
+KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget for its keys and values
 WIDE_SHARE = 16  # the transfer's own buffers may take this fraction of the budget
+NARROW_DRIVE = DriveSettings(chunk_bytes=MIB // 2, num_workers=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +58,14 @@ class Plan:
     placement: Placement
     context_tokens: int
     limit_bytes: int
-    layout_types: tuple[str, ...]  # types kept in repacked layout
+    weight_bytes: int  # of all stages
+    repacked_types: tuple[str, ...]
     drive: DriveRate
-    num_units: int
+    blueprint: Blueprint = field(repr=False)
 
     @property
-    def num_resident(self) -> int:
-        return sum(self.placement.resident)
+    def is_streaming(self) -> bool:
+        return self.placement.streamed_bytes > 0
 
     @property
     def pass_floor_s(self) -> float:
@@ -77,7 +75,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the last request cost."""
+    """What the last request cost. `prefill` and `decode` count their own passes."""
 
     timing: Timing
     prefill: PassStats
@@ -85,20 +83,294 @@ class Report:
     num_generated: int
     peak_anonymous_bytes: int
 
+    @property
+    def tokens_per_s(self) -> float:
+        """Of decode: passes after the first token. 0 when there were none."""
+        return self.decode.num_passes / self.decode.wall_s if self.decode.wall_s else 0.0
+
 
 class ModelFile:
-    """A model's header and tokenizer: cheap, no weights. What is needed to count a prompt before planning for it."""
+    """A model's header and tokenizer, without weights: what is needed to count a prompt before planning for it.
+
+    Raises ModelNotFound, MalformedFile, UnsupportedModel.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoint: Checkpoint = open_checkpoint(path)
-        self.stages = stages_of(self.checkpoint.manifest)
-        self.tokenizer: Tokenizer = build_tokenizer(self.checkpoint.metadata)
+        self.stages = stages_of(self.manifest)
+        self.tokenizer = Tokenizer.from_metadata(self.checkpoint.metadata)
+        if self.tokenizer.vocab_size > self.manifest.hyper.vocab_size:
+            raise UnsupportedModel(
+                f"{self.manifest.name}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
+                f"{self.manifest.hyper.vocab_size}"
+            )
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
-        """The prompt of a conversation. Raises UsageError when the model has no chat template."""
-        source = self.checkpoint.metadata.chat_template
-        return ChatTemplate(source, self.tokenizer.bos_token, self.tokenizer.eos_token).render(messages)
+    @property
+    def manifest(self) -> Manifest:
+        return self.checkpoint.manifest
 
-    def encode(self, prompt: str) -> list[int]:
-        return self.tokenizer.encode(prompt, add_special=True, parse_special=True)
+    def encode(self, prompt: str, *, parse_special: bool = True) -> list[int]:
+        """Token ids of plain text. Special-token text in it is read as such, as llama.cpp's tools do."""
+        return self.tokenizer.encode(prompt, add_special=True, parse_special=parse_special)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation. Raises UsageError when the model has no chat template."""
+        ids = self.tokenizer.special_ids
+        names = [None if i is None else self.tokenizer.token_text(i) for i in (ids.bos, ids.eos)]
+        template = ChatTemplate.from_metadata(self.checkpoint.metadata, names[0], names[1])
+        return self.tokenizer.encode_chat(template.render(messages))
+
+
+class Engine:
+    """One model inside one budget. `load` opens and starts one; close it, or use it as a context manager.
+
+    Computation runs on a thread of its own. Threads: one request at a time; `cancel` from any thread.
+    """
+
+    def __init__(self, model: ModelFile, config: EngineConfig) -> None:
+        self.model = model
+        self.config = config
+        self.tracer = Tracer() if config.trace else NullTracer()
+        self.plan: Plan | None = None
+        self.report: Report | None = None
+        self.seconds_per_pass = 0.0  # predicted; known after `start`
+        self._clock = RealClock()
+        self._lib = ggml.load()
+        self._check_types()
+        self._backend = CpuBackend(self._lib, config.num_threads)
+        self._compute = Compute(self._lib, self._backend, RepackBuffer.find(self._lib))
+        self._drive = _drive_rate(model.manifest.files, ram_bytes(config.ram))
+        self._peak = PeakSampler()
+        self._assembly: Assembly | None = None
+        self._generator: Generator | None = None
+        self._worker = Worker(self._backend.abort.set, self._backend.abort.clear)
+
+    def make_plan(self, context_tokens: int | None = None) -> Plan:
+        """Decide who lives where, without taking memory.
+
+        The context (this, else the config's, else the roomiest that fits) bounds prompt plus answer.
+        Raises OverBudget naming the smallest `--ram` that works; UsageError for a context the model was not made for.
+        """
+        limit = ram_bytes(self.config.ram)
+        context = context_tokens or self.config.context_tokens
+        trained = self.model.manifest.hyper.context_tokens
+        if context is not None and context > trained:
+            raise UsageError(
+                f"a context of {context} tokens exceeds the {trained} the model was trained for",
+                hint=f"-c {trained} is the most",
+            )
+        return self._plan_at(context or self._roomiest_context(limit, trained), limit)
+
+    def start(self, plan: Plan) -> None:
+        """Take the memory of a plan and begin to answer. Raises OverBudget, TransferError."""
+        assert self._assembly is None, "an engine starts once"
+        self.plan = plan
+        self._assembly = Assembly(
+            plan.blueprint, plan.placement, plan.context_tokens, plan.limit_bytes, self._clock, self.tracer
+        )
+        forward = self._assembly.forward
+        self._generator = Generator(forward, self.model.manifest.hyper.vocab_size, plan.context_tokens, self._clock)
+        compute_s = self._assembly.measure_compute_s(plan.weight_bytes)
+        self.seconds_per_pass = max(plan.pass_floor_s, compute_s)
+
+    def generate(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
+        """The answer to plain text, piece by piece, no chat template."""
+        return (p.text for p in self.stream(self.model.encode(prompt), params) if p.text)
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
+        """The answer to a conversation, piece by piece. Earlier turns still in the KV cache are not computed again."""
+        return (p.text for p in self.stream(self.model.encode_chat(messages), params) if p.text)
+
+    def complete(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Completion:
+        """The whole answer at once."""
+        pieces = list(self.stream(prompt, params))
+        tokens = tuple(p.token for p in pieces if p.token is not None)
+        finish = pieces[-1].finish or FinishReason.CANCELLED
+        assert self.report is not None
+        usage = Usage(len(prompt), len(tokens), self.report.timing.cached_tokens)
+        return Completion("".join(p.text for p in pieces), tokens, finish, usage)
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        on_prefill: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Iterator[Piece]:
+        """Tokens and text as they are made. Leaving the iterator early stops the computation; the KV cache stays.
+
+        `on_prefill(done, total)` is called on the compute thread. Raises ContextOverflow and UsageError before any
+        work, TransferError and ComputeError when a pass fails, Cancelled after `cancel`.
+        """
+        generator = self._running()
+        settings = params or SamplingParams()
+        generator.check(prompt, settings)
+        return self._worker.stream(lambda: self._answer(generator, list(prompt), settings, on_prefill))
+
+    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """(tokens, vocabulary) at every position, computed afresh in chunks of `config.max_outputs`."""
+        generator = self._running()
+        generator.check(token_ids, SamplingParams(max_tokens=1))
+        chunk = min(self.config.max_outputs, generator.max_chunk)
+        parts = self._worker.stream(lambda: (part.copy() for part in generator.logits(token_ids, chunk)))
+        return np.concatenate(list(parts))
+
+    def cancel(self) -> None:
+        """Stop what is being computed; whoever iterates over it gets Cancelled."""
+        self._backend.abort.set()
+
+    @property
+    def ledger_breakdown(self) -> dict[str, int]:
+        return {} if self._assembly is None else self._assembly.ledger.breakdown()
+
+    def close(self) -> None:
+        """Stop, and give every byte back. Closing again does nothing."""
+        self._worker.close()
+        if self._assembly is not None:
+            self._assembly.close()
+            self._assembly = self._generator = None
+        self._compute.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _running(self) -> Generator:
+        if self._generator is None:
+            raise UsageError("the engine is not running", hint="use pipo.load(...), or start a plan first")
+        return self._generator
+
+    def _answer(
+        self,
+        generator: Generator,
+        prompt: list[int],
+        params: SamplingParams,
+        on_prefill: Callable[[int, int], None],
+    ) -> Iterator[Piece]:
+        """On the compute thread: generate, and keep the accounts of prefill and decode apart."""
+        assert self._assembly is not None
+        forward = self._assembly.forward
+        forward.take_stats()
+        detokenizer = self.model.tokenizer.detokenizer(prompt)
+        prefill: PassStats | None = None
+        num_generated = 0
+        try:
+            pieces = generator.generate(prompt, params, self.model.tokenizer.end_ids, detokenizer, on_prefill)
+            for piece in pieces:
+                prefill = prefill or forward.take_stats()
+                num_generated += piece.token is not None
+                self._peak.sample()
+                yield piece
+        finally:
+            self._peak.sample()
+            rest = forward.take_stats()
+            decode = rest if prefill else PassStats()
+            self.report = Report(generator.timing, prefill or rest, decode, num_generated, self._peak.peak_bytes)
+
+    def _roomiest_context(self, limit: int, trained: int) -> int:
+        """The largest power of two whose keys and values take at most a quarter of the budget, 256 at least."""
+        blueprint = self._blueprint(all_resident=False, drive=NARROW_DRIVE)
+        context = min(256, trained)
+        while context * 2 <= trained and blueprint.kv_shape(context * 2).num_bytes * KV_SHARE <= limit:
+            context *= 2
+        return context
+
+    def _plan_at(self, context_tokens: int, limit: int) -> Plan:
+        """Try the faster set-ups first; the last, the narrowest, is the one that names the smallest budget."""
+        wide = self._drive.settings
+        for all_resident, drive in ((True, wide), (False, wide), (True, NARROW_DRIVE)):
+            blueprint = self._blueprint(all_resident, drive)
+            if blueprint.bounce_bytes * WIDE_SHARE > limit and drive is wide:
+                continue
+            placement = self._try(blueprint, context_tokens, limit)
+            if placement is not None and (all(placement.resident) or not all_resident):
+                return self._plan_of(blueprint, placement, context_tokens, limit)
+        blueprint = self._blueprint(False, NARROW_DRIVE)
+        placement = place(demand(blueprint, context_tokens, limit, self._process_bytes()))
+        return self._plan_of(blueprint, placement, context_tokens, limit)
+
+    def _try(self, blueprint: Blueprint, context_tokens: int, limit: int) -> Placement | None:
+        try:
+            return place(demand(blueprint, context_tokens, limit, self._process_bytes()))
+        except OverBudget:
+            return None
+
+    def _blueprint(self, all_resident: bool, drive: DriveSettings) -> Blueprint:
+        layouts = choose_layouts(self.model.stages, self._compute.repack, self.config.layout, all_resident)
+        return Blueprint(self.model.manifest, self.model.stages, layouts, self._compute, self.config, drive)
+
+    def _plan_of(self, blueprint: Blueprint, placement: Placement, context_tokens: int, limit: int) -> Plan:
+        tensors = self.model.manifest.tensors
+        repacked = {tensors[name].type.name for name in blueprint.layouts.repacked}
+        weights = sum(spec.num_bytes for stage in self.model.stages for spec in stage.matrices.values())
+        return Plan(placement, context_tokens, limit, weights, tuple(sorted(repacked)), self._drive, blueprint)
+
+    def _process_bytes(self) -> int:
+        return max(PROCESS_BYTES, round_up(process_memory().anonymous_bytes, PROCESS_STEP))
+
+    def _check_types(self) -> None:
+        for spec in self.model.manifest.tensors.values():
+            if not self._lib.computes(spec.type):
+                raise UnsupportedModel(
+                    f"{self.model.manifest.name}: {spec.name} is {spec.type.name}, which libggml "
+                    f"{self._lib.version_text} does not compute",
+                    hint="pip install 'pipo[native]' brings a newer libggml",
+                )
+
+
+def _drive_rate(files: Sequence[Path], limit_bytes: int) -> DriveRate:
+    """The best way to read this drive, measured at first use with buffers that are small beside the budget."""
+    affordable = [c for c in QUICK_COMBOS if 2 * c.chunk_bytes * c.num_workers * WIDE_SHARE <= limit_bytes]
+    rates = drive_rates(files, measure=partial(measure_drive, combos=affordable or QUICK_COMBOS[:1]))
+    return best_rate(rates)
+
+
+def load(model: str | Path, ram: str = "auto", **settings: object) -> Engine:
+    """Open a model (a path, or a name that `pipo list` shows) inside a budget, ready to answer.
+
+    `settings` are the other fields of EngineConfig. Raises PipoError's children.
+    """
+    from pipo.base.config import resolve_config
+    from pipo.store.library import resolve_model
+
+    config = resolve_config({"ram": ram, **settings}, {})
+    engine = Engine(ModelFile(resolve_model(str(model))), config)
+    try:
+        engine.start(engine.make_plan())
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+class LLM:
+    """Offline answers to many prompts: `LLM(model, ram="4GB").generate(prompts, SamplingParams(...))`.
+
+    Answers one prompt after another; prompts that begin alike share the keys and values of what they share.
+    """
+
+    def __init__(self, model: str | Path, ram: str = "auto", **settings: object) -> None:
+        self.engine = load(model, ram, **settings)
+
+    def generate(self, prompts: Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
+        return [self.engine.complete(self.engine.model.encode(prompt), params) for prompt in prompts]
+
+    def chat(
+        self, conversations: Sequence[Sequence[Message]], params: SamplingParams | None = None
+    ) -> list[Completion]:
+        return [self.engine.complete(self.engine.model.encode_chat(c), params) for c in conversations]
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

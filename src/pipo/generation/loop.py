@@ -62,6 +62,10 @@ class Generator:
         self.context_tokens = context_tokens
         self.timing = Timing(0, 0, 0.0)
 
+    @property
+    def max_chunk(self) -> int:
+        return self._forward.max_tokens
+
     def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """Tokens the answer may have. Raises UsageError, ContextOverflow: nothing is ever cut."""
         if not prompt:
@@ -96,7 +100,7 @@ class Generator:
         begin = self._clock.now()
         logits = self._prefill(prompt, on_prefill)
         for num_done in range(1, max_tokens + 1):
-            sampled = sampler.sample(logits[-1], [*self._stored])
+            sampled = sampler.sample(logits[-1], self._stored)
             if num_done == 1:
                 self.timing = Timing(self.timing.prefill_tokens, self.timing.cached_tokens, self._clock.now() - begin)
             if sampled.token_id in end_ids and not params.ignore_eos:

@@ -17,7 +17,7 @@ from pipo.base.units import round_up
 from pipo.compute.dequantise import Dequantiser
 from pipo.compute.repack import RepackBuffer
 from pipo.kvcache.cache import CACHE_TYPES, KvCache, KvShape, kv_rows_class, kv_shape
-from pipo.models.stage import ShapeClass, Stage
+from pipo.models.stage import ShapeClass, Stage, StageKind
 from pipo.pipeline.buffers import BufferShape, PassBuffers
 from pipo.pipeline.embedding import Embedding
 from pipo.pipeline.executor import Executor
@@ -66,7 +66,7 @@ class Blueprint:
     @property
     def bounce_bytes(self) -> int:
         """Read buffers of the transfer workers: for rows on their way through repacking, and for embeddings."""
-        return self.drive.num_workers * (self.drive.chunk_bytes + 2 * PAGE)
+        return round_up(self.drive.bounce_bytes(repacks=bool(self.layouts.repacked)), PAGE)
 
 
 def choose_layouts(
@@ -159,7 +159,8 @@ class Assembly:
         stages = self._stages(blueprint, placement)
         units = make_units(stages, blueprint.layouts)
         transfer = self._transfer(blueprint, clock, tracer)
-        homes, slots, residency = self._places(units, stages, blueprint, placement)
+        homes, slots, residency = self._places(units, placement)
+        self._stage_list, self._units, self._homes, self._slots = stages, units, homes, slots
         executor = Executor(
             units, homes, slots, residency, transfer, clock, tracer, lambda: blueprint.compute.backend.abort.is_set
         )
@@ -177,6 +178,16 @@ class Assembly:
             SCHEDULES[blueprint.config.schedule],
         )
         return transfer, forward
+
+    def measure_compute_s(self, weight_bytes: int) -> float:
+        """Predicted seconds of compute in a pass of one token: the time of the first MLP, scaled by bytes.
+
+        Reads that unit once more than the first pass will.
+        """
+        unit = next(u for u in self._units if self._stage_list[u.stage_idx].kind is StageKind.MLP)
+        place = self._homes.get(unit.unit_id) or self._slots[SlotId(len(self._slots) - 1)]
+        self.transfer.submit(unit.layout.reads, place, "calibration").wait()
+        return self.forward.time_stage(unit.stage_idx, place, repeats=3) * weight_bytes / unit.num_bytes
 
     def _stages(self, blueprint: Blueprint, placement: Placement) -> Sequence[Stage]:
         """The head in pieces when it streams, whole when it is resident (the results are the same)."""
@@ -204,13 +215,13 @@ class Assembly:
         return transfer
 
     def _places(
-        self, units: Sequence[Unit], stages: Sequence[Stage], blueprint: Blueprint, placement: Placement
+        self, units: Sequence[Unit], placement: Placement
     ) -> tuple[dict[UnitId, Place], dict[SlotId, Place], Residency]:
         # the planner counted the head as one unit, always the last; its pieces share its fate
         last = len(placement.resident) - 1
         resident = [u for u in units if placement.resident[min(u.unit_id, last)]]
         streamed = [u for u in units if not placement.resident[min(u.unit_id, last)]]
-        homes = self._homes(resident)
+        homes = self._make_homes(resident)
         slots: dict[SlotId, Place] = {}
         free: list[deque[SlotId]] = []
         for slot_class in placement.slots:
@@ -221,7 +232,7 @@ class Assembly:
         classes = {u.unit_id: placement.slot_class[min(u.unit_id, last)] for u in streamed}
         return homes, slots, Residency(classes, free, {u.unit_id for u in resident})
 
-    def _homes(self, resident: Sequence[Unit]) -> dict[UnitId, Place]:
+    def _make_homes(self, resident: Sequence[Unit]) -> dict[UnitId, Place]:
         places = self._split("resident weights", [u.layout.num_bytes for u in resident])
         return {u.unit_id: place for u, place in zip(resident, places, strict=True)}
 

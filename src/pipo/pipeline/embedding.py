@@ -34,7 +34,7 @@ class Embedding:
         """out (tokens, hidden_size). The caller vouches for the range of the ids."""
         distinct, inverse = np.unique(np.asarray(token_ids), return_inverse=True)
         used = len(distinct) * self._row_bytes
-        self._reader.read_rows([self._extent(int(token)) for token in distinct], memoryview(self._raw)[:used])
+        self._reader.read_rows([self._extent(int(token)) for token in distinct], self._raw.data[:used])
         base, hidden_size = self._raw.ctypes.data, self._table.shape[0]
         for i, row in enumerate(inverse):
             self._dequantiser.convert(base + int(row) * self._row_bytes, out[i].ctypes.data, hidden_size)

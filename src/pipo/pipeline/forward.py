@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,9 +60,10 @@ class Forward:
         self._all_units = [need.unit_id for need in self._all_needs if need.unit_id is not None]
         self._shape = ShapeClass(1, 1, 1, cache.shape.type_k, cache.shape.type_v)
 
-    @property
-    def stats(self) -> PassStats:
-        return self._executor.stats
+    def take_stats(self) -> PassStats:
+        """The counters since they were last taken."""
+        stats, self._executor.stats = self._executor.stats, PassStats()
+        return stats
 
     @property
     def max_tokens(self) -> int:
@@ -88,9 +90,19 @@ class Forward:
         needs = self._all_needs if outputs else self._body_needs
         steps = self._schedule(needs, self._all_units, self._executor.residency.copy())
         self._executor.run(steps, self._compute_stage)
-        self.stats.num_tokens += num_tokens
+        self._executor.stats.num_tokens += num_tokens
         pieces = [(p.start, p.stop) for p in self._pieces.values()]
         return self._buffers.logits(pieces, num_outputs) if outputs else np.empty((0, 0), np.float32)
+
+    def time_stage(self, stage_idx: int, place: Place, repeats: int) -> float:
+        """Seconds one stage takes for one token: the best of `repeats`, on whatever the buffers hold."""
+        self._shape = ShapeClass(1, kv_rows_class(1), 1, self._cache.shape.type_k, self._cache.shape.type_v)
+        seconds = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            self._compute_stage(stage_idx, place)
+            seconds.append(time.perf_counter() - begin)
+        return min(seconds)
 
     def _compute_stage(self, stage_idx: int, place: Place | None) -> None:
         stage = self._model.stages[stage_idx]

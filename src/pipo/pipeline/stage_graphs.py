@@ -26,6 +26,11 @@ class Compute:
     backend: CpuBackend
     repack: RepackBuffer | None
 
+    def close(self) -> None:
+        self.backend.close()
+        if self.repack is not None:
+            self.repack.close()
+
 
 class StageGraphs:
     """`get` gives the graph of a stage for a shape class; equal stages share one. Threads: one."""

@@ -1,10 +1,11 @@
 r"""How text is cut into words before BPE merges letters: one entry for each name GGUF files carry.
 
 GGUF names a model's pre-tokenizer (`tokenizer.ggml.pre`) instead of spelling its regular expressions out. The
-expressions here are those of the models' own `tokenizer.json`. llama.cpp approximates some of them, because
-`std::regex` has neither Unicode letter case nor look-behind; it differs for `_CASED_WORDS` (case and combining marks
-outside ASCII) and `tiny_aya` (digits that touch letters). Where both are equivalent we match llama.cpp's ids, which
-`tests/parity` shows. Unicode normalisation (Qwen: NFC) is not in GGUF; like llama.cpp, we do none.
+expressions here are those of the models' own `tokenizer.json`. llama.cpp approximates some of them, and there our ids are the
+model's, not llama.cpp's: letter case and combining marks outside ASCII (gpt-4o, tekken, …; in ASCII too for kimi-k2,
+youtu, tiny_aya), white space outside ASCII (deepseek-llm, deepseek-coder), what stands before numbers (afmoe,
+tiny_aya). `tests/parity` shows that all else is equal. Unicode normalisation (Qwen: NFC) is not in GGUF; like
+llama.cpp, we do none.
 
 Source: llama.cpp `src/llama-vocab.cpp`. Syntax: Oniguruma. Cost: every expression is linear in the text; those for
 digits are not written as published, with a look-ahead to the end of the number, which is quadratic.
@@ -246,7 +247,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = _by_name(
     (["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"], _GPT4O_WORDS),
     (["granite-embed-multi-97m"], replace(_GPT4O_WORDS, ignores_merges=True)),
     (["tiny_aya", "cohere2moe"], _TINY_AYA),
-    (["superbpe"], PreTokenizer(_threes_from_end(r"\p{N}+", r"\d"))),
+    (["superbpe"], PreTokenizer((r"\p{N}+", *_threes_from_end(r"\d+", r"\d")))),
     (["kimi-k2"], PreTokenizer((_KIMI,))),
     (["gemma4", "granite-embed-multi-311m"], _GEMMA4),
     (["sarvam-moe"], _MARKED_SPACES),

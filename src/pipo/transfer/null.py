@@ -22,6 +22,7 @@ from pipo.transfer.disk import Repack
 from pipo.transfer.files import ALIGNMENT, Preadv
 from pipo.transfer.handle import Handle
 
+_TICK_S = 1e-6  # waiting must outlast rounding
 _NOT_THERE_YET = b"\xa5"  # what a place holds until its bytes arrive
 
 
@@ -119,18 +120,20 @@ class NullTransfer:
 
     def advance(self) -> None:
         """Deliver what is due by now, in the order of arrival."""
-        due = [h for h in self._pending if h.arrival.ready_s <= self.clock.now()]
-        for handle in sorted(due, key=lambda h: h.arrival.ready_s):
-            if handle.arrival.will_fail and self._failure is None:
+        while self._failure is None and (handle := self._next_due()) is not None:
+            if handle.arrival.will_fail:
                 self._failure = _read_failed(handle)
-            if self._failure is None:
+            else:
+                self._pending.remove(handle)
                 self._deliver(handle)
         if self._failure is not None:
-            due, now_s = list(self._pending), self.clock.now()
-            for handle in due:
-                if not handle.was_delivered:
-                    handle.end_chunk(now_s, self._failure)
-        self._pending = [h for h in self._pending if h not in due]
+            for handle in self._pending:
+                handle.end_chunk(self.clock.now(), self._failure)
+            self._pending.clear()
+
+    def _next_due(self) -> _NullHandle | None:
+        due = [h for h in self._pending if h.arrival.ready_s <= self.clock.now()]
+        return min(due, key=lambda h: h.arrival.ready_s, default=None)
 
     def _deliver(self, handle: _NullHandle) -> None:
         arrival = handle.arrival
@@ -142,7 +145,6 @@ class NullTransfer:
                 self._deliver_repacked(read, arrival.place)
         handle.end_read(handle.num_bytes, arrival.ready_s)
         handle.end_chunk(arrival.ready_s)
-        handle.was_delivered = True
 
     def _deliver_pages(self, read: Read, place: Place) -> None:
         """Whole pages, edges included, as direct I/O does."""
@@ -178,7 +180,6 @@ class _NullHandle(Handle):
     def __init__(self, transfer: NullTransfer, label: str, num_bytes: int, arrival: _Arrival) -> None:
         super().__init__(label, num_bytes=num_bytes, num_chunks=1, submitted_s=transfer.clock.now())
         self.arrival = arrival
-        self.was_delivered = False
         self._transfer = transfer
 
     @property
@@ -188,7 +189,7 @@ class _NullHandle(Handle):
 
     def wait(self, timeout_s: float | None = None) -> None:
         if not self.is_done:
-            left_s = self.arrival.ready_s - self._transfer.clock.now()
+            left_s = self.arrival.ready_s - self._transfer.clock.now() + _TICK_S
             self._transfer.clock.sleep(left_s if timeout_s is None else min(left_s, timeout_s))
             self._transfer.advance()
         super().wait(0)

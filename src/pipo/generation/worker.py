@@ -1,0 +1,74 @@
+"""A thread that computes, and iterators that read what it makes from another thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class _End:
+    """Closes a stream, with the error it ended with."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+
+class _Job(Generic[T]):
+    def __init__(self, make: Callable[[], Iterator[T]]) -> None:
+        self.make = make
+        self.out: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
+
+
+class Worker:
+    """Runs one job at a time on its own thread. `interrupt` must make a running job end soon; it may be called from
+    any thread. Threads: `stream` from one thread at a time.
+    """
+
+    def __init__(self, interrupt: Callable[[], None], resume: Callable[[], None]) -> None:
+        self._interrupt = interrupt
+        self._resume = resume
+        self._jobs: queue.SimpleQueue[_Job[object] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self._thread.start()
+
+    def stream(self, make: Callable[[], Iterator[T]]) -> Iterator[T]:
+        """Iterate on this thread over what `make()` yields on the worker's. Leaving early interrupts the job and
+        waits until it has ended, so that the next one finds everything at rest.
+        """
+        job = _Job(make)
+        self._jobs.put(job)  # type: ignore[arg-type]
+        is_over = False
+        try:
+            while True:
+                item = job.out.get()
+                if isinstance(item, _End):
+                    is_over = True
+                    if item.error is not None:
+                        raise item.error
+                    return
+                yield item
+        finally:
+            if not is_over:
+                self._interrupt()
+                while not isinstance(job.out.get(), _End):
+                    pass
+                self._resume()
+
+    def close(self) -> None:
+        self._interrupt()
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            error: BaseException | None = None
+            try:
+                for item in job.make():
+                    job.out.put(item)
+            except BaseException as caught:  # noqa: BLE001 - handed to the thread that waits for it
+                error = caught
+            job.out.put(_End(error))

@@ -1,0 +1,99 @@
+"""Measured rates of drives, kept between runs in `$XDG_CACHE_HOME/pipo/drives.json`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pipo.hardware.drive import DriveRate, measure_drive
+
+log = logging.getLogger(__name__)
+
+Measure = Callable[[Sequence[Path]], tuple[DriveRate, ...]]
+
+
+def cache_file(environment: Mapping[str, str] = os.environ) -> Path:
+    base = environment.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pipo" / "drives.json"
+
+
+def drive_rates(
+    files: Sequence[Path], *, file: Path | None = None, measure: Measure = measure_drive
+) -> tuple[DriveRate, ...]:
+    """Rates of the drive that holds `files`: those of an earlier run, else measured now and kept.
+
+    A cache that is broken or cannot be written costs a measurement and a line in the log, never the run.
+    Raises TransferError.
+    """
+    file = file or cache_file()
+    key = drive_key(files[0])
+    entries = _load(file)
+    if (known := _parse(entries.get(key), file, key)) is not None:
+        return known
+    rates = measure(files)
+    _save(file, {**entries, key: [asdict(rate) for rate in rates]})
+    return rates
+
+
+def drive_key(path: Path) -> str:
+    """Names the file system under a path and the version of pipo, whose code the rates belong to."""
+    return f"{path.stat().st_dev}:{os.statvfs(path).f_fsid:x}:pipo-{_pipo_version()}"
+
+
+def _pipo_version() -> str:
+    try:
+        return version("pipo")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def _load(file: Path) -> dict[str, object]:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning("cache=%s action=measure reason=%s", file, error)
+        return {}
+    if not isinstance(entries, dict):
+        log.warning("cache=%s action=measure reason=not a table", file)
+        return {}
+    return entries
+
+
+def _parse(entry: object, file: Path, key: str) -> tuple[DriveRate, ...] | None:
+    if entry is None:
+        return None
+    try:
+        return _checked(entry)
+    except (TypeError, ValueError) as error:
+        log.warning("cache=%s drive=%s action=measure reason=%s", file, key, error)
+        return None
+
+
+def _checked(entry: object) -> tuple[DriveRate, ...]:
+    """Raises TypeError, ValueError."""
+    if not isinstance(entry, list) or not entry:
+        raise ValueError("wanted a list of rates")
+    rates = tuple(DriveRate(**fields) for fields in entry)
+    for rate in rates:
+        numbers = (rate.chunk_bytes, rate.num_workers, rate.bytes_per_s)
+        if any(isinstance(number, bool) or not isinstance(number, int | float) or number <= 0 for number in numbers):
+            raise ValueError(f"unusable numbers {numbers}")
+    return rates
+
+
+def _save(file: Path, entries: Mapping[str, object]) -> None:
+    """Whole or not at all: written aside, then renamed."""
+    aside = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+        aside.replace(file)
+    except OSError as error:
+        log.warning("cache=%s action=keep nothing reason=%s", file, error)

@@ -1,0 +1,162 @@
+"""How fast the drive under a model delivers, by size of request and number in flight, measured through DiskTransfer."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+
+from pipo.base.clock import Clock, RealClock
+from pipo.base.manifest import Extent, FileIdx
+from pipo.base.trace import NullTracer
+from pipo.base.units import MIB
+from pipo.store.index import PAGE_BYTES, Read
+from pipo.tiers.ledger import Ledger
+from pipo.tiers.ram import Place, SlotPool
+from pipo.transfer.disk import DiskTransfer, DriveSettings
+from pipo.transfer.handle import Handle
+
+ALL_COMBOS = tuple(DriveSettings(chunk * MIB, workers) for workers in (1, 4, 8, 16) for chunk in (1, 4, 16))
+# what a first run can afford in time and memory
+QUICK_COMBOS = tuple(DriveSettings(chunk * MIB, workers) for chunk, workers in ((1, 4), (1, 8), (4, 4), (4, 8)))
+QUICK_S, FULL_S = 1.5, 12.0
+_NUM_ROUNDS = 3
+_NUM_SLOTS = 2  # one is read while the next is queued: the drive never waits at a border
+_SAME_SPEED = 0.97  # of the fastest; what is closer differs by noise
+_MAX_GAP_BYTES = MIB  # between extents that are read as one, to keep requests at their size
+
+
+@dataclass(frozen=True, slots=True)
+class DriveRate:
+    """What one way of reading gave. `direct` says whether the page cache was out of the way."""
+
+    chunk_bytes: int
+    num_workers: int
+    bytes_per_s: float
+    direct: bool
+
+    @property
+    def settings(self) -> DriveSettings:
+        return DriveSettings(self.chunk_bytes, self.num_workers, self.direct)
+
+
+def measure_drive(
+    files: Sequence[Path],
+    extents: Sequence[Extent] | None = None,
+    *,
+    combos: Sequence[DriveSettings] = QUICK_COMBOS,
+    duration_s: float = QUICK_S,
+    clock: Clock | None = None,
+) -> tuple[DriveRate, ...]:
+    """The rate of each combination over `extents` (None: the whole files): the median of interleaved samples.
+
+    A sample goes on where the last one ended, and each round begins with another combination, so that none of them
+    meets more bytes than the others which a cache below already holds.
+    Cost: `duration_s`, more on a drive that needs longer for a sample's last pieces; memory for two pieces of the
+    largest combination, 64 MiB for QUICK_COMBOS and 512 MiB for ALL_COMBOS. Raises TransferError.
+    """
+    walk = _Walk(_whole(files) if extents is None else extents)
+    sample_s = duration_s / (len(combos) * _NUM_ROUNDS)
+    samples: dict[DriveSettings, list[_Sample]] = {combo: [] for combo in combos}
+    largest = max(_piece_bytes(combo) for combo in combos) + 2 * PAGE_BYTES
+    with SlotPool([largest] * _NUM_SLOTS, name="slots", ledger=Ledger(_NUM_SLOTS * largest)) as slots:
+        _touch(slots.places)
+        for round_idx in range(_NUM_ROUNDS):
+            for i in range(len(combos)):
+                combo = combos[(i + round_idx) % len(combos)]
+                sample = _sample(files, walk, combo, slots.places, sample_s, clock or RealClock())
+                samples[combo].append(sample)
+    return tuple(_rate(combo, taken) for combo, taken in samples.items())
+
+
+def best_rate(rates: Sequence[DriveRate]) -> DriveRate:
+    """The fastest; of those as fast but for noise, the one with the fewest bytes in flight."""
+    top = max(rate.bytes_per_s for rate in rates)
+    good = [rate for rate in rates if rate.bytes_per_s >= top * _SAME_SPEED]
+    return min(good, key=lambda rate: rate.chunk_bytes * rate.num_workers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    bytes_per_s: float
+    is_direct: bool
+
+
+class _Walk:
+    """Goes through the extents piece by piece, round and round."""
+
+    def __init__(self, extents: Iterable[Extent]) -> None:
+        regions = _merged(extents)
+        assert regions, "nothing to read"
+        self._regions = cycle(regions)
+        self._left = next(self._regions)
+
+    def next_read(self, max_bytes: int) -> Read:
+        left = self._left
+        piece = Extent(left.file_idx, left.offset, min(max_bytes, left.num_bytes))
+        if piece.num_bytes == left.num_bytes:
+            self._left = next(self._regions)
+        else:
+            self._left = Extent(left.file_idx, piece.end, left.num_bytes - piece.num_bytes)
+        return Read(piece, piece.offset % PAGE_BYTES)
+
+
+def _merged(extents: Iterable[Extent]) -> list[Extent]:
+    merged: list[Extent] = []
+    for extent in sorted(extents, key=lambda e: (e.file_idx, e.offset)):
+        last = merged[-1] if merged else None
+        if last and last.file_idx == extent.file_idx and extent.offset <= last.end + _MAX_GAP_BYTES:
+            merged[-1] = Extent(last.file_idx, last.offset, max(last.end, extent.end) - last.offset)
+        elif extent.num_bytes:
+            merged.append(extent)
+    return merged
+
+
+def _whole(files: Sequence[Path]) -> list[Extent]:
+    return [Extent(FileIdx(i), 0, file.stat().st_size) for i, file in enumerate(files)]
+
+
+def _piece_bytes(combo: DriveSettings) -> int:
+    return combo.chunk_bytes * combo.num_workers
+
+
+def _touch(places: Iterable[Place]) -> None:
+    """Take the pages now, or the first sample pays for them."""
+    for place in places:
+        for offset in range(0, place.num_bytes, PAGE_BYTES):
+            place.view[offset] = 0
+
+
+def _sample(
+    files: Sequence[Path], walk: _Walk, combo: DriveSettings, places: Sequence[Place], seconds: float, clock: Clock
+) -> _Sample:
+    """Read pieces for `seconds`, one piece always waiting behind the one that is read."""
+    ledger = Ledger(combo.bounce_bytes(repacks=False))
+    transfer = DiskTransfer(files, combo, repack=None, ledger=ledger, tracer=NullTracer(), clock=clock)
+    try:
+        free, in_flight, num_bytes = deque(places), deque[tuple[Handle, Place]](), 0
+        begin = clock.now()
+        while in_flight or not num_bytes:
+            while free and clock.now() - begin < seconds:
+                place = free.popleft()
+                read = walk.next_read(_piece_bytes(combo))
+                in_flight.append((transfer.submit([read], place, "sample"), place))
+            handle, place = in_flight.popleft()
+            handle.wait()
+            free.append(place)
+            num_bytes += handle.num_bytes
+        return _Sample(num_bytes / max(clock.now() - begin, 1e-9), transfer.is_direct)
+    finally:
+        transfer.close()
+
+
+def _rate(combo: DriveSettings, samples: Sequence[_Sample]) -> DriveRate:
+    return DriveRate(
+        chunk_bytes=combo.chunk_bytes,
+        num_workers=combo.num_workers,
+        bytes_per_s=median(sample.bytes_per_s for sample in samples),
+        direct=all(sample.is_direct for sample in samples),
+    )

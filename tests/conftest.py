@@ -1,0 +1,19 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipo.store.library import KNOWN_MODELS
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct Q4_1, 98 MB: PIPO_TEST_MODEL or what `pipo pull smollm2` fetched."""
+    path = Path(os.environ.get("PIPO_TEST_MODEL", KNOWN_MODELS["smollm2"].path))
+    if not path.is_file():
+        pytest.skip("SmolLM2 is not here: run `pipo pull smollm2`")
+    return path
