@@ -18,11 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.support.gguf_bytes import rich_llama, small_llama
-
 from pipo.base.errors import ModelError
 from pipo.formats.checkpoint import open_checkpoint
 from pipo.formats.gguf_metadata import ArrayRef, ValueType
+from tests.support.gguf_bytes import rich_llama, small_llama
 
 CORPUS = Path(__file__).parent / "corpus" / "gguf"
 SLOW_S = 5.0

@@ -1,8 +1,8 @@
 """The Python API: open a model inside a memory budget, ask it, close it.
 
-    with pipo.load("model.gguf", ram="4GB") as engine:
-        for piece in engine.generate("Once upon a time"):
-            print(piece, end="")
+with pipo.load("model.gguf", ram="4GB") as engine:
+    for piece in engine.generate("Once upon a time"):
+        print(piece, end="")
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.formats.checkpoint import Checkpoint, open_checkpoint
 from pipo.generation.loop import Generator, Piece, Timing
-from pipo.generation.request import Completion, FinishReason, Sampled, SamplingParams, Usage
+from pipo.generation.request import Completion, FinishReason, SamplingParams, Usage
 from pipo.generation.worker import Worker
 from pipo.hardware.budget import ram_bytes
 from pipo.hardware.cache import drive_rates

@@ -16,6 +16,11 @@ from typing import Any
 from urllib.error import URLError
 
 import pytest
+
+from pipo.base.errors import DownloadError, ModelNotFound
+from pipo.store import fetch, library, pull
+from pipo.store.fetch import NoAccess, Patience, download, part_path, unpack
+from pipo.store.library import Expected, KnownModel, LocalModel, WheelSource, list_models, resolve_model
 from tests.support.faulty_server import (
     Fault,
     FaultyServer,
@@ -31,11 +36,6 @@ from tests.support.faulty_server import (
     serve_longer_unannounced,
     status,
 )
-
-from pipo.base.errors import DownloadError, ModelNotFound
-from pipo.store import fetch, library, pull
-from pipo.store.fetch import NoAccess, Patience, download, part_path, unpack
-from pipo.store.library import Expected, KnownModel, LocalModel, WheelSource, list_models, resolve_model
 
 DATA = bytes(range(256)) * 12_000  # three chunks
 HASTY = Patience(num_tries=4, wait_s=0.0, timeout_s=0.2)

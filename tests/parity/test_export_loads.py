@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GgufType
 from gguf import GGUFReader
+
 from tests.support import tiny_models
 from tests.support.llama_cpp import Generated, LlamaCpp
 from tests.support.tiny_models import SPECS, FloatArray, TinySpec, make_model, reference_logits, write_gguf

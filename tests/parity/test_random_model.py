@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench.random_model import MIXES, SHAPES, plan_tensors, write_random_model
 from gguf import GGUFReader
 from gguf.quants import dequantize
+
+from bench.random_model import MIXES, SHAPES, plan_tensors, write_random_model
 from tests.support.llama_cpp import LlamaCpp
 
 

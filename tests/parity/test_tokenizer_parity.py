@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+
 from pipo.formats.gguf import open_gguf
 from pipo.text.pretokenizers import PRE_TOKENIZERS
 from pipo.text.tokenizer import Tokenizer

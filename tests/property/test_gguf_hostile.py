@@ -10,6 +10,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from pipo.base.errors import MalformedFile, ModelError, UnsupportedModel
+from pipo.base.tensor_type import TensorType
+from pipo.base.units import GIB, MIB
+from pipo.formats.checkpoint import open_checkpoint
+from pipo.formats.gguf import MAX_SHARDS, MAX_TENSORS, open_gguf
+from pipo.formats.gguf_header import MAX_ARRAY_STRINGS, WINDOW_BYTES
+from pipo.formats.gguf_metadata import MAX_KEYS, ArrayRef, GgufMetadata, ValueType
 from tests.support.gguf_bytes import (
     ARRAY,
     BOOL,
@@ -32,14 +40,6 @@ from tests.support.gguf_bytes import (
     u32,
     u64,
 )
-
-from pipo.base.errors import MalformedFile, ModelError, UnsupportedModel
-from pipo.base.tensor_type import TensorType
-from pipo.base.units import GIB, MIB
-from pipo.formats.checkpoint import open_checkpoint
-from pipo.formats.gguf import MAX_SHARDS, MAX_TENSORS, open_gguf
-from pipo.formats.gguf_header import MAX_ARRAY_STRINGS, WINDOW_BYTES
-from pipo.formats.gguf_metadata import MAX_KEYS, ArrayRef, GgufMetadata, ValueType
 
 MAX_U64 = 2**64 - 1
 CORPUS = Path(__file__).parents[2] / "fuzz" / "corpus" / "gguf"

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.transfers import deadline, matrix, opened, write_random, xor_rows, xored
 
 from pipo.base.clock import VirtualClock
 from pipo.base.manifest import Extent, FileIdx, TensorSpec
@@ -18,6 +17,7 @@ from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Arena, Place
 from pipo.transfer.disk import DriveSettings
 from pipo.transfer.null import NullDrive, NullTransfer
+from tests.support.transfers import deadline, matrix, opened, write_random, xor_rows, xored
 
 FILE_BYTES = 600_000
 GAPS = st.sampled_from([0, 0, 1, 24, 4095, 4096, 4097, 20_000])

@@ -19,8 +19,9 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGUFWriter, LlamaFileType, RopeScalingType
 from gguf import GGMLQuantizationType as GgufType
 from gguf.quants import dequantize, quantize
-from tests.support.tiny_vocab import Tokenizer, add_vocab
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from tests.support.tiny_vocab import Tokenizer, add_vocab
 
 FloatArray = npt.NDArray[np.float32]
 Family = Literal["llama", "mistral"]

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from gguf import GGUFWriter, TokenType
-from tests.support.texts import mixed_texts
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.trainers import BpeTrainer
+
+from tests.support.texts import mixed_texts
 
 _TRAINING_SEED = 7
 _HIDDEN_SIZE = 32

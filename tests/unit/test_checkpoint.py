@@ -7,6 +7,10 @@ import struct
 from pathlib import Path
 
 import pytest
+
+from pipo.base.errors import MalformedFile, ModelError, UnsupportedModel
+from pipo.base.manifest import HyperParameters, Manifest, Rope, RopeLayout, RopeScaling
+from pipo.formats.checkpoint import open_checkpoint
 from tests.support.gguf_bytes import (
     BOOL,
     F32,
@@ -25,10 +29,6 @@ from tests.support.gguf_bytes import (
     text_key,
     u32,
 )
-
-from pipo.base.errors import MalformedFile, ModelError, UnsupportedModel
-from pipo.base.manifest import HyperParameters, Manifest, Rope, RopeLayout, RopeScaling
-from pipo.formats.checkpoint import open_checkpoint
 
 LLAMA_ROPE = Rope(num_dims=16, base=10_000.0, original_context_tokens=256, ext_factor=0.0)
 

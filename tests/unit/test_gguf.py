@@ -12,6 +12,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+
+from pipo.base.errors import FileChanged, MalformedFile, ModelNotFound, ReadFailed, UnsupportedModel
+from pipo.base.tensor_type import TensorType
+from pipo.base.units import GIB, MIB
+from pipo.formats.gguf import Gguf, open_gguf
+from pipo.formats.gguf_header import WINDOW_BYTES, HeaderReader, read_at
+from pipo.formats.gguf_metadata import ArrayRef, ValueType
 from tests.support.gguf_bytes import (
     STRING,
     UINT64,
@@ -25,13 +32,6 @@ from tests.support.gguf_bytes import (
     u32,
     u64,
 )
-
-from pipo.base.errors import FileChanged, MalformedFile, ModelNotFound, ReadFailed, UnsupportedModel
-from pipo.base.tensor_type import TensorType
-from pipo.base.units import GIB, MIB
-from pipo.formats.gguf import Gguf, open_gguf
-from pipo.formats.gguf_header import WINDOW_BYTES, HeaderReader, read_at
-from pipo.formats.gguf_metadata import ArrayRef, ValueType
 
 Write = Callable[[gguf.GGUFWriter], None]
 

@@ -91,7 +91,9 @@ def _convert(kind: str, value: object) -> object:
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
     known = {field.name for field in fields(EngineConfig)}
-    named = {key.removeprefix(ENV_PREFIX).lower(): value for key, value in environment.items() if key.startswith(ENV_PREFIX)}
+    named = {
+        key.removeprefix(ENV_PREFIX).lower(): value for key, value in environment.items() if key.startswith(ENV_PREFIX)
+    }
     return {name: value for name, value in named.items() if name in known}
 
 

@@ -309,5 +309,6 @@ def _check_layout(lib: Library) -> None:
     finally:
         lib.free(context)
     if not fits:
-        raise LibraryError(f"libggml {lib.version_text} ({lib.provider.folder}) lays ggml_tensor out in a way pipo does not know")
-
+        raise LibraryError(
+            f"libggml {lib.version_text} ({lib.provider.folder}) lays ggml_tensor out in a way pipo does not know"
+        )

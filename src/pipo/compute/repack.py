@@ -89,9 +89,7 @@ class RepackBuffer:
         return struct
 
     def _new(self, context: int, type_: TensorType, shape: tuple[int, ...]) -> int:
-        struct_address = int(
-            self._lib.new_tensor(context, int(type_), len(shape), (c_int64 * len(shape))(*shape))
-        )
+        struct_address = int(self._lib.new_tensor(context, int(type_), len(shape), (c_int64 * len(shape))(*shape)))
         GgmlTensor.from_address(struct_address).buffer = self._buffer
         return struct_address
 

@@ -141,7 +141,13 @@ class Assembly:
     """A running engine's parts, all of whose memory is charged to `ledger`. Close it to give everything back."""
 
     def __init__(
-        self, blueprint: Blueprint, placement: Placement, context_tokens: int, limit_bytes: int, clock: Clock, tracer: Tracer
+        self,
+        blueprint: Blueprint,
+        placement: Placement,
+        context_tokens: int,
+        limit_bytes: int,
+        clock: Clock,
+        tracer: Tracer,
     ) -> None:
         self.ledger = Ledger(limit_bytes)
         self._exit = ExitStack()
@@ -245,9 +251,7 @@ class Assembly:
             place.view[offset : offset + spec.num_bytes] = transfer.read_now(spec.extent)
         return {name: place.address + offset for name, offset in offsets.items()}
 
-    def _graphs(
-        self, blueprint: Blueprint, stages: Sequence[Stage], context_tokens: int, chunk: int
-    ) -> StageGraphs:
+    def _graphs(self, blueprint: Blueprint, stages: Sequence[Stage], context_tokens: int, chunk: int) -> StageGraphs:
         graphs = StageGraphs(blueprint.compute, blueprint.manifest.hyper, blueprint.layouts)
         self._exit.callback(graphs.close)
         shape = blueprint.largest_shape(context_tokens, chunk)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipo.base.manifest import HyperParameters
 from pipo.base.units import round_up
 from pipo.kvcache.cache import kv_rows_class
 from pipo.tiers.ram import Place

@@ -138,5 +138,3 @@ class Forward:
 
     def _is_output(self, stage_idx: int) -> bool:
         return self._model.stages[stage_idx].kind in (StageKind.FINAL_NORM, StageKind.HEAD)
-
-

@@ -172,9 +172,7 @@ def _spread(blocks: Sequence[int], num: int) -> set[int]:
     return {b for i, b in enumerate(blocks) if (i + 1) * num // total > i * num // total}
 
 
-def _with_residents(
-    demand: Demand, chunk: ChunkCost, resident: Sequence[bool], extra_slots: int
-) -> Placement:
+def _with_residents(demand: Demand, chunk: ChunkCost, resident: Sequence[bool], extra_slots: int) -> Placement:
     streamed = [u for u, stays in zip(demand.units, resident, strict=True) if not stays]
     attention = _class_of([u for u in streamed if u.role is UnitRole.ATTENTION], extra_slots)
     others = _class_of([u for u in streamed if u.role is not UnitRole.ATTENTION], extra_slots)

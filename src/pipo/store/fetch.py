@@ -49,11 +49,11 @@ class Patience:
     timeout_s: float = 30.0
 
 
-class NoAccess(DownloadError):  # noqa: N818
+class NoAccess(DownloadError):
     """The server wants credentials, its certificate is not trusted, or not a byte came: pip may be set up for it."""
 
 
-class _Dropped(Exception):  # noqa: N818
+class _Dropped(Exception):
     """The connection broke or the server is busy: worth another try."""
 
 
