@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,8 +34,12 @@ def deadline(seconds: float) -> Iterator[None]:
 
 
 def write_random(path: Path, num_bytes: int, seed: int = 0) -> bytes:
+    """On the drive, not only in the page cache."""
     content = random.Random(seed).randbytes(num_bytes)
-    path.write_bytes(content)
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
     return content
 
 

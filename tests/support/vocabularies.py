@@ -66,8 +66,8 @@ def byte_pair_metadata(**changes: object) -> DictMetadata:
 def sentence_piece_metadata(**changes: object) -> DictMetadata:
     """About 2000 pieces; three in a row share a score, so that the leftmost has to win."""
     pieces = _train_sentence_pieces()
-    specials = ["<unk>", "<s>", "</s>", "<user>", "<turn>"]
-    kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.CONTROL]
+    specials = ["<unk>", "<s>", "</s>", "<user>", "<turn>", "<|endoftext|>"]
+    kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.USER_DEFINED, *[TokenType.CONTROL] * 2]
     kinds += [TokenType.BYTE] * 256 + [TokenType.NORMAL] * len(pieces)
     scores = [0.0] * (len(specials) + 256) + [-float(rank // 3) for rank in range(len(pieces))]
     metadata = DictMetadata(
@@ -145,4 +145,5 @@ def _train_sentence_pieces() -> list[str]:
 
 
 def _training_texts() -> list[str]:
-    return [text for text in mixed_texts(_TRAINING_SEED, 2000) if "<" not in text]
+    """Without the letters of special tokens, and without NUL, where llama.cpp's reader ends a token."""
+    return [text for text in mixed_texts(_TRAINING_SEED, 2000) if not {"<", "\0"} & set(text)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipo.hardware.drive import DriveRate, measure_drive
+from pipo.transfer.files import ALIGNMENT
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +84,17 @@ def _checked(entry: object) -> tuple[DriveRate, ...]:
         raise ValueError("wanted a list of rates")
     rates = tuple(DriveRate(**fields) for fields in entry)
     for rate in rates:
-        numbers = (rate.chunk_bytes, rate.num_workers, rate.bytes_per_s)
-        if any(isinstance(number, bool) or not isinstance(number, int | float) or number <= 0 for number in numbers):
-            raise ValueError(f"unusable numbers {numbers}")
+        if not _is_usable(rate):
+            raise ValueError(f"unusable {rate}")
     return rates
+
+
+def _is_usable(rate: DriveRate) -> bool:
+    """Types too: the numbers come from a file."""
+    counts, speed = (rate.chunk_bytes, rate.num_workers), rate.bytes_per_s
+    if not all(type(count) is int and count > 0 for count in counts) or not isinstance(rate.direct, bool):
+        return False
+    return isinstance(speed, float) and 0 < speed < math.inf and rate.chunk_bytes % ALIGNMENT == 0
 
 
 def _save(file: Path, entries: Mapping[str, object]) -> None:

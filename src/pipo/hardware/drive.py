@@ -76,7 +76,7 @@ def best_rate(rates: Sequence[DriveRate]) -> DriveRate:
     """The fastest; of those as fast but for noise, the one with the fewest bytes in flight."""
     top = max(rate.bytes_per_s for rate in rates)
     good = [rate for rate in rates if rate.bytes_per_s >= top * _SAME_SPEED]
-    return min(good, key=lambda rate: rate.chunk_bytes * rate.num_workers)
+    return min(good, key=lambda rate: (rate.chunk_bytes * rate.num_workers, -rate.bytes_per_s))
 
 
 @dataclass(frozen=True, slots=True)

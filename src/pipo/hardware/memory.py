@@ -149,10 +149,12 @@ def _read_number(path: Path) -> int | None:
 
 
 def _read_stat(path: Path) -> dict[str, int]:
+    """The lines of a memory.stat that say `name 123`."""
     try:
-        return {name: int(value) for name, value in (line.split() for line in path.read_text().splitlines())}
+        words = [line.split() for line in path.read_text().splitlines()]
     except OSError:
         return {}
+    return {name: int(value) for name, value in (pair for pair in words if len(pair) == 2)}
 
 
 def _machine_bytes(proc: Path, name: str) -> int:

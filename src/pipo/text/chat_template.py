@@ -2,7 +2,8 @@
 
 A template is a stranger's program. It runs in Jinja's sandbox: no attribute that begins with an underscore, no
 change to what it is given, no file, no import. What is bounded besides: numbers from `range` (per rendering),
-`*` and `**`, the length of the result. What is not: a template can still build a large string by doubling a smaller one.
+`*` and `**`, the length of the result. What is not: a template can still build a large string by doubling a small one
+again and again, or by padding.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 MAX_RENDERED_CHARS = 1 << 24  # 16 Mi; the longest contexts are about a million tokens of four characters
 MAX_RANGE_STEPS = 1_000_000
 MAX_REPEATED_ITEMS = 1 << 20
-MAX_EXPONENT = 64
+MAX_POWER_BITS = 1 << 12
 
 _RAW_HINT = "--raw sends the prompt without a template"
 
@@ -141,12 +142,17 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
-        if operator == "**" and isinstance(right, int) and abs(right) > MAX_EXPONENT:
-            raise _out_of_bounds(f"a power of {right}")
-        if operator == "*":
+        if operator == "**":
+            _check_power(left, right)
+        else:
             _check_repetition(left, right)
             _check_repetition(right, left)
         return super().call_binop(context, operator, left, right)
+
+
+def _check_power(base: object, exponent: object) -> None:
+    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * exponent > MAX_POWER_BITS:
+        raise _out_of_bounds(f"a number of about {base.bit_length() * exponent} bits")
 
 
 def _check_repetition(items: object, times: object) -> None:

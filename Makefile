@@ -1,0 +1,42 @@
+# The two commands of the README are `make demo` and `make test`. Everything lives in .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+DEV    := $(VENV)/.installed-dev
+
+# ggml's own matrix products are faster with its LLAMAFILE kernels, which its wheel leaves out by default
+export CMAKE_ARGS ?= -DGGML_LLAMAFILE=ON
+
+.PHONY: demo test check bench clean
+
+demo: $(STAMP)
+	$(BIN)/pipo pull smollm2
+	$(BIN)/pipo run smollm2 "What is the capital of France?" --ram 125MB --temp 0 -n 48
+
+test: $(DEV)
+	$(BIN)/pipo pull smollm2
+	$(BIN)/python -m pytest
+
+check: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	MYPYPATH=src:. $(BIN)/mypy --strict --explicit-package-bases tests bench fuzz
+	$(BIN)/lint-imports
+
+bench: $(DEV)
+	$(BIN)/python -m bench
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --no-binary ggml-python -e .
+	touch $@
+
+$(DEV): $(STAMP)
+	$(BIN)/pip install --quiet --no-binary ggml-python -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
