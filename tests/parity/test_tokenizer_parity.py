@@ -20,7 +20,7 @@ Filter = Callable[[str], bool]
 
 _SEED = 20240607
 _PLAIN: Flags = (True, False)  # add_special, parse_special
-_ALL_FLAGS: tuple[Flags, ...] = tuple(product((False, True), repeat=2))
+_ALL_FLAGS: tuple[Flags, ...] = ((False, False), (False, True), (True, False), (True, True))
 _SPECIAL_CASES = (
     "", " ", "  ", "\n", "<|im_start|>", "<|im_start|>user\nhi<|im_end|>\n", "a<|im_start|>", "<|im_start|> b",
     "<|im_start|><|im_start|>", "<|im_<|im_start|>start|>", "<|im_end|", "<file_sep><repo_name>x<reponame>",

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from pipo.base.errors import MalformedFile, UsageError
 from pipo.text import chat_template
 from pipo.text.chat_template import ChatTemplate
-from transformers.utils.chat_template_utils import render_jinja_template  # type: ignore[attr-defined]
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
@@ -78,10 +80,8 @@ CHATS: dict[str, list[dict[str, object]]] = {
 TOOL = {"type": "function", "function": {"name": "f", "description": "<é> & 'x'", "parameters": {"b": 1, "a": [None]}}}
 
 
-def theirs(
-    source: str, messages: Sequence[Mapping[str, object]], *, prompt: bool, tools: list[dict[str, object]] | None
-) -> str:
-    rendered, _ = render_jinja_template(
+def theirs(source: str, messages: list[Any], *, prompt: bool, tools: list[Any] | None) -> str:
+    rendered: Any = render_jinja_template(
         [messages],
         tools=tools,
         chat_template=source,
@@ -89,8 +89,7 @@ def theirs(
         bos_token="<s>",
         eos_token="</s>",
     )
-    assert isinstance(rendered[0], str)
-    return rendered[0]
+    return str(rendered[0][0])
 
 
 def render(source: str, **variables: object) -> str:

@@ -12,7 +12,7 @@ import pytest
 from pipo.base.errors import OverBudget
 from pipo.base.units import MIB
 from pipo.tiers.ledger import Ledger
-from pipo.tiers.ram import Arena, SlotPool
+from pipo.tiers.ram import HUGE_PAGE_BYTES, Arena, SlotPool
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -31,6 +31,17 @@ def test_places_are_page_aligned_apart_and_zero() -> None:
         assert all(p.address % 4096 == 0 for p in places)
         assert [p.address - places[0].address for p in places] == [0, 4096, 8192]
         assert not any(any(p.view) for p in places)
+
+
+@LINUX
+@pytest.mark.parametrize("size", [2 * MIB, 5 * MIB + 4096])
+def test_large_memory_begins_on_a_huge_page_and_keeps_to_its_size(size: int) -> None:
+    with Arena(size, name="slots", ledger=Ledger(size)) as arena:
+        place, before = arena.take(size), status_kib("RssAnon")
+        assert place.address % HUGE_PAGE_BYTES == 0
+        place.view[:] = bytes([1]) * size
+        # the kernel counts in batches of up to 64 pages a thread
+        assert abs(status_kib("RssAnon") - before - size // 1024) <= 512
 
 
 def test_view_and_address_are_the_same_memory() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipo.base.errors import MalformedFile, UnsupportedModel, UsageError
+from pipo.base.errors import MalformedFile, PipoError, UnsupportedModel, UsageError
 from pipo.text.sentence_pieces import SentencePieces
 from pipo.text.tokenizer import Tokenizer
 from pipo.text.vocabulary import TokenKind
@@ -300,3 +300,47 @@ class TestRefusals:
         named = Tokenizer.from_metadata(byte_pair_metadata(pre="default"))
         missing = Tokenizer.from_metadata(byte_pair_metadata(pre=None))
         assert spelled(named, "1234 a>=b") == spelled(missing, "1234 a>=b")
+
+
+TEXTS = st.lists(st.text(max_size=4), max_size=12)
+PIECES = st.lists(st.text("abĠ▁<>0x4", max_size=4), max_size=16)
+MERGES = st.lists(st.text("ab Ġ", max_size=4), max_size=6)
+
+
+class TestHostile:
+    @given(
+        model=st.sampled_from(["gpt2", "llama", "gemma4"]),
+        tokens=st.one_of(TEXTS, PIECES, PIECES.map(lambda pieces: sorted({*pieces, "a", "b", "ab", "Ġ"}))),
+        kinds=st.lists(st.integers(0, 6), max_size=20),
+        scores=st.lists(st.floats(width=32), max_size=20),
+        merges=MERGES,
+        ids=st.dictionaries(st.sampled_from(["bos_token_id", "eos_token_id", "eot_token_id"]), st.integers(-1, 12)),
+        text=st.text("ab <>0x4▁é"),
+    )
+    def test_any_metadata_is_read_or_refused(
+        self,
+        model: str,
+        tokens: list[str],
+        kinds: list[int],
+        scores: list[float],
+        merges: list[str],
+        ids: dict[str, int],
+        text: str,
+    ) -> None:
+        metadata = DictMetadata({"tokenizer.ggml.model": model, "tokenizer.ggml.pre": "gpt-2"}).changed(
+            {
+                "tokens": tokens,
+                "token_type": [*kinds, *[1] * len(tokens)][: len(tokens)],
+                "scores": [*scores, *[0.0] * len(tokens)][: len(tokens)],
+                "merges": merges if all(all(half in tokens for half in m.split(" ")) for m in merges) else [],
+                **ids,
+            }
+        )
+        try:
+            tokenizer = Tokenizer.from_metadata(metadata)
+        except PipoError:
+            return
+        found = tokenizer.encode(text, add_special=True, parse_special=True)
+        assert all(0 <= token_id < tokenizer.vocab_size for token_id in found)
+        for token_id in range(tokenizer.vocab_size):
+            tokenizer.decode([token_id])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pipo.text.detokenizer import IncrementalDetokenizer
 from pipo.text.tokenizer import Tokenizer
 from tests.support.vocabularies import byte_pair_metadata, sentence_piece_metadata
@@ -60,7 +61,7 @@ def test_control_tokens_are_not_shown() -> None:
     assert [detokenizer.push(token_id) for token_id in (97, 256, 98)] == ["a", "", "b"]
 
 
-def test_flush_starts_anew() -> None:
+def test_flush_holds_nothing_back() -> None:
     detokenizer = IncrementalDetokenizer(Bytes())
     assert detokenizer.push(0xC3) + detokenizer.flush() == "\ufffd"
     assert detokenizer.push(0xA9) == "\ufffd" and detokenizer.push(97) == "a"

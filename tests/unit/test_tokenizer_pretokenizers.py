@@ -3,10 +3,11 @@ from __future__ import annotations
 import time
 
 import pytest
-from pipo.base.errors import UnsupportedModel
-from pipo.text.pretokenizers import PRE_TOKENIZERS, find_pre_tokenizer
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Sequence, Split
+
+from pipo.base.errors import UnsupportedModel
+from pipo.text.pretokenizers import PRE_TOKENIZERS, find_pre_tokenizer
 
 HOSTILE = {
     "spaces": " " * 20_000 + "x",

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipo.base.tensor_type import TensorType
+from pipo.compute.graphs import Binding, Graph
 from pipo.kvcache.cache import KvCache, kv_rows_class
 from pipo.models.stage import ShapeClass, Stage, StageKind
 from pipo.pipeline.buffers import PassBuffers
@@ -29,6 +30,15 @@ class Model:
     stages: Sequence[Stage]
     units: Sequence[Unit]
     vectors: dict[str, int]  # tensor name → address
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """A stage's graph for the current shape, and its leaves' addresses while the unit is in `place`."""
+
+    graph: Graph
+    binding: Binding
+    place: Place | None
 
 
 class Forward:
@@ -58,6 +68,7 @@ class Forward:
         self._all_needs = [self._need(i) for i in range(len(model.stages))]
         self._body_needs = [n for n in self._all_needs if not self._is_output(n.stage_idx)]
         self._all_units = [need.unit_id for need in self._all_needs if need.unit_id is not None]
+        self._bound: dict[int, _Bound] = {}
         self._shape = ShapeClass(1, 1, 1, cache.shape.type_k, cache.shape.type_v)
 
     def take_stats(self) -> PassStats:
@@ -84,7 +95,7 @@ class Forward:
         kv_rows = kv_rows_class(start + num_tokens)
         assert kv_rows <= self._cache.shape.num_rows, "the caller keeps to the context"
         types: tuple[TensorType, TensorType] = self._cache.shape.type_k, self._cache.shape.type_v
-        self._shape = ShapeClass(num_tokens, kv_rows, max(num_outputs, 1), *types)
+        self._take_shape(ShapeClass(num_tokens, kv_rows, max(num_outputs, 1), *types))
         self._buffers.prepare(start, num_tokens, np.asarray(outputs, np.int32))
         self._embedding.gather(token_ids, self._buffers.hidden)
         needs = self._all_needs if outputs else self._body_needs
@@ -96,7 +107,7 @@ class Forward:
 
     def time_stage(self, stage_idx: int, place: Place, repeats: int) -> float:
         """Seconds one stage takes for one token: the best of `repeats`, on whatever the buffers hold."""
-        self._shape = ShapeClass(1, kv_rows_class(1), 1, self._cache.shape.type_k, self._cache.shape.type_v)
+        self._take_shape(ShapeClass(1, kv_rows_class(1), 1, self._cache.shape.type_k, self._cache.shape.type_v))
         seconds = []
         for _ in range(repeats):
             begin = time.perf_counter()
@@ -105,30 +116,39 @@ class Forward:
         return min(seconds)
 
     def _compute_stage(self, stage_idx: int, place: Place | None) -> None:
+        bound = self._bound.get(stage_idx)
+        if bound is None or bound.place is not place:
+            bound = self._bound[stage_idx] = self._bind_stage(stage_idx, place)
+        bound.graph.bind(bound.binding)
+        bound.graph.run(self._compute.backend)
+
+    def _take_shape(self, shape: ShapeClass) -> None:
+        """What was bound for another shape is of no use any more."""
+        if shape != self._shape:
+            self._shape = shape
+            self._bound.clear()
+
+    def _bind_stage(self, stage_idx: int, place: Place | None) -> _Bound:
         stage = self._model.stages[stage_idx]
         graph = self._graphs.get(stage, self._shape)
-        for name, address in self._addresses(stage_idx, stage, place).items():
-            graph.bind(name, address)
-        graph.run(self._compute.backend)
+        addresses = self._weight_addresses(stage_idx, place) | self._pass_addresses(stage_idx, stage)
+        return _Bound(graph, graph.binding({name: addresses[name] for name in graph.leaf_names}), place)
 
-    def _addresses(self, stage_idx: int, stage: Stage, place: Place | None) -> dict[str, int]:
-        """Where every leaf of the stage's graph lies in this pass."""
-        fixed = self._buffers.addresses
+    def _weight_addresses(self, stage_idx: int, place: Place | None) -> dict[str, int]:
+        stage = self._model.stages[stage_idx]
         addresses = {role: self._model.vectors[spec.name] for role, spec in stage.vectors.items()}
         if place is not None:
             offsets = self._unit_of_stage[stage_idx].layout.offsets
-            for role, spec in stage.matrices.items():
-                addresses[role] = place.address + offsets[spec.name]
+            addresses |= {role: place.address + offsets[spec.name] for role, spec in stage.matrices.items()}
+        return addresses
+
+    def _pass_addresses(self, stage_idx: int, stage: Stage) -> dict[str, int]:
+        """Where the pass's own arrays lie, with the rows of the cache and of the logits that belong to the stage."""
+        addresses = dict(self._buffers.addresses)
         if stage.kind is StageKind.ATTENTION:
-            addresses |= {name: fixed[name] for name in ("hidden", "positions", "kv_rows", "mask")}
             addresses["k_cache"] = self._cache.address_k(stage.block_idx)
             addresses["v_cache"] = self._cache.address_v(stage.block_idx)
-        elif stage.kind is StageKind.MLP:
-            addresses["hidden"] = fixed["hidden"]
-        elif stage.kind is StageKind.FINAL_NORM:
-            addresses |= {name: fixed[name] for name in ("hidden", "out_rows", "normed")}
-        else:
-            addresses["normed"] = fixed["normed"]
+        elif stage.kind is StageKind.HEAD:
             addresses["logits"] = self._buffers.logits_address(self._pieces[stage_idx].start, self._shape.num_outputs)
         return addresses
 

@@ -1,0 +1,1 @@
+"""Tokenizers and chat templates: the only place that knows strings."""

@@ -43,5 +43,5 @@ class IncrementalDetokenizer:
         return self._decoder.decode(data)
 
     def flush(self) -> str:
-        """The rest: U+FFFD where a character was left half. Afterwards the detokenizer is as new."""
+        """The rest: U+FFFD where a character was left half."""
         return self._decoder.decode(b"", final=True)

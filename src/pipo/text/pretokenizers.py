@@ -1,11 +1,11 @@
 r"""How text is cut into words before BPE merges letters: one entry for each name GGUF files carry.
 
 GGUF names a model's pre-tokenizer (`tokenizer.ggml.pre`) instead of spelling its regular expressions out. The
-expressions here are those of the models' own `tokenizer.json`. llama.cpp approximates some of them, and there our ids are the
-model's, not llama.cpp's: letter case and combining marks outside ASCII (gpt-4o, tekken, …; in ASCII too for kimi-k2,
-youtu, tiny_aya), white space outside ASCII (deepseek-llm, deepseek-coder), what stands before numbers (afmoe,
-tiny_aya). `tests/parity` shows that all else is equal. Unicode normalisation (Qwen: NFC) is not in GGUF; like
-llama.cpp, we do none.
+expressions here are those of the models' own `tokenizer.json`, as far as they are known. llama.cpp approximates some,
+and there our ids are the model's, not llama.cpp's: letter case and combining marks outside ASCII (gpt-4o, tekken, …;
+in ASCII too for kimi-k2, youtu, tiny_aya), white space outside ASCII (deepseek-llm, deepseek-coder), what stands
+before numbers (afmoe, tiny_aya). `tests/parity` shows that all else is equal. Unicode normalisation (Qwen: NFC) is not
+in GGUF; like llama.cpp, we do none.
 
 Source: llama.cpp `src/llama-vocab.cpp`. Syntax: Oniguruma. Cost: every expression is linear in the text; those for
 digits are not written as published, with a look-ahead to the end of the number, which is quadratic.

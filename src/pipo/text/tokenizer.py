@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,6 +30,8 @@ from pipo.text.vocabulary import (
     read_token_ids,
 )
 
+_log = logging.getLogger(__name__)
+
 __all__ = ["IncrementalDetokenizer", "SpecialIds", "TextModel", "Tokenizer", "TokenizerMetadata"]
 
 _MODEL_KEY = "tokenizer.ggml.model"
@@ -36,9 +39,12 @@ _PRE_TOKENIZER_KEY = "tokenizer.ggml.pre"
 _ADD_BOS_KEY = "tokenizer.ggml.add_bos_token"
 _ADD_EOS_KEY = "tokenizer.ggml.add_eos_token"
 _ADD_SPACE_KEY = "tokenizer.ggml.add_space_prefix"
-_BYTE_PAIR_MODELS = ("gpt2", "gemma4")
 _SENTENCE_PIECE_MODEL = "llama"
-_SENTENCE_PIECE_IDS = DefaultIds(bos=1, eos=2, unk=0)
+_DEFAULT_IDS = {  # by tokenizer model; these are all that are implemented
+    _SENTENCE_PIECE_MODEL: DefaultIds(bos=1, eos=2, unk=0),
+    "gpt2": DefaultIds(),
+    "gemma4": DefaultIds(),
+}
 _HIDDEN = frozenset({TokenKind.CONTROL, TokenKind.UNKNOWN, TokenKind.UNUSED, TokenKind.UNDEFINED})
 
 
@@ -90,23 +96,14 @@ class Tokenizer:
         Cost: 0.1 s and 14 MB (22 MB while it is built) for 49k byte-pair tokens, 0.6 s and 72 MB (94 MB) for 128k;
         5 MB (7 MB) for 32k sentence pieces. A third of what stays is free inside malloc, which trimming returns.
         """
-        name = read_text(metadata, _MODEL_KEY)
-        if name is None:
-            raise MalformedFile(f"key {_MODEL_KEY!r} is missing")
-        if name not in (*_BYTE_PAIR_MODELS, _SENTENCE_PIECE_MODEL):
-            known = ", ".join((*_BYTE_PAIR_MODELS, _SENTENCE_PIECE_MODEL))
-            raise UnsupportedModel(
-                f"the tokenizer {name!r} (key {_MODEL_KEY!r}) is not implemented", hint=f"known are {known}"
-            )
+        name = _read_model_name(metadata)
         token_ids = read_token_ids(metadata)
         kinds = read_kinds(metadata, len(token_ids))
-        is_sentence_piece = name == _SENTENCE_PIECE_MODEL
-        defaults = _SENTENCE_PIECE_IDS if is_sentence_piece else DefaultIds()
-        special_ids = find_special_ids(metadata, token_ids, kinds, defaults)
+        special_ids = find_special_ids(metadata, token_ids, kinds, _DEFAULT_IDS[name])
         matchers = _matchers(metadata, token_ids, kinds)
-        if is_sentence_piece:
-            scores = read_scores(metadata, len(kinds))
+        if name == _SENTENCE_PIECE_MODEL:
             wrapping = _read_wrapping(metadata, special_ids, adds_bos=True, prefixes_space=True)
+            scores = read_scores(metadata, len(kinds))
             model: TextModel = SentencePieces(token_ids, kinds, scores, special_ids.unk)
         else:
             pre_tokenizer = _read_pre_tokenizer(metadata, name)
@@ -199,6 +196,18 @@ class Tokenizer:
         return [token_id] if is_wanted and token_id is not None else []
 
 
+def _read_model_name(metadata: TokenizerMetadata) -> str:
+    name = read_text(metadata, _MODEL_KEY)
+    if name is None:
+        raise MalformedFile(f"key {_MODEL_KEY!r} is missing")
+    if name not in _DEFAULT_IDS:
+        raise UnsupportedModel(
+            f"the tokenizer {name!r} (key {_MODEL_KEY!r}) is not implemented",
+            hint=f"known are {', '.join(_DEFAULT_IDS)}",
+        )
+    return name
+
+
 def _matchers(
     metadata: TokenizerMetadata, token_ids: dict[str, int], kinds: bytearray
 ) -> tuple[SpecialMatcher, SpecialMatcher]:
@@ -210,9 +219,12 @@ def _matchers(
 
 
 def _read_pre_tokenizer(metadata: TokenizerMetadata, model_name: str) -> PreTokenizer:
-    return find_pre_tokenizer(
-        model_name if model_name != "gpt2" else read_text(metadata, _PRE_TOKENIZER_KEY) or "default"
-    )
+    if model_name != "gpt2":
+        return find_pre_tokenizer(model_name)
+    name = read_text(metadata, _PRE_TOKENIZER_KEY)
+    if not name:
+        _log.warning("key=%s is=missing using=default effect=worse_answers", _PRE_TOKENIZER_KEY)
+    return find_pre_tokenizer(name or "default")
 
 
 def _read_wrapping(

@@ -77,8 +77,9 @@ def read_token_ids(metadata: TokenizerMetadata) -> dict[str, int]:
     if not texts:
         raise MalformedFile(f"key {TOKENS_KEY!r} has no tokens")
     if len(token_ids) != len(texts):
-        idx = next(idx for idx, text in enumerate(texts) if token_ids[text or f"[EMPTY_{idx}]"] != idx)
-        raise MalformedFile(f"key {TOKENS_KEY!r} has {texts[idx]!r} twice, as token {idx} and {token_ids[texts[idx]]}")
+        names = [text or f"[EMPTY_{idx}]" for idx, text in enumerate(texts)]
+        first, last = next((idx, token_ids[name]) for idx, name in enumerate(names) if token_ids[name] != idx)
+        raise MalformedFile(f"key {TOKENS_KEY!r} has {names[last]!r} twice, as token {first} and {last}")
     return token_ids
 
 

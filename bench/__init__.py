@@ -1,0 +1,1 @@
+"""Measures pipo against the drive, against memory, and against its peers: `python -m bench`."""

@@ -1,0 +1,1 @@
+"""What runs in the child processes: pipo, its peers, and a reader of the bare drive."""

@@ -1,0 +1,129 @@
+"""pipo in a child process."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+from bench.messages import Decode, FirstToken, Passes, PipoSetup, Plan, PlanFacts, Prefill, Request, Start, Started
+from bench.prompts import random_prompt
+from pipo.base.config import EngineConfig
+from pipo.base.errors import OverBudget
+from pipo.base.manifest import Extent
+from pipo.compute import ggml
+from pipo.compute.devices import cpu_features
+from pipo.engine import Engine, ModelFile, Report
+from pipo.engine import Plan as EnginePlan
+from pipo.generation.request import SamplingParams
+from pipo.pipeline.units import make_units
+
+_PROMPT_TOKENS = 8  # before the decode passes
+
+
+class PipoEngine:
+    """One engine, started once."""
+
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+
+    def answer(self, request: Request[Any]) -> object:
+        match request:
+            case Plan():
+                return _plan(request.setup)
+            case Start():
+                assert isinstance(request.setup, PipoSetup)
+                return self._start(request.setup)
+            case Decode():
+                return self._decode(request.num_passes)
+            case Prefill():
+                return self._prefill(request.num_tokens, request.seed)
+        raise TypeError(f"pipo does not serve {request}")
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+    def _start(self, setup: PipoSetup) -> Started:
+        begin = perf_counter()
+        self._engine = Engine(ModelFile(setup.path), _config(setup))
+        self._engine.start(self._engine.make_plan())
+        return Started(perf_counter() - begin, _library())
+
+    def _decode(self, num_passes: int) -> Passes:
+        """Passes after the first token: the first one would profit from what was read ahead while nobody asked."""
+        times = self._times(random_prompt(_PROMPT_TOKENS, 0, self._vocab_size), num_passes + 1)
+        report = self._report()
+        return Passes(
+            num_passes=num_passes,
+            seconds=tuple(after - before for before, after in zip(times, times[1:], strict=False)),
+            bytes_read=report.decode.bytes_read,
+            compute_s=report.decode.compute_s,
+            stall_s=tuple((cause.value, seconds) for cause, seconds in report.decode.stall_s.items()),
+            peak_anonymous_bytes=report.peak_anonymous_bytes,
+        )
+
+    def _prefill(self, num_tokens: int, seed: int) -> FirstToken:
+        prompt = random_prompt(num_tokens, seed, self._vocab_size)
+        begin = perf_counter()
+        seconds = self._times(prompt, 1)[0] - begin
+        report = self._report()
+        stats = report.prefill
+        return FirstToken(num_tokens, seconds, stats.num_passes, stats.bytes_read, report.peak_anonymous_bytes)
+
+    def _times(self, prompt: list[int], num_tokens: int) -> list[float]:
+        """When each token arrived."""
+        assert self._engine is not None
+        params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+        return [perf_counter() for piece in self._engine.stream(prompt, params) if piece.token is not None]
+
+    def _report(self) -> Report:
+        assert self._engine is not None and self._engine.report is not None
+        return self._engine.report
+
+    @property
+    def _vocab_size(self) -> int:
+        assert self._engine is not None
+        return self._engine.model.manifest.hyper.vocab_size
+
+
+def _config(setup: PipoSetup) -> EngineConfig:
+    return EngineConfig(
+        ram=str(setup.ram_bytes),
+        context_tokens=setup.context_tokens,
+        threads=setup.threads,
+        schedule=setup.schedule,
+        layout=setup.layout,
+        prefill_chunk=setup.prefill_chunk,
+    )
+
+
+def _plan(setup: PipoSetup) -> PlanFacts:
+    with Engine(ModelFile(setup.path), _config(setup)) as engine:
+        try:
+            plan = engine.make_plan()
+        except OverBudget as error:
+            return PlanFacts(fits=False, smallest_bytes=error.smallest_bytes or 0)
+        return PlanFacts(
+            fits=True,
+            needed_bytes=plan.placement.num_bytes,
+            weight_bytes=plan.weight_bytes,
+            resident_bytes=plan.placement.resident_bytes,
+            streamed_bytes=plan.placement.streamed_bytes,
+            chunk_tokens=plan.placement.chunk.num_tokens,
+            repacked_types=plan.repacked_types,
+            drive=plan.drive,
+            streamed_extents=tuple(_streamed_extents(engine.model, plan)),
+            library=_library(),
+        )
+
+
+def _streamed_extents(model: ModelFile, plan: EnginePlan) -> list[Extent]:
+    """The file bytes a pass reads. The head counts as one unit here, which changes nothing about its bytes."""
+    units = make_units(model.stages, plan.blueprint.layouts)
+    streamed = [unit for unit, stays in zip(units, plan.placement.resident, strict=True) if not stays]
+    return [read.extent for unit in streamed for read in unit.layout.reads]
+
+
+def _library() -> str:
+    lib = ggml.load()
+    return f"libggml {lib.version_text} ({' '.join(cpu_features(lib))})"

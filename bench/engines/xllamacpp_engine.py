@@ -1,0 +1,81 @@
+"""llama.cpp as the `xllamacpp` wheel brings it, in a child process."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import xllamacpp  # type: ignore[import-untyped]
+
+from bench.messages import Decode, FirstToken, LlamaSetup, Passes, Prefill, Request, Start, Started
+from bench.prompts import random_prompt
+from pipo.formats.checkpoint import open_checkpoint
+
+_PROMPT_TOKENS = 8
+
+
+class XllamacppEngine:
+    """One model in llama.cpp's server, asked without a socket."""
+
+    def __init__(self) -> None:
+        self._server: Any = None
+        self._vocab_size = 0
+
+    def answer(self, request: Request[Any]) -> object:
+        match request:
+            case Start():
+                assert isinstance(request.setup, LlamaSetup)
+                return self._start(request.setup)
+            case Decode():
+                return self._decode(request.num_passes)
+            case Prefill():
+                return self._prefill(request.num_tokens, request.seed)
+        raise TypeError(f"xllamacpp does not serve {request}")
+
+    def close(self) -> None:
+        self._server = None
+
+    def _start(self, setup: LlamaSetup) -> Started:
+        self._vocab_size = open_checkpoint(setup.path).manifest.hyper.vocab_size
+        begin = perf_counter()
+        self._server = xllamacpp.Server(_params(setup))
+        return Started(perf_counter() - begin, f"xllamacpp {xllamacpp.__version__}")
+
+    def _decode(self, num_passes: int) -> Passes:
+        """The server's own clock, which starts at the first token: n + 1 tokens are n passes."""
+        timings = self._complete(random_prompt(_PROMPT_TOKENS, 0, self._vocab_size), num_passes + 1, reuse=True)
+        assert timings["predicted_n"] == num_passes + 1
+        return Passes(num_passes, (timings["predicted_ms"] / 1e3 / num_passes,))
+
+    def _prefill(self, num_tokens: int, seed: int) -> FirstToken:
+        timings = self._complete(random_prompt(num_tokens, seed, self._vocab_size), 1, reuse=False)
+        assert timings["prompt_n"] == num_tokens
+        return FirstToken(num_tokens, timings["prompt_ms"] / 1e3)
+
+    def _complete(self, prompt: list[int], max_tokens: int, *, reuse: bool) -> dict[str, Any]:
+        answer = self._server.handle_completions(
+            {
+                "prompt": prompt,
+                "max_tokens": max_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "cache_prompt": reuse,
+            }
+        )
+        timings: dict[str, Any] = answer["timings"]
+        return timings
+
+
+def _params(setup: LlamaSetup) -> xllamacpp.CommonParams:
+    """The wheel's defaults, but for what would measure something else: no warm-up, no fitting, no saved prompts."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(setup.path)
+    params.n_ctx = setup.context_tokens
+    params.n_parallel = 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = setup.threads
+    params.fit_params = params.warmup = False
+    params.cache_ram_mib = params.n_ctx_checkpoints = params.verbosity = 0
+    if setup.is_mapped:
+        params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
+        params.no_extra_bufts = True
+    return params

@@ -1,0 +1,143 @@
+"""What the parent asks a child process, and what comes back. Sent as pickles over pipes, so: plain frozen data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from pipo.base.manifest import Extent
+from pipo.hardware.drive import DriveRate
+from pipo.transfer.disk import DriveSettings
+
+R = TypeVar("R")
+
+
+class Request(Generic[R]):
+    """A question whose answer is an R."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The answer of a child that could not do what was asked. It stays alive."""
+
+    message: str
+
+
+# answers
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """`seconds` from the opening of the file to ready; imports are not in it. `library` says what computes."""
+
+    seconds: float
+    library: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFacts:
+    """What pipo means to do. Without room for the model only `smallest_bytes` counts."""
+
+    fits: bool
+    smallest_bytes: int = 0
+    needed_bytes: int = 0  # of the budget
+    weight_bytes: int = 0  # of all stages
+    resident_bytes: int = 0
+    streamed_bytes: int = 0  # per pass
+    chunk_tokens: int = 0
+    repacked_types: tuple[str, ...] = ()
+    drive: DriveRate | None = None
+    streamed_extents: tuple[Extent, ...] = ()
+    library: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Decode passes. `seconds` of each, or their mean once where an engine tells no more.
+
+    Seconds count from token to token as a caller sees them: gathering, computing and sampling included.
+    """
+
+    num_passes: int
+    seconds: tuple[float, ...]
+    bytes_read: int = 0
+    compute_s: float = 0.0
+    stall_s: tuple[tuple[str, float], ...] = ()
+    peak_anonymous_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """A prompt that no cache knows, up to the first token of the answer."""
+
+    num_tokens: int
+    seconds: float
+    num_passes: int = 1
+    bytes_read: int = 0
+    peak_anonymous_bytes: int = 0
+
+
+# requests
+
+
+@dataclass(frozen=True, slots=True)
+class PipoSetup:
+    """`layout` and `schedule` as in EngineConfig."""
+
+    path: Path
+    ram_bytes: int
+    context_tokens: int
+    threads: int
+    schedule: str = "pipelined"
+    layout: str = "auto"
+    prefill_chunk: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaSetup:
+    """llama.cpp. `is_mapped`: weights stay in the mapped file, as they must where they do not fit (no repacking).
+
+    `site` is the folder that holds the package, for one that is not installed.
+    """
+
+    path: Path
+    context_tokens: int
+    threads: int
+    is_mapped: bool = False
+    site: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan(Request[PlanFacts]):
+    setup: PipoSetup
+
+
+@dataclass(frozen=True, slots=True)
+class Start(Request[Started]):
+    setup: PipoSetup | LlamaSetup
+
+
+@dataclass(frozen=True, slots=True)
+class Decode(Request[Passes]):
+    num_passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill(Request[FirstToken]):
+    """`seed` makes the prompt; a new one meets no cached prefix."""
+
+    num_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadDrive(Request[tuple[DriveRate, ...]]):
+    """Measure the drive over these extents. Wants an idle machine."""
+
+    files: tuple[Path, ...]
+    extents: tuple[Extent, ...]
+    combos: tuple[DriveSettings, ...]
+    seconds: float
