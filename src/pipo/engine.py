@@ -33,11 +33,12 @@ from pipo.hardware.budget import ram_bytes
 from pipo.hardware.cache import drive_rates
 from pipo.hardware.drive import QUICK_COMBOS, DriveRate, best_rate, measure_drive
 from pipo.hardware.memory import PeakSampler, process_memory
+from pipo.kvcache.cache import ROWS_PER_CLASS, kv_rows_class
 from pipo.models.registry import stages_of
 from pipo.pipeline.assembly import Assembly, Blueprint, choose_layouts, demand
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
-from pipo.planner.placement import Placement, place
+from pipo.planner.placement import Placement, place, smallest_bytes
 from pipo.text.chat_template import ChatTemplate, Message
 from pipo.text.tokenizer import Tokenizer
 from pipo.transfer.disk import DriveSettings
@@ -290,8 +291,21 @@ class Engine:
             if placement is not None and (all(placement.resident) or not all_resident):
                 return self._plan_of(blueprint, placement, context_tokens, limit)
         blueprint = self._blueprint(False, NARROW_DRIVE)
-        placement = place(demand(blueprint, context_tokens, limit, self._process_bytes()))
+        try:
+            placement = place(demand(blueprint, context_tokens, limit, self._process_bytes()))
+        except OverBudget as error:
+            raise self._with_context_hint(error, blueprint, context_tokens, limit) from None
         return self._plan_of(blueprint, placement, context_tokens, limit)
+
+    def _with_context_hint(
+        self, error: OverBudget, blueprint: Blueprint, context_tokens: int, limit: int
+    ) -> OverBudget:
+        """Say which context would fit, where a shorter one would."""
+        for context in range(kv_rows_class(context_tokens) - ROWS_PER_CLASS, 0, -ROWS_PER_CLASS):
+            if smallest_bytes(demand(blueprint, context, limit, self._process_bytes())) <= limit:
+                hint = f"-c {context} fits; {error.hint}"
+                return OverBudget(error.message, smallest_bytes=error.smallest_bytes, hint=hint)
+        return error
 
     def _try(self, blueprint: Blueprint, context_tokens: int, limit: int) -> Placement | None:
         try:

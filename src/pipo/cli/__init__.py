@@ -1,0 +1,24 @@
+"""The command line: one file per verb. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+SIGNALLED = 128  # plus the signal's number is the exit code a shell knows
+
+
+def main() -> None:
+    """`pipo` as the shell calls it: parse, run the verb, turn whatever ends it into an exit code."""
+    try:
+        from pipo.cli.app import run_command
+
+        code = run_command(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = SIGNALLED + signal.SIGINT
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = SIGNALLED + getattr(signal, "SIGPIPE", 13)
+    sys.exit(code)

@@ -20,12 +20,13 @@ class _End:
 class _Job(Generic[T]):
     def __init__(self, make: Callable[[], Iterator[T]]) -> None:
         self.make = make
+        self.is_abandoned = False
         self.out: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
 
 
 class Worker:
-    """Runs one job at a time on its own thread. `interrupt` must make a running job end soon; it may be called from
-    any thread. Threads: `stream` from one thread at a time.
+    """Runs one job at a time on its own thread. `interrupt` must make a running job end soon, until `resume`; both may
+    be called from any thread. Threads: `stream` from one thread at a time.
     """
 
     def __init__(self, interrupt: Callable[[], None], resume: Callable[[], None]) -> None:
@@ -53,10 +54,10 @@ class Worker:
                 yield item
         finally:
             if not is_over:
+                job.is_abandoned = True  # before the interrupt: see _run
                 self._interrupt()
                 while not isinstance(job.out.get(), _End):
                     pass
-                self._resume()
 
     def close(self) -> None:
         self._interrupt()
@@ -66,8 +67,11 @@ class Worker:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             error: BaseException | None = None
+            # An interrupt that comes after this line stays set. One that came before it belongs to an earlier job, or
+            # to this one, which then is_abandoned already.
+            self._resume()
             try:
-                for item in job.make():
+                for item in () if job.is_abandoned else job.make():
                     job.out.put(item)
             except BaseException as caught:  # noqa: BLE001 - handed to the thread that waits for it
                 error = caught

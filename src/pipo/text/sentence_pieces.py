@@ -14,14 +14,13 @@ from functools import lru_cache
 from itertools import pairwise
 
 from pipo.base.errors import MalformedFile
-from pipo.text.vocabulary import TOKENS_KEY, TokenKind
+from pipo.text.vocabulary import TOKENS_KEY, TokenKind, read_byte_tokens
 
 SPACE_MARK = "▁"
 _CACHED_WORDS = 8192
 _LONGEST_CACHED_WORD = 64
 _CROSSES_WORDS = re.compile(f"[^{SPACE_MARK}]{SPACE_MARK}")
 _WORDS = re.compile(f"{SPACE_MARK}+[^{SPACE_MARK}]*|[^{SPACE_MARK}]+")
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 # Control, unknown and byte tokens are never made from letters: a user's "<s>" stays text
 _KINDS_OF_TEXT = frozenset({TokenKind.NORMAL, TokenKind.USER_DEFINED, TokenKind.UNUSED, TokenKind.UNDEFINED})
 
@@ -39,8 +38,9 @@ class SentencePieces:
         self._texts = list(token_ids)
         self._scores = scores
         self._token_ids = {text: idx for text, idx in token_ids.items() if kinds[idx] in _KINDS_OF_TEXT}
-        self._byte_ids = _find_byte_ids(token_ids, kinds)
-        if self._byte_ids is None and unknown_id is None:
+        self._byte_ids = read_byte_tokens(token_ids, kinds)
+        self._has_all_bytes = len(self._byte_ids) == 256
+        if not self._has_all_bytes and unknown_id is None:
             raise MalformedFile(f"key {TOKENS_KEY!r} has neither 256 byte tokens nor an unknown token")
         self._unknown_id = unknown_id
         self._splits_words = not any(_CROSSES_WORDS.search(text) for text in self._token_ids)
@@ -70,7 +70,7 @@ class SentencePieces:
         token_id = self._token_ids.get(piece)
         if token_id is not None:
             yield token_id
-        elif self._byte_ids is not None:
+        elif self._has_all_bytes:
             yield from (self._byte_ids[byte] for byte in piece.encode())
         elif self._unknown_id is not None:
             yield self._unknown_id
@@ -101,13 +101,3 @@ class SentencePieces:
             if before[left] >= 0:
                 propose(before[left], left)
         return [piece for piece in pieces if piece]
-
-
-def _find_byte_ids(token_ids: Mapping[str, int], kinds: bytearray) -> list[int] | None:
-    """The token of each byte; None unless there is one for all of them."""
-    found = {
-        int(match[1], 16): token_id
-        for text, token_id in token_ids.items()
-        if kinds[token_id] == TokenKind.BYTE and (match := _BYTE_TOKEN.fullmatch(text))
-    }
-    return [found[byte] for byte in range(256)] if len(found) == 256 else None

@@ -23,6 +23,8 @@ from pipo.text.special_tokens import (
 from pipo.text.vocabulary import (
     TokenizerMetadata,
     TokenKind,
+    byte_of,
+    read_byte_tokens,
     read_flag,
     read_kinds,
     read_scores,
@@ -30,9 +32,9 @@ from pipo.text.vocabulary import (
     read_token_ids,
 )
 
-_log = logging.getLogger(__name__)
-
 __all__ = ["IncrementalDetokenizer", "SpecialIds", "TextModel", "Tokenizer", "TokenizerMetadata"]
+
+_log = logging.getLogger(__name__)
 
 _MODEL_KEY = "tokenizer.ggml.model"
 _PRE_TOKENIZER_KEY = "tokenizer.ggml.pre"
@@ -71,8 +73,8 @@ class _Wrapping:
 class Tokenizer:
     """One model's tokenizer. Threads: any, it does not change.
 
-    `encode` and `decode` are inverse to each other for text without special tokens, but for the bytes that a model
-    lacks (see BytePairs). No Unicode normalisation, no cleaning of spaces.
+    `decode` inverts `encode` for text without special tokens, but for bytes that a model lacks (see BytePairs) and for
+    ▁, which sentence pieces take for a space. No Unicode normalisation, no cleaning of spaces.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Tokenizer:
             scores = read_scores(metadata, len(kinds))
             model: TextModel = SentencePieces(token_ids, kinds, scores, special_ids.unk)
         else:
+            read_byte_tokens(token_ids, kinds)  # only to refuse misspelled ones
             pre_tokenizer = _read_pre_tokenizer(metadata, name)
             wrapping = _read_wrapping(metadata, special_ids, adds_bos=pre_tokenizer.adds_bos, prefixes_space=False)
             model = BytePairs(token_ids, read_merges(metadata), pre_tokenizer)
@@ -166,7 +169,7 @@ class Tokenizer:
         if kind == TokenKind.NORMAL:
             return self._model.plain_bytes(text)
         if kind == TokenKind.BYTE:
-            return _byte_of(text)
+            return bytes([byte_of(text)])
         return text.encode()
 
     def token_text(self, token_id: int) -> str:
@@ -254,11 +257,3 @@ def _refuse_surrogates(text: str) -> None:
             f"the text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}",
             hint="half of a UTF-16 pair is not a character: check where the text was cut or decoded",
         ) from None
-
-
-def _byte_of(text: str) -> bytes:
-    """`<0x0A>` is byte 10."""
-    try:
-        return bytes([int(text[3:5], 16)])
-    except ValueError:
-        raise MalformedFile(f"token {text!r} is a byte token, which are spelled <0x00> to <0xFF>") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Mapping
 from enum import IntEnum
@@ -15,6 +16,8 @@ from pipo.base.errors import MalformedFile
 TOKENS_KEY = "tokenizer.ggml.tokens"
 KINDS_KEY = "tokenizer.ggml.token_type"
 SCORES_KEY = "tokenizer.ggml.scores"
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class TokenizerMetadata(Protocol):
@@ -109,6 +112,21 @@ def read_scores(metadata: TokenizerMetadata, vocab_size: int) -> array[float]:
     if np.isnan(floats).any():
         raise MalformedFile(f"key {SCORES_KEY!r} has no number for token {int(np.isnan(floats).argmax())}")
     return array("f", floats.tobytes())
+
+
+def read_byte_tokens(token_ids: Mapping[str, int], kinds: bytearray) -> dict[int, int]:
+    """The token of each byte that has one. Raises MalformedFile where a byte token does not say which byte it is."""
+    found: dict[int, int] = {}
+    for text, token_id in ids_of_kinds(token_ids, kinds, TokenKind.BYTE).items():
+        if not _BYTE_TOKEN.fullmatch(text):
+            raise MalformedFile(f"key {TOKENS_KEY!r} spells byte token {token_id} {text!r}, wanted <0x00> to <0xFF>")
+        found[byte_of(text)] = token_id
+    return found
+
+
+def byte_of(text: str) -> int:
+    """`<0x0A>` is byte 10."""
+    return int(text[3:5], 16)
 
 
 def ids_of_kinds(token_ids: Mapping[str, int], kinds: bytearray, *wanted: TokenKind) -> dict[str, int]:

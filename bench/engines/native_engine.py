@@ -1,0 +1,116 @@
+"""llama.cpp as `llama-cpp-python` compiles it on this machine, through its C functions, in a child process."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from time import perf_counter
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from bench.messages import Decode, FirstToken, LlamaSetup, Passes, Prefill, Request, Start, Started
+from bench.prompts import random_prompt
+
+_PROMPT_TOKENS = 8
+
+
+class NativeEngine:
+    """One model and one context, greedy, timed around `llama_decode` and the choice of a token."""
+
+    def __init__(self) -> None:
+        self._llama: Any = None
+        self._model: Any = None
+        self._context: Any = None
+        self._vocab_size = 0
+
+    def answer(self, request: Request[Any]) -> object:
+        match request:
+            case Start():
+                assert isinstance(request.setup, LlamaSetup)
+                return self._start(request.setup)
+            case Decode():
+                return self._decode(request.num_passes)
+            case Prefill():
+                return self._prefill(request.num_tokens, request.seed)
+        raise TypeError(f"llama-cpp-python does not serve {request}")
+
+    def close(self) -> None:
+        if self._context:
+            self._llama.llama_free(self._context)
+            self._llama.llama_model_free(self._model)
+            self._context = None
+
+    def _start(self, setup: LlamaSetup) -> Started:
+        self._llama = llama = _bindings(setup.site)
+        llama.llama_log_set(_silence, None)
+        llama.llama_backend_init()
+        begin = perf_counter()
+        params = llama.llama_model_default_params()
+        if setup.is_mapped:
+            params.load_mode, params.use_extra_bufts = llama.LLAMA_LOAD_MODE_MMAP, False
+        self._model = _needed(llama.llama_model_load_from_file(str(setup.path).encode(), params), "the model")
+        self._context = _needed(llama.llama_init_from_model(self._model, self._context_params(setup)), "a context")
+        self._vocab_size = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
+        return Started(perf_counter() - begin, "llama-cpp-python")
+
+    def _context_params(self, setup: LlamaSetup) -> Any:
+        params = self._llama.llama_context_default_params()
+        params.n_ctx = setup.context_tokens
+        params.n_threads = params.n_threads_batch = setup.threads
+        return params
+
+    def _decode(self, num_passes: int) -> Passes:
+        self._forget()
+        token = self._pass(random_prompt(_PROMPT_TOKENS, 0, self._vocab_size))
+        times = [perf_counter()]
+        for _ in range(num_passes):
+            token = self._pass([token])
+            times.append(perf_counter())
+        return Passes(num_passes, tuple(after - before for before, after in zip(times, times[1:], strict=False)))
+
+    def _prefill(self, num_tokens: int, seed: int) -> FirstToken:
+        self._forget()
+        prompt = random_prompt(num_tokens, seed, self._vocab_size)
+        begin = perf_counter()
+        self._pass(prompt)
+        return FirstToken(num_tokens, perf_counter() - begin)
+
+    def _forget(self) -> None:
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+
+    def _pass(self, token_ids: list[int]) -> int:
+        """Compute the tokens after those in the cache, and choose the next one greedily."""
+        tokens = (ctypes.c_int32 * len(token_ids))(*token_ids)
+        status = self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(tokens, len(token_ids)))
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+        logits = self._llama.llama_get_logits_ith(self._context, -1)
+        return int(np.argmax(np.ctypeslib.as_array(logits, shape=(self._vocab_size,))))
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def _silence(level: int, text: bytes, user: int) -> None: ...
+
+
+def _needed(pointer: Any, what: str) -> Any:
+    if not pointer:
+        raise RuntimeError(f"llama.cpp could not make {what}")
+    return pointer
+
+
+def _bindings(site: Path | None) -> ModuleType:
+    """The ctypes bindings alone: the package around them wants dependencies that nothing here needs."""
+    if site is None:
+        spec = importlib.util.find_spec("llama_cpp")
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError("llama-cpp-python is not installed")
+        site = Path(spec.origin).parents[1]
+    package = ModuleType("llama_cpp")
+    package.__path__ = [str(site / "llama_cpp")]
+    sys.modules["llama_cpp"] = package
+    return importlib.import_module("llama_cpp.llama_cpp")

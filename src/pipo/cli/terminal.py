@@ -1,0 +1,65 @@
+"""What a person sees. Data goes to stdout, everything else to stderr; colour only where a terminal wants it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+from rich.console import Console
+from rich.text import Text
+
+Row = tuple[str, str]
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_LABEL_WIDTH = 10
+
+
+@cache
+def stdout() -> Console:
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+@cache
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def set_up_logging(*, quiet: bool, verbose: bool) -> None:
+    level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s %(name)s %(message)s")
+
+
+def print_error(message: str, hint: str | None = None) -> None:
+    stderr().print(Text.assemble(("error: ", "bold red"), message))
+    if hint is not None:
+        stderr().print(Text.assemble("\n", ("hint: ", "bold"), hint))
+
+
+def print_rows(console: Console, title: str, rows: Iterable[Row], style: str = "") -> None:
+    """A title, and lines of a label and what it has."""
+    console.print(Text(title, f"{style} bold"))
+    for label, value in rows:
+        console.print(Text.assemble("  ", (f"{label:<{_LABEL_WIDTH}} ", f"{style} cyan"), (value, style)))
+
+
+def print_columns(console: Console, head: Sequence[str], lines: Sequence[Sequence[str]], indent: str = "") -> None:
+    """Lines under a head, as wide as their contents. What looks like a number stands on the right."""
+    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
+    is_number = [all(line[i][:1].isdigit() or not line[i] for line in lines) for i in range(len(head))]
+    for line in (head, *lines):
+        cells = [f"{c:>{w}}" if n else f"{c:<{w}}" for c, w, n in zip(line, widths, is_number, strict=True)]
+        console.print(Text(indent + "  ".join(cells).rstrip(), "dim" if line is head else ""))
+
+
+def write_answer(text: str) -> None:
+    """Show generated text at once. A terminal gets no control characters: a model must not move its cursor."""
+    sys.stdout.write(_CONTROLS.sub("", text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def write_json(value: object) -> None:
+    import json
+
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
