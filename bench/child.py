@@ -31,9 +31,7 @@ class ChildFailed(Exception):
 class Child:
     """Runs `bench.serve KIND`. Close it, or use it as a context manager. Threads: one."""
 
-    def __init__(
-        self, kind: str, *, group: Cgroup | None = None, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, kind: str, *, group: Cgroup | None = None, environment: Mapping[str, str] | None = None) -> None:
         self.kind = kind
         self._group = group
         self._log = TemporaryFile()  # noqa: SIM115 - closed with the child

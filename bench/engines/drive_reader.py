@@ -12,9 +12,7 @@ class DriveReader:
     def answer(self, request: Request[Any]) -> object:
         match request:
             case ReadDrive():
-                return measure_drive(
-                    request.files, request.extents, combos=request.combos, duration_s=request.seconds
-                )
+                return measure_drive(request.files, request.extents, combos=request.combos, duration_s=request.seconds)
         raise TypeError(f"a drive does not serve {request}")
 
     def close(self) -> None:

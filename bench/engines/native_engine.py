@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import importlib.util
 import sys
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
@@ -71,7 +72,7 @@ class NativeEngine:
         for _ in range(num_passes):
             token = self._pass([token])
             times.append(perf_counter())
-        return Passes(num_passes, tuple(after - before for before, after in zip(times, times[1:], strict=False)))
+        return Passes(num_passes, tuple(after - before for before, after in pairwise(times)))
 
     def _prefill(self, num_tokens: int, seed: int) -> FirstToken:
         self._forget()
@@ -93,8 +94,8 @@ class NativeEngine:
         return int(np.argmax(np.ctypeslib.as_array(logits, shape=(self._vocab_size,))))
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _silence(level: int, text: bytes, user: int) -> None: ...
+# llama.cpp's log goes to a C function that ignores what it is given
+_silence = ctypes.cast(ctypes.CDLL(None).abs, ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p))
 
 
 def _needed(pointer: Any, what: str) -> Any:

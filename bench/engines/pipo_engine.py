@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -55,7 +56,7 @@ class PipoEngine:
         report = self._report()
         return Passes(
             num_passes=num_passes,
-            seconds=tuple(after - before for before, after in zip(times, times[1:], strict=False)),
+            seconds=tuple(after - before for before, after in pairwise(times)),
             bytes_read=report.decode.bytes_read,
             compute_s=report.decode.compute_s,
             stall_s=tuple((cause.value, seconds) for cause, seconds in report.decode.stall_s.items()),

@@ -28,7 +28,7 @@ from pipo.compute.repack import RepackBuffer
 from pipo.formats.checkpoint import Checkpoint, open_checkpoint
 from pipo.generation.loop import Generator, Piece, Timing
 from pipo.generation.request import Completion, FinishReason, SamplingParams, Usage
-from pipo.generation.worker import Worker
+from pipo.generation.worker import Stream, Worker
 from pipo.hardware.budget import ram_bytes
 from pipo.hardware.cache import drive_rates
 from pipo.hardware.drive import QUICK_COMBOS, DriveRate, best_rate, measure_drive
@@ -163,6 +163,10 @@ class Engine:
             )
         return self._plan_at(context or self._roomiest_context(limit, trained), limit)
 
+    def smallest_ram_bytes(self, context_tokens: int) -> int:
+        """The least budget that `make_plan` takes for this context."""
+        return smallest_bytes(demand(self._blueprint(False, NARROW_DRIVE), context_tokens, 0, self._process_bytes()))
+
     def start(self, plan: Plan) -> None:
         """Take the memory of a plan and begin to answer. Raises OverBudget, TransferError."""
         assert self._assembly is None, "an engine starts once"
@@ -197,7 +201,7 @@ class Engine:
         prompt: Sequence[int],
         params: SamplingParams | None = None,
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
-    ) -> Iterator[Piece]:
+    ) -> Stream[Piece]:
         """Tokens and text as they are made. Leaving the iterator early stops the computation; the KV cache stays.
 
         `on_prefill(done, total)` is called on the compute thread. Raises ContextOverflow and UsageError before any
@@ -300,12 +304,14 @@ class Engine:
     def _with_context_hint(
         self, error: OverBudget, blueprint: Blueprint, context_tokens: int, limit: int
     ) -> OverBudget:
-        """Say which context would fit, where a shorter one would."""
-        for context in range(kv_rows_class(context_tokens) - ROWS_PER_CLASS, 0, -ROWS_PER_CLASS):
-            if smallest_bytes(demand(blueprint, context, limit, self._process_bytes())) <= limit:
-                hint = f"-c {context} fits; {error.hint}"
-                return OverBudget(error.message, smallest_bytes=error.smallest_bytes, hint=hint)
-        return error
+        """Say which context would fit, where a shorter one would: the excess in rows of the KV cache."""
+        excess = (error.smallest_bytes or limit) - limit
+        classes_too_many = -(-excess // blueprint.kv_shape(ROWS_PER_CLASS).num_bytes)
+        context = kv_rows_class(context_tokens) - classes_too_many * ROWS_PER_CLASS
+        if context < ROWS_PER_CLASS:
+            return error
+        hint = f"-c {context} fits; {error.hint}"
+        return OverBudget(error.message, smallest_bytes=error.smallest_bytes, hint=hint)
 
     def _try(self, blueprint: Blueprint, context_tokens: int, limit: int) -> Placement | None:
         try:

@@ -17,6 +17,7 @@ from pipo.generation.request import SamplingParams
 
 _MEMORY, _COMPUTE, _SAMPLING = "Memory", "Compute", "Sampling"
 _DEFAULTS = SamplingParams()
+_KIND = inspect.Parameter.KEYWORD_ONLY
 
 
 def _one_of(names: tuple[str, ...]) -> str:
@@ -40,7 +41,8 @@ class MemoryFlags:
         typer.Option("-c", "--ctx-size", min=1, help="Tokens of prompt plus answer.", rich_help_panel=_MEMORY),
     ] = None
     cache_type_k: Annotated[
-        str | None, typer.Option(metavar=_one_of(CACHE_TYPE_NAMES), help="Type of cached keys.", rich_help_panel=_MEMORY)
+        str | None,
+        typer.Option(metavar=_one_of(CACHE_TYPE_NAMES), help="Type of cached keys.", rich_help_panel=_MEMORY),
     ] = None
     cache_type_v: Annotated[
         str | None,
@@ -82,9 +84,7 @@ class ComputeFlags:
     ] = None
     schedule: Annotated[
         str | None,
-        typer.Option(
-            metavar=_one_of(SCHEDULE_NAMES), help="How reads and compute overlap.", rich_help_panel=_COMPUTE
-        ),
+        typer.Option(metavar=_one_of(SCHEDULE_NAMES), help="How reads and compute overlap.", rich_help_panel=_COMPUTE),
     ] = None
 
     @property
@@ -100,12 +100,12 @@ class SamplingFlags:
         int | None,
         typer.Option("-n", "--max-tokens", min=1, help="Tokens of answer at most.", rich_help_panel=_SAMPLING),
     ] = None
-    temp: Annotated[
-        float, typer.Option("--temp", help="Temperature; 0 is greedy.", rich_help_panel=_SAMPLING)
-    ] = _DEFAULTS.temperature
-    top_k: Annotated[
-        int, typer.Option(help="Keep the K likeliest; 0 keeps all.", rich_help_panel=_SAMPLING)
-    ] = _DEFAULTS.top_k
+    temp: Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.", rich_help_panel=_SAMPLING)] = (
+        _DEFAULTS.temperature
+    )
+    top_k: Annotated[int, typer.Option(help="Keep the K likeliest; 0 keeps all.", rich_help_panel=_SAMPLING)] = (
+        _DEFAULTS.top_k
+    )
     top_p: Annotated[
         float, typer.Option(help="Keep the likeliest that reach P together.", rich_help_panel=_SAMPLING)
     ] = _DEFAULTS.top_p
@@ -118,9 +118,9 @@ class SamplingFlags:
     presence_penalty: Annotated[
         float, typer.Option(help="Subtract once from recent tokens.", rich_help_panel=_SAMPLING)
     ] = _DEFAULTS.presence_penalty
-    frequency_penalty: Annotated[
-        float, typer.Option(help="Subtract per occurrence.", rich_help_panel=_SAMPLING)
-    ] = _DEFAULTS.frequency_penalty
+    frequency_penalty: Annotated[float, typer.Option(help="Subtract per occurrence.", rich_help_panel=_SAMPLING)] = (
+        _DEFAULTS.frequency_penalty
+    )
     seed: Annotated[
         int | None, typer.Option(help="Same seed, same answer; drawn otherwise.", rich_help_panel=_SAMPLING)
     ] = None
@@ -197,11 +197,11 @@ class Call:
 def spread(verb: Callable[..., None]) -> Callable[..., Call]:
     """Show typer the fields of a verb's flag groups as parameters of their own. What typer calls makes a Call."""
     hints = get_type_hints(verb, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, type] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters: list[inspect.Parameter] = []
     for name, own in inspect.signature(verb).parameters.items():
         group = groups.get(name)
-        parameters += _fields_of(group) if group else [own.replace(annotation=hints[name])]
+        parameters += _fields_of(group) if group else [own.replace(annotation=hints[name], kind=_KIND)]
 
     @functools.wraps(verb)
     def flat(**values: object) -> Call:
@@ -218,8 +218,7 @@ def spread(verb: Callable[..., None]) -> Callable[..., Call]:
 
 def _fields_of(group: type) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
-    kind = inspect.Parameter.KEYWORD_ONLY
     return [
-        inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name])
+        inspect.Parameter(field.name, _KIND, default=field.default, annotation=hints[field.name])
         for field in fields(group)
     ]

@@ -62,6 +62,7 @@ class Builder:
         self._graph = lib.new_graph_custom(self._context, max_nodes, False)
         self._max_nodes = max_nodes
         self._num_tensors = 0
+        self.prefix = ""  # of the names of leaves to come: stages that share a graph each have their own
         self._leaves: dict[str, Tensor] = {}
 
     # leaves: memory that the caller binds
@@ -92,6 +93,7 @@ class Builder:
         return self._named(name, tensor)
 
     def _named(self, name: str, tensor: Tensor) -> Tensor:
+        name = self.prefix + name
         if name in self._leaves:
             self._refuse(f"two leaves are named {name}")
         self._leaves[name] = tensor

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+Stream = Generator[T, None, None]  # an iterator that can be closed
 
 
 class _End:
@@ -36,7 +37,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
 
-    def stream(self, make: Callable[[], Iterator[T]]) -> Iterator[T]:
+    def stream(self, make: Callable[[], Iterator[T]]) -> Stream[T]:
         """Iterate on this thread over what `make()` yields on the worker's. Leaving early interrupts the job and
         waits until it has ended, so that the next one finds everything at rest.
         """

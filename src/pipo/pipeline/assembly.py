@@ -21,7 +21,7 @@ from pipo.models.stage import ShapeClass, Stage, StageKind
 from pipo.pipeline.buffers import BufferShape, PassBuffers
 from pipo.pipeline.embedding import Embedding
 from pipo.pipeline.executor import Executor
-from pipo.pipeline.forward import Forward, Model
+from pipo.pipeline.forward import EMBEDDING_TABLE, Forward, Model
 from pipo.pipeline.schedule import SCHEDULES, Residency, SlotId, UnitId
 from pipo.pipeline.stage_graphs import GRAPH_BYTES, MAX_GRAPHS, Compute, StageGraphs
 from pipo.pipeline.units import Unit, WeightLayouts, cut_head, make_units, unit_sizes
@@ -32,7 +32,6 @@ from pipo.tiers.ram import Arena, Place
 from pipo.transfer.disk import DiskTransfer, DriveSettings
 
 CHUNKS = (16, 32, 64, 128, 256, 512)  # prefill chunks the planner may choose from
-EMBEDDING_TABLE = "token_embd.weight"
 PAGE = 4096
 # what Python and ggml grow by while answering: sampling arrays, token lists, thread stacks
 GROWTH_BYTES = 12 << 20

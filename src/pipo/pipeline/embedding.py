@@ -1,4 +1,4 @@
-"""Embedding rows, gathered from disk row by row: the table is never resident."""
+"""Embedding rows, gathered row by row: the table is never resident for their sake."""
 
 from __future__ import annotations
 
@@ -30,14 +30,26 @@ class Embedding:
     def num_bytes(self) -> int:
         return self._raw.nbytes
 
-    def gather(self, token_ids: Sequence[int], out: npt.NDArray[np.float32]) -> None:
-        """out (tokens, hidden_size). The caller vouches for the range of the ids."""
+    def gather(self, token_ids: Sequence[int], out: npt.NDArray[np.float32], table_address: int | None) -> None:
+        """out (tokens, hidden_size). The caller vouches for the range of the ids.
+
+        Reads the rows from disk, unless the table lies plain at `table_address` because it is the head too.
+        """
+        if table_address is not None:
+            sources = [table_address + token * self._row_bytes for token in token_ids]
+        else:
+            sources = self._read(token_ids)
+        hidden_size, target = self._table.shape[0], out.ctypes.data
+        for i, source in enumerate(sources):
+            self._dequantiser.convert(source, target + i * hidden_size * 4, hidden_size)
+
+    def _read(self, token_ids: Sequence[int]) -> list[int]:
+        """Addresses of the rows, after reading each distinct one once."""
         distinct, inverse = np.unique(np.asarray(token_ids), return_inverse=True)
         used = len(distinct) * self._row_bytes
         self._reader.read_rows([self._extent(int(token)) for token in distinct], self._raw.data[:used])
-        base, hidden_size = self._raw.ctypes.data, self._table.shape[0]
-        for i, row in enumerate(inverse):
-            self._dequantiser.convert(base + int(row) * self._row_bytes, out[i].ctypes.data, hidden_size)
+        base = self._raw.ctypes.data
+        return [base + int(row) * self._row_bytes for row in inverse]
 
     def _extent(self, token_id: int) -> Extent:
         whole = self._table.extent

@@ -21,6 +21,8 @@ _WAKE_S = 0.1  # how often a wait looks at the abort flag
 class Transfer(Protocol):
     def submit(self, reads: Sequence[Read], place: Place, label: str) -> Handle: ...
 
+    def check_files(self) -> None: ...
+
 
 class Executor:
     """Runs steps on the calling thread. After an error the residency still says what is where, so a later pass can
@@ -49,12 +51,14 @@ class Executor:
         self._is_aborted = is_aborted
         self._unit_of_stage = {unit.stage_idx: unit for unit in units}
         self._arrivals: dict[UnitId, tuple[Handle, Place]] = {}
+        self._is_settled = False
 
     def run(self, steps: Sequence[Step], compute: Callable[[int, Place | None], None]) -> None:
         """Do every step in order; `compute(stage_idx, place of its unit)` does one stage.
 
         Raises TransferError, ComputeError, Cancelled: the first failure ends the pass.
         """
+        self._transfer.check_files()
         begin = self._clock.now()
         for step in steps:
             if step.kind is StepKind.COMPUTE:
@@ -67,6 +71,19 @@ class Executor:
                 self._wait_for_all()
         self.stats.num_passes += 1
         self.stats.wall_s += self._clock.now() - begin
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing streams and every unit has arrived. An interrupted pass may have left reads in flight."""
+        if not self._is_settled and self.residency.is_settled:
+            self._is_settled = all(handle.is_done for handle, _ in self._arrivals.values())
+            for handle, _ in self._arrivals.values():
+                handle.wait(0)
+        return self._is_settled
+
+    def place_of(self, unit_id: UnitId) -> Place:
+        """Where a unit that was read is now."""
+        return self._arrivals[unit_id][1]
 
     def _read(self, step: Step) -> None:
         self.residency.apply(step)
@@ -88,11 +105,12 @@ class Executor:
         compute(stage_idx, place)
         end = self._clock.now()
         self.stats.compute_s += end - begin
-        self._tracer.zone("compute", unit.label if unit else f"stage {stage_idx}", begin, end)
+        self._tracer.zone("compute", unit.label if unit else "pass", begin, end)
 
     def _release(self, unit_id: UnitId) -> None:
-        handle, _ = self._arrivals.pop(unit_id)
-        self._wait(handle)  # a slot is free only once nothing writes to it
+        handle, _ = self._arrivals[unit_id]
+        self._wait(handle)  # a slot is free only once nothing writes to it; cancelled meanwhile, it stays held
+        del self._arrivals[unit_id]
         self.residency.apply(Step(StepKind.RELEASE, unit_id=unit_id))
 
     def _wait_for_all(self) -> None:

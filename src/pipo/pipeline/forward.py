@@ -16,11 +16,15 @@ from pipo.models.stage import ShapeClass, Stage, StageKind
 from pipo.pipeline.buffers import PassBuffers
 from pipo.pipeline.embedding import Embedding
 from pipo.pipeline.executor import Executor
-from pipo.pipeline.schedule import Need, Schedule
+from pipo.pipeline.schedule import Need, Schedule, Step, StepKind
 from pipo.pipeline.stage_graphs import Compute, StageGraphs
 from pipo.pipeline.stats import PassStats
 from pipo.pipeline.units import Unit, head_pieces
 from pipo.tiers.ram import Place
+
+
+EMBEDDING_TABLE = "token_embd.weight"
+WHOLE_PASS = -2  # in place of a stage's index: all of them at once, when every unit is in RAM for good
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +68,14 @@ class Forward:
         self._cache = cache
         self._schedule = schedule
         self._unit_of_stage = {unit.stage_idx: unit for unit in model.units}
+        self._tied = next((u for u in model.units if _is_plain_table(u)), None)
         self._pieces = {piece.stage_idx: piece for piece in head_pieces(model.stages)}
         self._all_needs = [self._need(i) for i in range(len(model.stages))]
         self._body_needs = [n for n in self._all_needs if not self._is_output(n.stage_idx)]
         self._all_units = [need.unit_id for need in self._all_needs if need.unit_id is not None]
         self._bound: dict[int, _Bound] = {}
+        self._needs = self._all_needs
+        self._has_outputs = True
         self._shape = ShapeClass(1, 1, 1, cache.shape.type_k, cache.shape.type_v)
 
     def take_stats(self) -> PassStats:
@@ -95,11 +102,14 @@ class Forward:
         kv_rows = kv_rows_class(start + num_tokens)
         assert kv_rows <= self._cache.shape.num_rows, "the caller keeps to the context"
         types: tuple[TensorType, TensorType] = self._cache.shape.type_k, self._cache.shape.type_v
-        self._take_shape(ShapeClass(num_tokens, kv_rows, max(num_outputs, 1), *types))
+        self._take_shape(ShapeClass(num_tokens, kv_rows, max(num_outputs, 1), *types), bool(outputs))
         self._buffers.prepare(start, num_tokens, np.asarray(outputs, np.int32))
-        self._embedding.gather(token_ids, self._buffers.hidden)
-        needs = self._all_needs if outputs else self._body_needs
-        steps = self._schedule(needs, self._all_units, self._executor.residency.copy())
+        self._embedding.gather(token_ids, self._buffers.hidden, self._table_address())
+        self._needs = self._all_needs if outputs else self._body_needs
+        if self._executor.is_settled:
+            steps = [Step(StepKind.COMPUTE, WHOLE_PASS)]
+        else:
+            steps = self._schedule(self._needs, self._all_units, self._executor.residency.copy())
         self._executor.run(steps, self._compute_stage)
         self._executor.stats.num_tokens += num_tokens
         pieces = [(p.start, p.stop) for p in self._pieces.values()]
@@ -107,7 +117,8 @@ class Forward:
 
     def time_stage(self, stage_idx: int, place: Place, repeats: int) -> float:
         """Seconds one stage takes for one token: the best of `repeats`, on whatever the buffers hold."""
-        self._take_shape(ShapeClass(1, kv_rows_class(1), 1, self._cache.shape.type_k, self._cache.shape.type_v))
+        kv = self._cache.shape
+        self._take_shape(ShapeClass(1, kv_rows_class(1), 1, kv.type_k, kv.type_v), has_outputs=True)
         seconds = []
         for _ in range(repeats):
             begin = time.perf_counter()
@@ -118,14 +129,32 @@ class Forward:
     def _compute_stage(self, stage_idx: int, place: Place | None) -> None:
         bound = self._bound.get(stage_idx)
         if bound is None or bound.place is not place:
-            bound = self._bound[stage_idx] = self._bind_stage(stage_idx, place)
+            bind = self._bind_whole() if stage_idx == WHOLE_PASS else self._bind_stage(stage_idx, place)
+            bound = self._bound[stage_idx] = bind
         bound.graph.bind(bound.binding)
         bound.graph.run(self._compute.backend)
 
-    def _take_shape(self, shape: ShapeClass) -> None:
+    def _bind_whole(self) -> _Bound:
+        """All stages of the pass as one graph, each unit where it has arrived for good."""
+        stages = [self._model.stages[need.stage_idx] for need in self._needs]
+        graph = self._graphs.get_whole(stages, self._shape)
+        addresses: dict[str, int] = {}
+        for i, need in enumerate(self._needs):
+            place = self._executor.place_of(need.unit_id) if need.unit_id is not None else None
+            own = self._weight_addresses(need.stage_idx, place) | self._pass_addresses(need.stage_idx, stages[i])
+            addresses |= {f"{i}.{name}": address for name, address in own.items()}
+        return _Bound(graph, graph.binding({name: addresses[name] for name in graph.leaf_names}), None)
+
+    def _table_address(self) -> int | None:
+        """The embedding table in RAM: it is there when the model is, and uses the table as its head, in plain layout."""
+        if self._tied is None or not self._executor.is_settled:
+            return None
+        return self._executor.place_of(self._tied.unit_id).address + self._tied.layout.offsets[EMBEDDING_TABLE]
+
+    def _take_shape(self, shape: ShapeClass, has_outputs: bool) -> None:
         """What was bound for another shape is of no use any more."""
-        if shape != self._shape:
-            self._shape = shape
+        if shape != self._shape or has_outputs != self._has_outputs:
+            self._shape, self._has_outputs = shape, has_outputs
             self._bound.clear()
 
     def _bind_stage(self, stage_idx: int, place: Place | None) -> _Bound:
@@ -158,3 +187,7 @@ class Forward:
 
     def _is_output(self, stage_idx: int) -> bool:
         return self._model.stages[stage_idx].kind in (StageKind.FINAL_NORM, StageKind.HEAD)
+
+
+def _is_plain_table(unit: Unit) -> bool:
+    return any(read.rows is None for read in unit.layout.reads) and EMBEDDING_TABLE in unit.layout.offsets

@@ -53,6 +53,17 @@ class Residency:
     unread: set[UnitId]
     held: dict[UnitId, SlotId] = field(default_factory=dict)
 
+    @property
+    def is_settled(self) -> bool:
+        """Nothing streams and everything has been read."""
+        return not self.classes and not self.unread
+
+    @property
+    def num_slots(self) -> list[int]:
+        """Of each class, whether free or held."""
+        held = [self.classes[unit] for unit in self.held]
+        return [len(slots) + held.count(i) for i, slots in enumerate(self.free)]
+
     def is_streamed(self, unit: UnitId) -> bool:
         return unit in self.classes
 
@@ -94,7 +105,7 @@ def pipelined(needs: Sequence[Need], next_units: Sequence[UnitId], residency: Re
     `next_units` are the units of the following pass in order; their reads fill the slots this pass no longer needs.
     """
     wanted = [need.unit_id for need in needs if need.unit_id is not None]
-    steps = list(_drop_unneeded(wanted, residency))
+    steps = list(_drop_all_but([*wanted, *next_units], residency))
     ahead = _ReadAhead(wanted, next_units, residency)
     steps += ahead.advance()
     for need in needs:
@@ -139,7 +150,7 @@ class _ReadAhead:
 
 def sequential(needs: Sequence[Need], next_units: Sequence[UnitId], residency: Residency) -> list[Step]:
     """Read, compute, read, compute: nothing overlaps. The lower bound of the ablation."""
-    steps = list(_drop_unneeded([], residency))
+    steps = list(_drop_all_but([], residency))
     for need in needs:
         unit = need.unit_id
         if unit is not None and residency.wants_read(unit):
@@ -157,7 +168,7 @@ def layerwise(needs: Sequence[Need], next_units: Sequence[UnitId], residency: Re
     Source: FlexLLMGen, `generation_loop_overlap_single_batch`.
     """
     wanted = [need.unit_id for need in needs if need.unit_id is not None]
-    steps = list(_drop_unneeded(wanted[:1], residency))
+    steps = list(_drop_all_but(wanted[:1], residency))
     after: list[UnitId | None] = [need.unit_id for need in needs[1:]]
     after.append(next_units[0] if next_units else None)
     for need, ahead in zip(needs, after, strict=True):
@@ -172,9 +183,17 @@ def layerwise(needs: Sequence[Need], next_units: Sequence[UnitId], residency: Re
     return steps
 
 
-def _drop_unneeded(wanted: Iterable[UnitId], residency: Residency) -> Iterator[Step]:
-    """Release what an earlier pass read ahead and this one will not compute."""
-    keep = set(wanted)
+def _drop_all_but(order: Iterable[UnitId], residency: Residency) -> Iterator[Step]:
+    """Release what is held, except the units that reading in this order would fill the slots with.
+
+    A pass that was cut short leaves units behind which this one needs only late: they would block the early ones.
+    """
+    num_free = residency.num_slots
+    keep: set[UnitId] = set()
+    for unit in order:
+        if residency.is_streamed(unit) and unit not in keep and num_free[residency.classes[unit]]:
+            num_free[residency.classes[unit]] -= 1
+            keep.add(unit)
     for unit in [u for u in residency.held if u not in keep]:
         yield residency.release(unit)
 

@@ -1,0 +1,139 @@
+"""Measure pipo on this machine.
+
+    python -m bench                                  every measure, on random models of real shape
+    python -m bench streaming ttft --model big.gguf
+    python -m bench resident --shape tinyllama-1.1b --type q4_0 q4_k
+    python -m bench --quick                          all of it in a minute, on a toy: does the bench itself work?
+
+Prints tables and appends JSON lines to bench/results/. Numbers are worth something on an idle machine only.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+
+from bench.child import ChildFailed
+from bench.lab import FULL, QUICK, Lab, Settings, Unmeasurable
+from bench.machine import describe_machine
+from bench.measures import memory, raw, resident, schedules, streaming, ttft
+from bench.model_files import ModelSource, model_file
+from bench.output import ResultFile, print_table
+from bench.random_model import MIXES, SHAPES
+from bench.rows import Row, skipped
+from pipo.base.config import available_cores
+from pipo.store.library import KNOWN_MODELS, models_folder
+
+Measure = Callable[[Lab], Iterator[Row]]
+MEASURES: dict[str, Measure] = {
+    "raw": raw.measure,
+    "streaming": streaming.measure,
+    "ttft": ttft.measure,
+    "resident": resident.measure,
+    "memory": memory.measure,
+    "schedules": schedules.measure,
+}
+RESULTS = Path(__file__).parent / "results"
+# what each measure runs on when nothing is named; `None` is the small real model, where it was pulled
+ALL_TYPES = ("q4_0", "q4_k", "q4_1", "q6_k", "q8_0", "f16", "bf16")
+SEVEN_B = ModelSource(shape="llama-7b", type="q4_0")
+DEFAULTS: dict[str, tuple[ModelSource, ...]] = {
+    "resident": (
+        *(ModelSource(shape="tinyllama-1.1b", type=type) for type in ALL_TYPES),
+        SEVEN_B,
+        ModelSource(shape="llama-7b", type="q4_k"),
+    ),
+    "memory": (ModelSource(path=KNOWN_MODELS["smollm2"].path), SEVEN_B),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = _parse(arguments)
+    console = Console()
+    machine = describe_machine(args.scratch)
+    results = ResultFile(args.results, machine)
+    console.print(machine.text, highlight=False)
+    with TemporaryDirectory(prefix="pipo-bench-") as cache:
+        settings = _settings(args, Path(cache))
+        for source, names in _by_model(args):
+            with model_file(source, args.scratch, args.keep) as path:
+                for name in names:
+                    _run(name, source, path, settings, console, results)
+    console.print(f"rows: {results.path}", highlight=False)
+
+
+def _run(name: str, source: ModelSource, path: Path, settings: Settings, console: Console, results: ResultFile) -> None:
+    rows: list[Row] = []
+    try:
+        with Lab(settings, path) as lab:
+            rows += MEASURES[name](lab)
+    except (ChildFailed, Unmeasurable) as failure:
+        rows.append(skipped(name, "all", str(failure)))
+    results.append(name, source.name, rows)
+    print_table(console, f"{name} · {source.name}", rows)
+
+
+def _by_model(args: argparse.Namespace) -> list[tuple[ModelSource, list[str]]]:
+    """Each model once, with the measures that want it."""
+    wanted: dict[ModelSource, list[str]] = {}
+    for name in args.measures or MEASURES:
+        for source in _named_sources(args) or DEFAULTS.get(name, (SEVEN_B,)):
+            if source.path is None or source.path.is_file():
+                wanted.setdefault(source, []).append(name)
+    return list(wanted.items())
+
+
+def _named_sources(args: argparse.Namespace) -> tuple[ModelSource, ...]:
+    if args.model is not None:
+        return (ModelSource(path=args.model.resolve()),)
+    if args.shape is None and args.type is None and not args.quick:
+        return ()
+    shape = args.shape or ("smoke" if args.quick else "llama-7b")
+    return tuple(ModelSource(shape=shape, type=type) for type in args.type or ("q4_0",))
+
+
+def _settings(args: argparse.Namespace, cache: Path) -> Settings:
+    amounts = QUICK if args.quick else FULL
+    return Settings(
+        rounds=args.rounds or int(amounts["rounds"]),
+        passes=int(amounts["passes"]),
+        prompt_tokens=int(amounts["prompt_tokens"]),
+        context_tokens=int(amounts["context_tokens"]),
+        drive_s=amounts["drive_s"],
+        threads=args.threads or available_cores(),
+        share=args.share,
+        native_site=args.native_llama.resolve() if args.native_llama else None,
+        cache_folder=cache,
+    )
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("measures", nargs="*", metavar="MEASURE", help=f"of {', '.join(MEASURES)}; all without")
+    add("--model", type=Path, metavar="FILE", help="a GGUF file, instead of one of random weights")
+    add("--shape", choices=SHAPES, help="of the random model")
+    add("--type", choices=MIXES, nargs="+", help="of the random model; several are measured one after another")
+    add("--share", type=float, default=0.55, help="the tight budget, as a share of the file (0.55)")
+    add("--rounds", type=int, metavar="N", help="how often each piece of work is repeated")
+    add("--threads", type=int, metavar="N", help="compute threads of every engine; all cores without")
+    add("--quick", action="store_true", help="a toy model and few rounds")
+    add("--native-llama", type=Path, metavar="SITE", help="folder that holds an uninstalled llama_cpp package")
+    add("--scratch", type=Path, default=models_folder().parent / "bench", help="where random models are written")
+    add("--keep", action="store_true", help="keep the random models for the next run")
+    add("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    args = parser.parse_args(arguments)
+    unknown = [name for name in args.measures if name not in MEASURES]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is not a measure; known: {', '.join(MEASURES)}")
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What every measurement works with: the settings, one model, and child processes that end with the block."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+from bench.cgroup import Cgroup, limit_around, memory_limit, reason_against
+from bench.child import Child
+from bench.messages import LlamaSetup, PipoSetup, Plan, PlanFacts, Start
+from bench.providers import Provider, importable
+from pipo.base.units import GIB, MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How much to measure. `share` of the file is the tight budget."""
+
+    rounds: int
+    passes: int  # of decode, per round
+    prompt_tokens: int
+    context_tokens: int
+    drive_s: float  # for all ways to read the drive
+    threads: int
+    share: float
+    native_site: Path | None
+    cache_folder: Path  # of the engines: their drive probe is made once per run
+
+    @property
+    def short_prompt_tokens(self) -> int:
+        return 16
+
+
+QUICK = {"rounds": 2, "passes": 3, "prompt_tokens": 64, "context_tokens": 256, "drive_s": 0.4}
+FULL = {"rounds": 5, "passes": 3, "prompt_tokens": 512, "context_tokens": 1024, "drive_s": 12.0}
+
+
+class Unmeasurable(Exception):
+    """This question cannot be put to this model here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """An engine that has started, and the limit it lives in."""
+
+    child: Child
+    library: str
+    start_s: float
+    group: Cgroup | None = None
+
+
+class Lab:
+    """One model's bench. Leaving it ends every child, then removes the limits."""
+
+    def __init__(self, settings: Settings, path: Path) -> None:
+        self.settings = settings
+        self.path = path
+        self.file_bytes = path.stat().st_size
+        self._exit = ExitStack()
+        self._num_groups = 0
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    @property
+    def roomy_bytes(self) -> int:
+        """A budget in which everything is resident."""
+        return self.file_bytes + self.file_bytes // 4 + GIB
+
+    @property
+    def reason_against_limits(self) -> str | None:
+        return reason_against()
+
+    def setup(self, ram_bytes: int) -> PipoSetup:
+        return PipoSetup(self.path, ram_bytes, self.settings.context_tokens, self.settings.threads)
+
+    def plan(self, setup: PipoSetup) -> PlanFacts:
+        """What pipo would do, asked of a process that ends at once."""
+        with self._child("pipo", None, None) as child:
+            return child.ask(Plan(setup))
+
+    def tight_bytes(self) -> int:
+        """A budget that streams: the share of the file that was asked for; for small files the largest of a few.
+
+        Raises Unmeasurable.
+        """
+        # the roomy plan first: it measures the drive with every way to read that a budget might allow
+        roomy = self.plan(self.setup(self.roomy_bytes))
+        smallest = self.plan(self.setup(MIB)).smallest_bytes
+        spare = roomy.needed_bytes - smallest
+        wanted = [int(self.file_bytes * self.settings.share), *(smallest + spare // part for part in (2, 4, 8, 16))]
+        for ram_bytes in (*wanted, smallest):
+            if self.plan(self.setup(ram_bytes)).streamed_bytes:
+                return ram_bytes
+        raise Unmeasurable(f"{self.path.name} is so small that no budget makes it stream")
+
+    def resident_like(self, facts: PlanFacts) -> PipoSetup:
+        """All resident, with the kernels and the chunk of another plan: its compute without its transfers."""
+        roomy = replace(self.setup(self.roomy_bytes), prefill_chunk=facts.chunk_tokens)
+        candidates = [replace(roomy, layout=layout) for layout in ("auto", "plain", "repacked")]
+        same = [s for s in candidates if self.plan(s).repacked_types == facts.repacked_types]
+        return (same or candidates)[0]
+
+    def start_pipo(self, setup: PipoSetup, *, is_limited: bool = False, provider: Provider | None = None) -> Running:
+        """Raises ChildFailed."""
+        group = self._limit(setup.ram_bytes) if is_limited else None
+        return self._started(self._open("pipo", group, provider), Start(setup), group)
+
+    def start_llama(self, kind: str, *, limit_for: int | None = None) -> Running:
+        """All in memory as its defaults have it, or mapped inside the limit of a budget. Raises ChildFailed."""
+        settings = self.settings
+        is_mapped = limit_for is not None
+        setup = LlamaSetup(self.path, settings.context_tokens, settings.threads, is_mapped, settings.native_site)
+        group = self._limit(limit_for) if limit_for is not None else None
+        return self._started(self._open(kind, group), Start(setup), group)
+
+    def open_drive(self) -> Child:
+        return self._open("drive", None)
+
+    def _started(self, child: Child, request: Start, group: Cgroup | None) -> Running:
+        answer = child.ask(request)
+        return Running(child, answer.library, answer.seconds, group)
+
+    def _open(self, kind: str, group: Cgroup | None, provider: Provider | None = None) -> Child:
+        return self._exit.enter_context(self._child(kind, group, provider))
+
+    def _child(self, kind: str, group: Cgroup | None, provider: Provider | None) -> Child:
+        environment = {"XDG_CACHE_HOME": str(self.settings.cache_folder)}
+        if provider is not None:
+            environment["PIPO_GGML"] = str(provider.folder)
+        return Child(kind, group=group, environment=environment)
+
+    def _limit(self, ram_bytes: int) -> Cgroup:
+        self._num_groups += 1
+        return self._exit.enter_context(memory_limit(str(self._num_groups), limit_around(ram_bytes)))
+
+
+def peers(settings: Settings) -> list[str]:
+    """Kinds of llama.cpp that can be run here."""
+    kinds = ["xllamacpp"] if importable("xllamacpp") else []
+    if settings.native_site is not None or importable("llama_cpp"):
+        kinds.append("llama-cpp-python")
+    return kinds

@@ -1,0 +1,151 @@
+"""A plan before an answer and its cost after, in words and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from pipo.base.units import format_rate, format_size
+from pipo.cli.terminal import Row
+from pipo.engine import Plan, Report
+from pipo.pipeline.stats import PassStats
+
+
+def plan_rows(plan: Plan) -> Iterator[Row]:
+    """What lives where, and what that costs per pass."""
+    placement = plan.placement
+    yield "weights", weights_text(plan)
+    yield "memory", f"{format_size(placement.num_bytes)} planned, the limit is {format_size(plan.limit_bytes)}"
+    kv = placement.breakdown["KV cache"]
+    config = plan.blueprint.config
+    types = dict.fromkeys((config.cache_type_k, config.cache_type_v))
+    yield "context", f"{plan.context_tokens} tokens, {format_size(kv)} of KV cache in {' and '.join(types)}"
+    layout = f"repacked {', '.join(plan.repacked_types)}" if plan.repacked_types else "plain"
+    yield "prefill", f"{placement.chunk.num_tokens} tokens a pass, {layout} weights"
+
+
+def weights_text(plan: Plan) -> str:
+    total, streamed = plan.weight_bytes, plan.placement.streamed_bytes
+    if not streamed:
+        return f"all {format_size(total)} stay in RAM, nothing streams"
+    text = f"{_of(streamed, total)} stream from disk in every pass"
+    resident = total - streamed
+    return f"{text}, {format_size(resident)} stay in RAM" if resident > 0 else f"{text}, none stay in RAM"
+
+
+def prediction_row(plan: Plan, seconds_per_pass: float) -> Row:
+    """Known once the engine has started."""
+    floor_s = plan.pass_floor_s
+    why = f"; the drive allows {_rate(1 / floor_s)} at most" if floor_s else ""
+    return "expect", f"{_rate(1 / seconds_per_pass)} tokens/s{why}"
+
+
+def breakdown_rows(breakdown: Mapping[str, int]) -> Iterator[Row]:
+    for name, num_bytes in sorted(breakdown.items(), key=lambda item: -item[1]):
+        if num_bytes:
+            yield name, format_size(num_bytes)
+
+
+def status_line(plan: Plan, report: Report, seconds_per_pass: float) -> str:
+    """One line on what the answer cost."""
+    decode = report.decode
+    parts = []
+    if decode.num_passes:
+        parts.append(f"{_rate(report.tokens_per_s)} tok/s ({_rate(1 / seconds_per_pass)} predicted)")
+    parts.append(f"first token {_seconds(report.timing.ttft_s)}")
+    if decode.num_passes and decode.bytes_read:
+        parts.append(
+            f"{format_size(bytes_per_token(report))}/token at {format_rate(decode.bytes_per_s)}, "
+            f"{drive_share(plan, report):.0%} of the drive"
+        )
+        parts.append(f"stalled {decode.stall_share:.0%}")
+    parts.append(f"peak {_of(report.peak_anonymous_bytes, plan.limit_bytes)}")
+    return " · ".join(parts)
+
+
+def detail_rows(report: Report) -> Iterator[Row]:
+    """What --verbose and /stats add."""
+    timing = report.timing
+    cached = f", {timing.cached_tokens} were in the KV cache" if timing.cached_tokens else ""
+    rate = timing.prefill_tokens / report.prefill.wall_s if report.prefill.wall_s else 0.0
+    yield "prefill", f"{timing.prefill_tokens} tokens at {_rate(rate)} tok/s{cached}; {_stats_text(report.prefill)}"
+    yield "decode", f"{report.num_generated} tokens; {_stats_text(report.decode)}"
+
+
+def plan_dict(plan: Plan) -> dict[str, object]:
+    placement = plan.placement
+    return {
+        "limit_bytes": plan.limit_bytes,
+        "planned_bytes": placement.num_bytes,
+        "breakdown_bytes": placement.breakdown,
+        "weight_bytes": plan.weight_bytes,
+        "streamed_bytes_per_pass": placement.streamed_bytes,
+        "context_tokens": plan.context_tokens,
+        "prefill_chunk": placement.chunk.num_tokens,
+        "repacked_types": list(plan.repacked_types),
+        "drive_bytes_per_s": plan.drive.bytes_per_s,
+    }
+
+
+def report_dict(plan: Plan, report: Report, seconds_per_pass: float) -> dict[str, object]:
+    return {
+        "tokens_per_s": report.tokens_per_s,
+        "predicted_tokens_per_s": 1 / seconds_per_pass,
+        "ttft_s": report.timing.ttft_s,
+        "bytes_per_token": bytes_per_token(report),
+        "drive_share": drive_share(plan, report),
+        "peak_anonymous_bytes": report.peak_anonymous_bytes,
+        "prefill": _stats_dict(report.prefill),
+        "decode": _stats_dict(report.decode),
+    }
+
+
+def bytes_per_token(report: Report) -> float:
+    decode = report.decode
+    return decode.bytes_read / decode.num_tokens if decode.num_tokens else 0.0
+
+
+def drive_share(plan: Plan, report: Report) -> float:
+    """Of the drive's measured rate, 0 to 1; more where a cache below it helped."""
+    return report.decode.bytes_per_s / plan.drive.bytes_per_s
+
+
+def _stats_text(stats: PassStats) -> str:
+    causes = ", ".join(f"{cause.value} {seconds:.2f} s" for cause, seconds in stats.stall_s.items() if seconds >= 0.005)
+    stalls = f"stalled {stats.total_stall_s:.2f} s ({causes})" if causes else "no stalls"
+    return (
+        f"{stats.num_passes} passes in {stats.wall_s:.2f} s, computing {stats.compute_s:.2f} s, {stalls}; "
+        f"{format_size(stats.bytes_read)} in {stats.num_reads} reads"
+    )
+
+
+def _stats_dict(stats: PassStats) -> dict[str, object]:
+    return {
+        "num_passes": stats.num_passes,
+        "num_tokens": stats.num_tokens,
+        "num_reads": stats.num_reads,
+        "bytes_read": stats.bytes_read,
+        "bytes_per_s": stats.bytes_per_s,
+        "wall_s": stats.wall_s,
+        "compute_s": stats.compute_s,
+        "stall_s": {cause.value: seconds for cause, seconds in stats.stall_s.items()},
+        "stall_share": stats.stall_share,
+    }
+
+
+def _of(part_bytes: float, whole_bytes: float) -> str:
+    """`"77.0 of 98.1 MiB"`: the unit once where it is the same."""
+    part, whole = format_size(part_bytes), format_size(whole_bytes)
+    number, unit = part.split()
+    return f"{number} of {whole}" if whole.endswith(unit) else f"{part} of {whole}"
+
+
+def _rate(per_s: float) -> str:
+    """Three digits: `0.123`, `4.56`, `78.9`, `1234`."""
+    digits = 3 if per_s < 1 else 2 if per_s < 10 else 1 if per_s < 100 else 0
+    return f"{per_s:.{digits}f}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"

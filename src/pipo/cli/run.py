@@ -1,0 +1,158 @@
+"""`pipo run`: answer one prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipo.base.errors import ContextOverflow, UsageError
+from pipo.cli.flags import (
+    ComputeFlags,
+    JsonFlag,
+    MemoryFlags,
+    ModelArgument,
+    ModelFlag,
+    OutputFlags,
+    SamplingFlags,
+    SystemFlag,
+    make_config,
+)
+from pipo.cli.prompt import check_not_empty, piped_prompt, sort_words
+
+if TYPE_CHECKING:
+    from pipo.cli.answer import Answer
+    from pipo.cli.session import Session
+    from pipo.engine import ModelFile
+    from pipo.generation.request import Sampled, SamplingParams
+
+DEFAULT_ANSWER_TOKENS = 256
+
+
+def run(
+    model: ModelArgument = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt; read from a pipe otherwise.", show_default=False)
+    ] = None,
+    model_flag: ModelFlag = None,
+    prompt_flag: Annotated[
+        str | None, typer.Option("-p", "--prompt", metavar="PROMPT", help="The prompt, as a flag.")
+    ] = None,
+    system: SystemFlag = None,
+    raw: Annotated[bool, typer.Option("--raw", help="The prompt as it is, without chat template.")] = False,
+    json: JsonFlag = False,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="With --json: log-probabilities, and the N likeliest.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what every worker did, for ui.perfetto.dev.")
+    ] = None,
+    *,
+    output: OutputFlags,
+    memory: MemoryFlags,
+    compute: ComputeFlags,
+    sampling: SamplingFlags,
+) -> None:
+    """Answer one prompt, within a memory budget.
+
+    The prompt is put into the model's chat template, unless --raw. Context and answer length default to what the
+    prompt needs plus 256 tokens.
+    """
+    name, text = sort_words([word for word in (model, prompt) if word is not None], model_flag, prompt_flag)
+    if logprobs is not None and not json:
+        raise UsageError("--logprobs needs --json", hint="text has no place for them")
+    if system is not None and raw:
+        raise UsageError("--system needs the chat template, which --raw leaves out")
+    config = make_config(memory, compute, trace=trace is not None)
+    sampling.params(sampling.max_tokens, logprobs)  # refuse bad values before anything is opened
+    if trace is not None:
+        _check_writable(trace)
+    text = text if text is not None else piped_prompt()
+    check_not_empty(text, is_raw=raw)
+
+    from pipo.cli.session import open_model, open_session
+
+    opened = open_model(name)
+    ids = opened.encode(text) if raw else opened.encode_chat(_messages(text, system))
+    trained = opened.manifest.hyper.context_tokens
+    context, max_tokens = fit_answer(len(ids), sampling.max_tokens, config.context_tokens, trained)
+    with open_session(opened, config, context, output) as session:
+        answer = _answer(session, ids, sampling.params(max_tokens, logprobs), json)
+        if trace is not None:
+            session.engine.tracer.write_perfetto(trace)
+        if json:
+            _write_json(opened, session, answer, len(ids), has_logprobs=logprobs is not None)
+        session.print_cost()
+
+
+def fit_answer(num_prompt: int, wanted: int | None, context: int | None, trained: int) -> tuple[int, int]:
+    """The context to plan for and the tokens the answer may have.
+
+    What was asked for is kept or refused; an answer length nobody asked for takes what is left, 256 at most.
+    Raises ContextOverflow.
+    """
+    most = context or trained
+    room = most - num_prompt
+    if room < (wanted or 1):
+        answer = f"{wanted} tokens of answer" if wanted else "any answer"
+        whose = "the context of" if context else "the model's context of"
+        fits = num_prompt + (wanted or DEFAULT_ANSWER_TOKENS) <= trained
+        hint = f"-c {num_prompt + (wanted or DEFAULT_ANSWER_TOKENS)}" if fits else "a shorter prompt"
+        hint += f", or -n {room} at most" if room > 0 else ""
+        raise ContextOverflow(f"a prompt of {num_prompt} tokens and {answer} do not fit {whose} {most}", hint=hint)
+    answer_tokens = wanted or min(DEFAULT_ANSWER_TOKENS, room)
+    return context or num_prompt + answer_tokens, answer_tokens
+
+
+def _messages(text: str, system: str | None) -> list[dict[str, object]]:
+    user: dict[str, object] = {"role": "user", "content": text}
+    return [user] if system is None else [{"role": "system", "content": system}, user]
+
+
+def _answer(session: Session, ids: list[int], params: SamplingParams, json: bool) -> Answer:
+    from pipo.cli.answer import stream_answer
+    from pipo.cli.terminal import write_answer
+
+    answer = stream_answer(session.engine, ids, params, session.output, (lambda text: None) if json else write_answer)
+    if not json and not answer.text.endswith("\n"):
+        write_answer("\n")
+    return answer
+
+
+def _write_json(model: ModelFile, session: Session, answer: Answer, num_prompt: int, has_logprobs: bool) -> None:
+    from pipo.cli.report import plan_dict, report_dict
+    from pipo.cli.terminal import write_json
+
+    report = session.engine.report
+    assert report is not None
+    result: dict[str, object] = {
+        "model": str(model.path),
+        "text": answer.text,
+        "finish_reason": answer.finish.value,
+        "usage": {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": len(answer.tokens),
+            "cached_tokens": report.timing.cached_tokens,
+        },
+    }
+    if has_logprobs:
+        result["tokens"] = [_token_dict(model, token) for token in answer.tokens]
+    result["plan"] = plan_dict(session.plan)
+    result["cost"] = report_dict(session.plan, report, session.engine.seconds_per_pass)
+    write_json(result)
+
+
+def _token_dict(model: ModelFile, token: Sampled) -> dict[str, object]:
+    def text(token_id: int) -> str:
+        return model.tokenizer.token_bytes(token_id).decode(errors="replace")
+
+    top = [{"id": token_id, "text": text(token_id), "logprob": logprob} for token_id, logprob in token.top]
+    return {"id": token.token_id, "text": text(token.token_id), "logprob": token.logprob, "top": top}
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UsageError(f"--trace {path}: {error.strerror}") from error

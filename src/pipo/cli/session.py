@@ -1,0 +1,89 @@
+"""From flags to an engine that is ready: what `run` and `chat` share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+from pipo.base.config import EngineConfig
+from pipo.base.units import format_size
+from pipo.cli import report
+from pipo.cli.flags import OutputFlags
+from pipo.cli.terminal import print_rows, stderr
+from pipo.engine import Engine, ModelFile, Plan
+from pipo.store.library import resolve_model
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A started engine and the plan it keeps to."""
+
+    engine: Engine
+    plan: Plan
+    output: OutputFlags
+
+    def print_cost(self) -> None:
+        """The status line of the last answer, with the causes under --verbose."""
+        last = self.engine.report
+        if last is None or self.output.quiet:
+            return
+        stderr().print(report.status_line(self.plan, last, self.engine.seconds_per_pass), style="dim")
+        if self.output.verbose:
+            self.print_details()
+
+    def print_details(self) -> None:
+        """Seconds by cause, and who holds the memory."""
+        if self.engine.report is not None:
+            print_rows(stderr(), "cost", report.detail_rows(self.engine.report))
+        print_rows(stderr(), "memory", report.breakdown_rows(self.engine.ledger_breakdown))
+
+
+def open_model(name: str) -> ModelFile:
+    """Raises ModelError."""
+    return ModelFile(resolve_model(name))
+
+
+@contextmanager
+def open_session(
+    model: ModelFile, config: EngineConfig, context_tokens: int | None, output: OutputFlags
+) -> Iterator[Session]:
+    """Plan, print the plan, start. Raises OverBudget before it takes any memory."""
+    with starting(output):
+        engine = Engine(model, config)
+    with engine:
+        plan = engine.make_plan(context_tokens)
+        with starting(output):
+            engine.start(plan)
+        if not output.quiet:
+            rows = [*report.plan_rows(plan), report.prediction_row(plan, engine.seconds_per_pass)]
+            print_rows(stderr(), model_title(model), rows, style="dim")
+            stderr().print()
+        yield Session(engine, plan, output)
+
+
+def starting(output: OutputFlags) -> AbstractContextManager[object]:
+    """Shows that something goes on: the first run on a drive measures it."""
+    if output.quiet or not stderr().is_terminal:
+        return nullcontext()
+    return stderr().status("starting …", spinner_style="dim")
+
+
+def model_title(model: ModelFile) -> str:
+    manifest = model.manifest
+    return f"{manifest.name} · {manifest.hyper.architecture} · {types_text(model)} · {format_size(manifest.num_bytes)}"
+
+
+def types_text(model: ModelFile) -> str:
+    """The types that hold the weights, the largest share first; those under a hundredth are left out."""
+    sizes = bytes_by_type(model)
+    whole = sum(sizes.values())
+    return " ".join(name for name, size in sizes.items() if size * 100 >= whole)
+
+
+def bytes_by_type(model: ModelFile) -> dict[str, int]:
+    """Largest first."""
+    sizes: dict[str, int] = {}
+    for spec in model.manifest.tensors.values():
+        sizes[spec.type.name] = sizes.get(spec.type.name, 0) + spec.num_bytes
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
