@@ -32,7 +32,7 @@ class Target:
         return value <= self.bound if self.is_upper else value >= self.bound
 
     def __str__(self) -> str:
-        return f"{'≤' if self.is_upper else '≥'} {self.bound:g}"
+        return f"{'≤' if self.is_upper else '≥'} {self.bound:.4g}"
 
 
 def at_most(bound: float) -> Target:

@@ -32,7 +32,7 @@ from pipo.generation.worker import Stream, Worker
 from pipo.hardware.budget import ram_bytes
 from pipo.hardware.cache import drive_rates
 from pipo.hardware.drive import QUICK_COMBOS, DriveRate, best_rate, measure_drive
-from pipo.hardware.memory import PeakSampler, process_memory
+from pipo.hardware.memory import PeakSampler, process_memory, release_free_memory
 from pipo.kvcache.cache import ROWS_PER_CLASS, kv_rows_class
 from pipo.models.registry import stages_of
 from pipo.pipeline.assembly import Assembly, Blueprint, choose_layouts, demand
@@ -101,6 +101,7 @@ class ModelFile:
         self.checkpoint: Checkpoint = open_checkpoint(path)
         self.stages = stages_of(self.manifest)
         self.tokenizer = Tokenizer.from_metadata(self.checkpoint.metadata)
+        release_free_memory()
         if self.tokenizer.vocab_size > self.manifest.hyper.vocab_size:
             raise UnsupportedModel(
                 f"{self.manifest.name}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model "

@@ -197,7 +197,7 @@ class Call:
 def spread(verb: Callable[..., None]) -> Callable[..., Call]:
     """Show typer the fields of a verb's flag groups as parameters of their own. What typer calls makes a Call."""
     hints = get_type_hints(verb, include_extras=True)
-    groups: dict[str, type] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
     parameters: list[inspect.Parameter] = []
     for name, own in inspect.signature(verb).parameters.items():
         group = groups.get(name)

@@ -65,7 +65,7 @@ def show(
 def parts_of(model: ModelFile) -> list[Part]:
     """The weights by what they do, in the order of a pass."""
     from pipo.models.stage import StageKind
-    from pipo.pipeline.assembly import EMBEDDING_TABLE
+    from pipo.pipeline.forward import EMBEDDING_TABLE
 
     embedding = model.manifest.tensors[EMBEDDING_TABLE]
     parts = [Part("embedding", embedding.num_bytes, (embedding.type.name,))]

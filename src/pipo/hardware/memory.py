@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import resource
 import sys
@@ -57,6 +59,14 @@ def process_memory(proc: Path = PROC) -> ProcessMemory:
         return ProcessMemory(peak, peak, peak)
     anonymous = status.get("RssAnon", status.get("VmRSS", 0)) + status.get("VmSwap", 0)
     return ProcessMemory(anonymous, status.get("VmRSS", 0), status.get("VmHWM", 0))
+
+
+def release_free_memory() -> None:
+    """Give back what the allocator keeps after large objects died: 4 MiB after a tokenizer of 49k tokens was built,
+    40 MiB after one of 260k. Does nothing where the C library is not glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def total_memory_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:

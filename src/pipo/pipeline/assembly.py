@@ -23,7 +23,7 @@ from pipo.pipeline.embedding import Embedding
 from pipo.pipeline.executor import Executor
 from pipo.pipeline.forward import EMBEDDING_TABLE, Forward, Model
 from pipo.pipeline.schedule import SCHEDULES, Residency, SlotId, UnitId
-from pipo.pipeline.stage_graphs import GRAPH_BYTES, MAX_GRAPHS, Compute, StageGraphs
+from pipo.pipeline.stage_graphs import Compute, StageGraphs, graphs_bytes
 from pipo.pipeline.units import Unit, WeightLayouts, cut_head, make_units, unit_sizes
 from pipo.planner.placement import ChunkCost, Demand, Placement
 from pipo.store.index import RepackRows
@@ -100,7 +100,7 @@ def demand(blueprint: Blueprint, context_tokens: int, limit_bytes: int, process_
         "KV cache": round_up(blueprint.kv_shape(context_tokens).num_bytes, PAGE),
         "transfer buffers": blueprint.bounce_bytes,
         "norms": _vector_bytes(blueprint.stages),
-        "graphs": MAX_GRAPHS * GRAPH_BYTES,
+        "graphs": graphs_bytes(len(blueprint.stages)),
         "process": process_bytes + GROWTH_BYTES,
     }
     return Demand(unit_sizes(blueprint.stages, blueprint.layouts), fixed, chunks, limit_bytes)

@@ -15,9 +15,15 @@ from pipo.models.stage import ShapeClass, Stage, StageBuilder, StageKind
 from pipo.pipeline.units import WeightLayouts
 
 MAX_GRAPHS = 96  # more than any one request shape needs
-GRAPH_BYTES = 48 << 10  # at most, of one stage
 MAX_WHOLE_GRAPHS = 4  # of the whole model, for the newest shapes
 _NODES_PER_STAGE = 48
+_GRAPH_BYTES = 24 << 10  # what one stage's graph touches of its context
+_WHOLE_STAGE_BYTES = 12 << 10  # the same, per stage of a whole graph
+
+
+def graphs_bytes(num_stages: int) -> int:
+    """Most that the graphs' own structures take, without the tensors they compute."""
+    return MAX_GRAPHS * _GRAPH_BYTES + MAX_WHOLE_GRAPHS * num_stages * _WHOLE_STAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +99,7 @@ class StageGraphs:
     def close(self) -> None:
         for graphs in (self._graphs, self._whole):
             while graphs:
-                graphs.popitem()[1].free()  # type: ignore[attr-defined]
+                graphs.popitem()[1].free()
         self._workspace.close()
 
     def _signature(self, stage: Stage) -> tuple[object, ...]:
