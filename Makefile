@@ -12,7 +12,7 @@ export CMAKE_ARGS ?= -DGGML_LLAMAFILE=ON
 
 demo: $(STAMP)
 	$(BIN)/pipo pull smollm2
-	$(BIN)/pipo run smollm2 "What is the capital of France?" --ram 125MB --temp 0 -n 48
+	$(BIN)/pipo run smollm2 "What is the capital of France? Tell me about it." --ram 125MB --temp 0 -n 64
 
 test: $(DEV)
 	$(BIN)/pipo pull smollm2

@@ -17,10 +17,11 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from bench.child import ChildFailed
+from bench.child import Child, ChildFailed
 from bench.lab import FULL, QUICK, Lab, Settings, Unmeasurable
 from bench.machine import describe_machine
 from bench.measures import memory, raw, resident, schedules, streaming, ttft
+from bench.messages import Library
 from bench.model_files import ModelSource, model_file
 from bench.output import ResultFile, print_table
 from bench.random_model import MIXES, SHAPES
@@ -54,16 +55,21 @@ DEFAULTS: dict[str, tuple[ModelSource, ...]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
     console = Console()
-    machine = describe_machine(args.scratch)
-    results = ResultFile(args.results, machine)
-    console.print(machine.text, highlight=False)
     with TemporaryDirectory(prefix="pipo-bench-") as cache:
+        machine = describe_machine(args.scratch, _library())
+        results = ResultFile(args.results, machine)
+        console.print(machine.text, highlight=False)
         settings = _settings(args, Path(cache))
         for source, names in _by_model(args):
             with model_file(source, args.scratch, args.keep) as path:
                 for name in names:
                     _run(name, source, path, settings, console, results)
-    console.print(f"rows: {results.path}", highlight=False)
+        console.print(f"rows: {results.path}", highlight=False)
+
+
+def _library() -> str:
+    with Child("pipo", environment={}) as child:
+        return child.ask(Library())
 
 
 def _run(name: str, source: ModelSource, path: Path, settings: Settings, console: Console, results: ResultFile) -> None:

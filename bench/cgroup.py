@@ -41,8 +41,8 @@ class Cgroup:
         return _stat(self.folder / name).get("oom_kill", 0)
 
     @property
-    def num_refusals(self) -> int:
-        """How often the limit was hit and pages had to be reclaimed."""
+    def num_reclaims(self) -> int:
+        """How often the limit was hit: page cache had to go before the process could go on."""
         if self.is_v2:
             return _stat(self.folder / "memory.events").get("max", 0)
         return int((self.folder / "memory.failcnt").read_text())

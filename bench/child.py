@@ -6,7 +6,6 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -15,12 +14,10 @@ from typing import TypeVar, cast
 
 from bench.cgroup import Cgroup
 from bench.messages import Failure, Request
-from pipo.base.units import KIB
 
 R = TypeVar("R")
 _ROOT = Path(__file__).resolve().parents[1]
 _END_S = 10.0
-_SAMPLE_S = 0.005
 _LOG_TAIL_BYTES = 600
 
 
@@ -31,7 +28,7 @@ class ChildFailed(Exception):
 class Child:
     """Runs `bench.serve KIND`. Close it, or use it as a context manager. Threads: one."""
 
-    def __init__(self, kind: str, *, group: Cgroup | None = None, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, kind: str, *, group: Cgroup | None = None, environment: Mapping[str, str]) -> None:
         self.kind = kind
         self._group = group
         self._log = TemporaryFile()  # noqa: SIM115 - closed with the child
@@ -42,9 +39,9 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._log,
             cwd=_ROOT,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **environment},
         )
-        self._memory = AnonymousPeak(self._process.pid)
+        self.pid = self._process.pid
 
     def ask(self, request: Request[R]) -> R:
         """Raises ChildFailed."""
@@ -59,13 +56,7 @@ class Child:
             raise ChildFailed(f"{self.kind}: {answer.message}")
         return cast(R, answer)
 
-    @property
-    def peak_anonymous_bytes(self) -> int:
-        """The most seen from outside since the start, every 5 ms."""
-        return self._memory.peak_bytes
-
     def close(self) -> None:
-        self._memory.close()
         if self._process.stdin is not None and not self._process.stdin.closed:
             self._process.stdin.close()
         try:
@@ -91,30 +82,3 @@ class Child:
             return f"{self.kind}: killed for want of memory"
         self._log.seek(max(self._log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES, 0))
         return f"{self.kind}: ended with status {status}\n{self._log.read().decode(errors='replace')}"
-
-
-class AnonymousPeak:
-    """Watches the anonymous memory of another process from a thread: the kernel keeps no such peak itself."""
-
-    def __init__(self, pid: int) -> None:
-        self.peak_bytes = 0
-        self._path = Path(f"/proc/{pid}/status")
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        if self._path.exists():
-            self._thread = threading.Thread(target=self._watch, name="anonymous peak", daemon=True)
-            self._thread.start()
-
-    def close(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(_SAMPLE_S):
-            try:
-                lines = self._path.read_text().splitlines()
-            except OSError:
-                return
-            sizes = (int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "VmSwap:")))
-            self.peak_bytes = max(self.peak_bytes, sum(sizes) * KIB)

@@ -108,10 +108,19 @@ class Lab:
         same = [s for s in candidates if self.plan(s).repacked_types == facts.repacked_types]
         return (same or candidates)[0]
 
-    def start_pipo(self, setup: PipoSetup, *, is_limited: bool = False, provider: Provider | None = None) -> Running:
+    def start_pipo(self, setup: PipoSetup, provider: Provider | None = None) -> Running:
         """Raises ChildFailed."""
-        group = self._limit(setup.ram_bytes) if is_limited else None
-        return self._started(self._open("pipo", group, provider), Start(setup), group)
+        return self._started(self._open("pipo", None, provider), Start(setup), None)
+
+    def start_limited(self, setup: PipoSetup) -> Running:
+        """Inside the limit that its budget must live in, where there can be one. Raises ChildFailed."""
+        child, group = self.open_limited(setup)
+        return self._started(child, Start(setup), group)
+
+    def open_limited(self, setup: PipoSetup) -> tuple[Child, Cgroup | None]:
+        """The same, to be started by the caller."""
+        group = None if self.reason_against_limits else self._limit(setup.ram_bytes)
+        return self._open("pipo", group), group
 
     def start_llama(self, kind: str, *, limit_for: int | None = None) -> Running:
         """All in memory as its defaults have it, or mapped inside the limit of a budget. Raises ChildFailed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from pipo.base.units import format_size
 from pipo.hardware.memory import total_memory_bytes
 
 _ROOT = Path(__file__).resolve().parents[1]
+_IDLE_LOAD = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`commit` ends in "+" when the working tree differs from it."""
+    """`commit` ends in "+" when the working tree differs from it; `load` is the one-minute average at the start."""
 
     cpu: str
     cores: int
@@ -25,19 +27,22 @@ class Machine:
     system: str
     python: str
     file_system: str
+    library: str
     commit: str
     date: str
+    load: float
 
     @property
     def text(self) -> str:
         ram = format_size(self.ram_bytes)
-        return (
-            f"{self.cpu}, {self.cores} cores, {ram} RAM, {self.system}, {self.file_system}, Python {self.python}"
-            f" · commit {self.commit} · {self.date}"
+        text = (
+            f"{self.cpu}, {self.cores} cores, {ram} RAM, {self.system}, {self.file_system}, Python {self.python}, "
+            f"{self.library}\ncommit {self.commit} · {self.date}"
         )
+        return text if self.load < _IDLE_LOAD else f"{text} · not idle: load {self.load:.1f}"
 
 
-def describe_machine(models_folder: Path) -> Machine:
+def describe_machine(models_folder: Path, library: str) -> Machine:
     return Machine(
         cpu=_cpu_name(),
         cores=available_cores(),
@@ -45,8 +50,10 @@ def describe_machine(models_folder: Path) -> Machine:
         system=f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         python=platform.python_version(),
         file_system=_file_system(models_folder),
+        library=library,
         commit=_commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
+        load=os.getloadavg()[0],
     )
 
 

@@ -51,7 +51,6 @@ class PlanFacts:
     repacked_types: tuple[str, ...] = ()
     drive: DriveRate | None = None
     streamed_extents: tuple[Extent, ...] = ()
-    library: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +107,11 @@ class LlamaSetup:
     threads: int
     is_mapped: bool = False
     site: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Library(Request[str]):
+    """Which libggml, from where."""
 
 
 @dataclass(frozen=True, slots=True)

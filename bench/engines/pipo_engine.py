@@ -6,7 +6,19 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
-from bench.messages import Decode, FirstToken, Passes, PipoSetup, Plan, PlanFacts, Prefill, Request, Start, Started
+from bench.messages import (
+    Decode,
+    FirstToken,
+    Library,
+    Passes,
+    PipoSetup,
+    Plan,
+    PlanFacts,
+    Prefill,
+    Request,
+    Start,
+    Started,
+)
 from bench.prompts import random_prompt
 from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget
@@ -19,6 +31,7 @@ from pipo.generation.request import SamplingParams
 from pipo.pipeline.units import make_units
 
 _PROMPT_TOKENS = 8  # before the decode passes
+_TELLING_FEATURES = frozenset({"AVX2", "AVX512", "AVX512_BF16", "AMX_INT8", "NEON", "SVE", "LLAMAFILE", "REPACK"})
 
 
 class PipoEngine:
@@ -29,6 +42,8 @@ class PipoEngine:
 
     def answer(self, request: Request[Any]) -> object:
         match request:
+            case Library():
+                return _library()
             case Plan():
                 return _plan(request.setup)
             case Start():
@@ -114,7 +129,6 @@ def _plan(setup: PipoSetup) -> PlanFacts:
             repacked_types=plan.repacked_types,
             drive=plan.drive,
             streamed_extents=tuple(_streamed_extents(engine.model, plan)),
-            library=_library(),
         )
 
 
@@ -126,5 +140,7 @@ def _streamed_extents(model: ModelFile, plan: EnginePlan) -> list[Extent]:
 
 
 def _library() -> str:
+    """Version, provider, and those features of the build that decide how fast it is."""
     lib = ggml.load()
-    return f"libggml {lib.version_text} ({' '.join(cpu_features(lib))})"
+    features = " ".join(name for name in cpu_features(lib) if name in _TELLING_FEATURES)
+    return f"libggml {lib.version_text} of {lib.provider.name} ({features})"

@@ -9,10 +9,10 @@ from bench.child import ChildFailed
 from bench.lab import Lab, Running, peers
 from bench.messages import Decode, Prefill
 from bench.providers import providers
-from bench.rows import Row, row, skipped
+from bench.rows import Row, at_least, row, skipped
 from pipo.hardware.memory import available_memory
 
-LEAST_OF_PEER = 0.95
+LEAST_OF_PEER = 0.95  # as fast, but for noise
 _PASSES_PER_ROUND = 4  # times the setting: a resident pass is short
 _COPIES = 1.15  # memory of one engine, by the size of the file
 
@@ -71,4 +71,4 @@ def _rows(what: str, rates: _Rates) -> Iterator[Row]:
     for name in ours:
         for peer in (name for name in rates if name not in ours):
             ratios = [own / their for own, their in zip(rates[name], rates[peer], strict=True)]
-            yield row(f"{what}, of {peer}", name, "×", ratios)
+            yield row(f"{what} ÷ {peer}", name, "×", ratios, at_least(LEAST_OF_PEER))

@@ -41,7 +41,7 @@ def measure(lab: Lab) -> Iterator[Row]:
     drive = RawDrive(lab.open_drive(), lab.path, facts.streamed_extents, lab.settings.drive_s)
     drop_cached(lab.path)
     drive.sweep("before")
-    streaming = lab.start_pipo(setup, is_limited=lab.reason_against_limits is None)
+    streaming = lab.start_limited(setup)
     resident = lab.start_pipo(like)
     samples = _Samples()
     peer = _start_peer(lab, setup.ram_bytes, samples)
@@ -50,8 +50,8 @@ def measure(lab: Lab) -> Iterator[Row]:
     yield from drive.rows()
     yield from _own_rows(facts, drive.bytes_per_s, samples)
     yield from _peer_rows(facts, setup.ram_bytes, drive.bytes_per_s, samples)
-    yield row("peak anonymous", "pipo", "MiB", [streaming.child.peak_anonymous_bytes / MIB],
-              at_most(setup.ram_bytes / MIB))  # fmt: skip
+    peak_bytes = max(each.peak_anonymous_bytes for each in samples.pipo)
+    yield row("peak anonymous", "pipo streaming", "MiB", [peak_bytes / MIB], at_most(setup.ram_bytes / MIB))
 
 
 def _plan_text(ram_bytes: int, facts: PlanFacts) -> str:
@@ -61,7 +61,7 @@ def _plan_text(ram_bytes: int, facts: PlanFacts) -> str:
         f"--ram {format_size(ram_bytes)}: {format_size(facts.resident_bytes)} resident, "
         f"{format_size(facts.streamed_bytes)} per pass, chunk {facts.chunk_tokens}, "
         f"repacked {', '.join(facts.repacked_types) or 'none'}, reads {drive.chunk_bytes // MIB} MiB × "
-        f"{drive.num_workers}, {facts.library}"
+        f"{drive.num_workers}"
     )
 
 
@@ -116,11 +116,11 @@ def _own_rows(facts: PlanFacts, bytes_per_s: float, samples: _Samples) -> Iterat
     stalls: Counter[str] = Counter()
     for each in samples.pipo:
         stalls.update(dict(each.stall_s))
-    stall_text = " · ".join(f"{cause} {total / num_passes:.3f} s" for cause, total in stalls.items())
+    stall_text = " · ".join(f"{cause} {total / num_passes:.3g} s" for cause, total in stalls.items())
     busy_s = sum(each.compute_s for each in samples.pipo) / num_passes
     yield compute
-    yield row("pass", "pipo streaming", "s", seconds, note=f"computing {busy_s:.3f} s, waiting: {stall_text}")
-    yield row("floor", "drive or compute", "s", [floor_s], note=f"drive {drive_s:.3f} s, compute {compute_s:.3f} s")
+    yield row("pass", "pipo streaming", "s", seconds, note=f"computing {busy_s:.3g} s, waiting: {stall_text}")
+    yield row("floor", "drive or compute", "s", [floor_s], note=f"drive {drive_s:.3g} s, compute {compute_s:.3g} s")
     yield row("pass ÷ floor", "pipo streaming", "×", [s / floor_s for s in seconds], at_most(MOST_OVER_FLOOR))
     rate = [facts.streamed_bytes / s / bytes_per_s * 100 for s in seconds]
     yield row("of the drive", "pipo streaming", "%", rate)
@@ -141,7 +141,7 @@ def _peer_rows(facts: PlanFacts, ram_bytes: int, bytes_per_s: float, samples: _S
     # whoever keeps every byte of the budget for weights still reads the rest in every pass
     perfect_s = max((facts.weight_bytes - ram_bytes) / bytes_per_s, compute_s.median)
     yield row("ahead of mapped", "a perfect engine", "×", [peer.summary.median / perfect_s],
-              note=f"{format_size(max(facts.weight_bytes - ram_bytes, 0))} per pass, {perfect_s:.3f} s")  # fmt: skip
+              note=f"{format_size(max(facts.weight_bytes - ram_bytes, 0))} per pass, {perfect_s:.3g} s")  # fmt: skip
 
 
 def _mean(passes: Passes) -> float:

@@ -57,7 +57,7 @@ def _rows(
         num_bytes = _needed_bytes(name, answers[0].num_passes, facts)
         floor_s = max(num_bytes / bytes_per_s, compute.summary.median)
         seconds = [answer.seconds for answer in answers]
-        note = f"{answers[0].num_passes} passes, {num_bytes / 1e9:.2f} GB, floor {floor_s:.3f} s"
+        note = f"{answers[0].num_passes} passes, {num_bytes / 1e9:.2f} GB, floor {floor_s:.3g} s"
         yield row(what, f"pipo {name}", "s", seconds, note=note)
         yield row(f"{what} ÷ floor", f"pipo {name}", "×", [s / floor_s for s in seconds], at_most(MOST_OVER_FLOOR))
 

@@ -45,9 +45,7 @@ def _anonymous_peak_of(pid: int, until: object) -> int:
 @pytest.mark.parametrize("ram_bytes", [112 * MIB, 128 * MIB, 160 * MIB, 256 * MIB])
 def test_process_stays_under_its_budget_inside_a_control_group(smollm2_path: Path, ram_bytes: int) -> None:
     with memory_group(ram_bytes + max(ram_bytes // 20, SLACK_BYTES)) as group:
-        child = group.run(
-            [sys.executable, "-c", CHILD, str(smollm2_path), str(ram_bytes)], stdin=-1, stdout=-1
-        )
+        child = group.run([sys.executable, "-c", CHILD, str(smollm2_path), str(ram_bytes)], stdin=-1, stdout=-1)
         assert child.stdin and child.stdout
         plan = json.loads(child.stdout.readline())
         lines: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -14,6 +15,9 @@ def main() -> None:
     try:
         from pipo.cli.app import run_command
 
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to end
         code = run_command(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipo.cli.flags import OutputFlags
 from pipo.cli.terminal import stderr
@@ -48,8 +47,20 @@ class PrefillBar:
     """A bar on a terminal, gone when the answer begins."""
 
     def __init__(self, console: Console, num_tokens: int) -> None:
-        columns = TextColumn("prefill"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn()
-        self._progress = Progress(*columns, console=console, transient=True, refresh_per_second=5)
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        counts = BarColumn(), MofNCompleteColumn(), TextColumn("tokens")
+        times = TimeElapsedColumn(), TextColumn("·"), TimeRemainingColumn(), TextColumn("left")
+        self._progress = Progress(
+            TextColumn("prefill"), *counts, *times, console=console, transient=True, refresh_per_second=5
+        )
         self._task = self._progress.add_task("prefill", total=num_tokens)
         self._progress.start()
 

@@ -18,13 +18,14 @@ from pipo.cli.flags import (
     make_config,
 )
 from pipo.cli.prompt import only_model, piped_lines
-from pipo.cli.terminal import print_error, stderr, write_answer
+from pipo.cli.terminal import print_error, print_note, stderr, write_answer
 
 if TYPE_CHECKING:
     from pipo.cli.answer import Answer
     from pipo.cli.session import Session
 
 PROMPT = ">>> "
+_ROOM_HINT = "/clear begins anew; `pipo chat -c N` takes a larger context"
 COMMANDS = {
     "/clear": "forget the conversation; the system prompt stays",
     "/system TEXT": "set the system prompt; without TEXT show it",
@@ -59,7 +60,7 @@ def chat(
     with open_session(opened, config, None, output) as session:
         conversation = Conversation(session, sampling, system)
         if sys.stdin.isatty() and not output.quiet:
-            stderr().print("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends", style="dim")
+            print_note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
         for line in _lines():
             if not conversation.take(line):
                 return
@@ -88,21 +89,21 @@ class Conversation:
             return False
         if name == "/clear":
             self._turns.clear()
-            self._note("the conversation begins anew")
+            print_note("the conversation begins anew")
         elif name == "/system":
             self._set_system(argument)
         elif name == "/stats":
             self._session.print_details()
         else:
             if name != "/help":
-                self._note(f"there is no command {name}")
+                print_note(f"there is no command {name}")
             for usage, what in COMMANDS.items():
-                self._note(f"  {usage:<14}{what}")
+                print_note(f"  {usage:<14}{what}")
         return True
 
     def _set_system(self, text: str) -> None:
         self._system = text or self._system
-        self._note(f"system prompt: {self._system}" if self._system is not None else "there is no system prompt")
+        print_note(f"system prompt: {self._system}" if self._system is not None else "there is no system prompt")
 
     def _say(self, text: str) -> None:
         """Answer one message. One that does not fit is not kept."""
@@ -129,7 +130,7 @@ class Conversation:
         if room < 1:
             raise ContextOverflow(
                 f"the conversation has {len(ids)} tokens, the context {context}: there is no room for an answer",
-                hint="/clear begins anew; `pipo chat -c N` takes a larger context",
+                hint=_ROOM_HINT,
             )
         params = self._sampling.params(min(self._sampling.max_tokens or room, room))
         texts: list[str] = []
@@ -149,24 +150,23 @@ class Conversation:
         from pipo.generation.request import FinishReason
 
         write_answer("\n")
+        report = self._session.engine.report
+        num_tokens = num_prompt + (0 if report is None else report.num_generated)
+        usage = f"{num_tokens} of {self._session.plan.context_tokens} tokens"
         if answer.finish is FinishReason.CANCELLED:
-            self._note("stopped")
-        if answer.finish is FinishReason.LENGTH:
-            self._note(
-                "the context is full: /clear begins anew, `pipo chat -c N` takes a larger context"
-                if len(answer.tokens) == room
-                else f"cut at {len(answer.tokens)} tokens, as -n asks"
-            )
-        self._session.print_cost()
+            self._session.print_cost("stopped", usage)
+        elif answer.finish is FinishReason.LENGTH and len(answer.tokens) < room:
+            self._session.print_cost(f"cut at {len(answer.tokens)} tokens by -n", usage)
+        else:
+            self._session.print_cost(usage)
+        if answer.finish is FinishReason.LENGTH and len(answer.tokens) == room:
+            print_note(f"the context is full, the answer may be cut: {_ROOM_HINT}")
 
     @property
     def _messages(self) -> list[dict[str, object]]:
         if self._system is None:
             return self._turns
         return [{"role": "system", "content": self._system}, *self._turns]
-
-    def _note(self, text: str) -> None:
-        stderr().print(text, style="dim")
 
 
 def _lines() -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipo.base.config import available_cores
-from pipo.base.errors import LibraryError, TransferError
+from pipo.base.errors import LibraryError, ModelNotFound, TransferError
 from pipo.base.units import format_rate, format_size
 from pipo.cli.flags import JsonFlag, ModelArgument, OutputFlags
 
@@ -20,15 +20,24 @@ if TYPE_CHECKING:
     from pipo.hardware.drive import DriveRate
 
 _PROBE_SHAPE = (4096, 4096)  # rows and columns that every type's blocks divide
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """What would be better, and the command that makes it so."""
+
+    what: str
+    command: str
+
+
 # The rates are those of docs/log.md: a 4096x4096 product of 64 tokens on two AVX-512 cores.
-_LLAMAFILE_HINT = (
-    "this libggml was built without LLAMAFILE kernels; with them prompts of F16, Q8_0 and K-quants are read 1.5 to 3 "
-    "times as fast: CMAKE_ARGS=-DGGML_LLAMAFILE=ON pip install --force-reinstall --no-deps --no-binary :all: "
-    "ggml-python==0.0.45"
+_LLAMAFILE_HINT = Hint(
+    "this libggml lacks the LLAMAFILE kernels, which read prompts of F16, Q8_0 and K-quants 1.5 to 3 times as fast",
+    "CMAKE_ARGS=-DGGML_LLAMAFILE=ON pip install --force-reinstall --no-deps --no-binary :all: ggml-python==0.0.45",
 )
-_NATIVE_HINT = (
-    "a newer libggml reads prompts of K-quants up to 6 times as fast; it compiles for ten minutes: "
-    "pip install 'pipo[native]'"
+_NATIVE_HINT = Hint(
+    "a newer libggml reads prompts of K-quants up to 6 times as fast; it compiles for ten minutes",
+    "pip install 'pipo[native]'",
 )
 
 
@@ -72,7 +81,7 @@ class Findings:
     memory: MemoryFacts
     drive: DriveFacts | None
     problems: tuple[str, ...]
-    hints: tuple[str, ...]
+    hints: tuple[Hint, ...]
 
 
 def doctor(model: ModelArgument = None, json: JsonFlag = False, *, output: OutputFlags) -> None:
@@ -159,7 +168,10 @@ def _file_to_read(model: str | None) -> Path | None:
     from pipo.store.library import list_models, resolve_model
 
     if model is not None:
-        return resolve_model(model)
+        path = resolve_model(model)
+        if not path.is_file():
+            raise ModelNotFound(f"{path}: no such file")
+        return path
     paths = [m.path for m in list_models()] or sorted(Path.cwd().glob("*.gguf"))
     return max(paths, key=lambda path: path.stat().st_size, default=None)
 
@@ -179,7 +191,7 @@ def _examine_drive(file: Path | None, problems: list[str]) -> DriveFacts | None:
     return DriveFacts(str(file), rates, best_rate(rates))
 
 
-def _hints(library: LibraryFacts | None) -> Iterator[str]:
+def _hints(library: LibraryFacts | None) -> Iterator[Hint]:
     """What a better libggml would give."""
     if library is None or library.provider != "ggml-python":
         return
@@ -191,13 +203,13 @@ def _hints(library: LibraryFacts | None) -> Iterator[str]:
 def _print_findings(found: Findings) -> None:
     from pipo.cli.terminal import print_rows, stdout
 
-    for title, rows in _sections(found):
-        print_rows(stdout(), title, rows)
-        stdout().print()
-    for problem in found.problems:
-        stdout().print(f"problem: {problem}")
+    for title, section in _sections(found):
+        print_rows(stdout(), title, section)
+    rows = [("problem", problem) for problem in found.problems]
     for hint in found.hints:
-        stdout().print(f"hint: {hint}")
+        rows += [("better", hint.what), ("", hint.command)]
+    if rows:
+        print_rows(stdout(), "advice", rows)
 
 
 def _sections(found: Findings) -> Iterator[tuple[str, Iterator[Row]]]:
@@ -228,11 +240,11 @@ def _machine_rows(found: Findings) -> Iterator[Row]:
 
 
 def _drive_rows(drive: DriveFacts) -> Iterator[Row]:
-    yield "measured", f"under {drive.file}"
+    yield "measured", f"once, with {drive.file}"
     for rate in drive.rates:
-        mark = ", used" if rate == drive.best else ""
-        way = f"{format_size(rate.chunk_bytes)} × {rate.num_workers}"
-        yield way, f"{format_rate(rate.bytes_per_s)}{mark}"
+        mark = ": the one pipo takes" if rate == drive.best else ""
+        way = f"{rate.num_workers} reads of {format_size(rate.chunk_bytes)} at a time"
+        yield "rate", f"{format_rate(rate.bytes_per_s)} with {way}{mark}"
     is_direct = all(rate.direct for rate in drive.rates)
     yield "O_DIRECT", "works" if is_direct else "refused: reads go through the page cache, which is emptied behind them"
 
@@ -249,7 +261,7 @@ def _findings_dict(found: Findings) -> dict[str, object]:
         "memory": asdict(found.memory),
         "drive": None if drive is None else asdict(drive),
         "problems": list(found.problems),
-        "hints": list(found.hints),
+        "hints": [asdict(hint) for hint in found.hints],
     }
 
 

@@ -38,7 +38,9 @@ class MemoryFlags:
     ] = None
     ctx_size: Annotated[
         int | None,
-        typer.Option("-c", "--ctx-size", min=1, help="Tokens of prompt plus answer.", rich_help_panel=_MEMORY),
+        typer.Option(
+            "-c", "--ctx-size", min=1, metavar="N", help="Tokens of prompt plus answer.", rich_help_panel=_MEMORY
+        ),
     ] = None
     cache_type_k: Annotated[
         str | None,
@@ -54,7 +56,9 @@ class MemoryFlags:
     ] = None
     prefill_chunk: Annotated[
         int | None,
-        typer.Option(min=1, help="Prompt tokens per pass; chosen for you otherwise.", rich_help_panel=_MEMORY),
+        typer.Option(
+            min=1, metavar="N", help="Prompt tokens per pass; chosen for you otherwise.", rich_help_panel=_MEMORY
+        ),
     ] = None
 
     @property
@@ -80,7 +84,9 @@ class ComputeFlags:
 
     threads: Annotated[
         int | None,
-        typer.Option("-t", "--threads", min=1, help="Compute threads; one per core.", rich_help_panel=_COMPUTE),
+        typer.Option(
+            "-t", "--threads", min=1, metavar="N", help="Compute threads; one per core.", rich_help_panel=_COMPUTE
+        ),
     ] = None
     schedule: Annotated[
         str | None,
@@ -98,31 +104,40 @@ class SamplingFlags:
 
     max_tokens: Annotated[
         int | None,
-        typer.Option("-n", "--max-tokens", min=1, help="Tokens of answer at most.", rich_help_panel=_SAMPLING),
+        typer.Option(
+            "-n",
+            "--max-tokens",
+            min=1,
+            metavar="N",
+            help="Tokens of answer at most; 256 for `run`.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None
-    temp: Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.", rich_help_panel=_SAMPLING)] = (
-        _DEFAULTS.temperature
-    )
-    top_k: Annotated[int, typer.Option(help="Keep the K likeliest; 0 keeps all.", rich_help_panel=_SAMPLING)] = (
-        _DEFAULTS.top_k
-    )
+    temp: Annotated[
+        float, typer.Option("--temp", metavar="T", help="Temperature; 0 is greedy.", rich_help_panel=_SAMPLING)
+    ] = _DEFAULTS.temperature
+    top_k: Annotated[
+        int, typer.Option(metavar="K", help="Keep the K likeliest; 0 keeps all.", rich_help_panel=_SAMPLING)
+    ] = _DEFAULTS.top_k
     top_p: Annotated[
-        float, typer.Option(help="Keep the likeliest that reach P together.", rich_help_panel=_SAMPLING)
+        float, typer.Option(metavar="P", help="Keep the likeliest that reach P together.", rich_help_panel=_SAMPLING)
     ] = _DEFAULTS.top_p
     min_p: Annotated[
-        float, typer.Option(help="Keep those at least P times as likely as the best.", rich_help_panel=_SAMPLING)
+        float,
+        typer.Option(metavar="P", help="Keep those at least P times as likely as the best.", rich_help_panel=_SAMPLING),
     ] = _DEFAULTS.min_p
     repeat_penalty: Annotated[
-        float, typer.Option(help="Divide the score of recent tokens; 1 is off.", rich_help_panel=_SAMPLING)
+        float, typer.Option(metavar="X", help="Divide the score of recent tokens; 1 is off.", rich_help_panel=_SAMPLING)
     ] = _DEFAULTS.repeat_penalty
     presence_penalty: Annotated[
-        float, typer.Option(help="Subtract once from recent tokens.", rich_help_panel=_SAMPLING)
+        float, typer.Option(metavar="X", help="Subtract once from recent tokens.", rich_help_panel=_SAMPLING)
     ] = _DEFAULTS.presence_penalty
-    frequency_penalty: Annotated[float, typer.Option(help="Subtract per occurrence.", rich_help_panel=_SAMPLING)] = (
-        _DEFAULTS.frequency_penalty
-    )
+    frequency_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Subtract per occurrence.", rich_help_panel=_SAMPLING)
+    ] = _DEFAULTS.frequency_penalty
     seed: Annotated[
-        int | None, typer.Option(help="Same seed, same answer; drawn otherwise.", rich_help_panel=_SAMPLING)
+        int | None,
+        typer.Option(metavar="N", help="Same seed, same answer; drawn otherwise.", rich_help_panel=_SAMPLING),
     ] = None
     stop: Annotated[
         list[str] | None,

@@ -8,7 +8,7 @@ from pipo.cli.flags import JsonFlag, OutputFlags
 def list_models(json: JsonFlag = False, *, output: OutputFlags) -> None:
     """Show the models in pipo's folder, and those it can fetch."""
     from pipo.base.units import format_size
-    from pipo.cli.terminal import print_columns, stderr, stdout, write_json
+    from pipo.cli.terminal import print_columns, print_note, stdout, write_json
     from pipo.store import library
 
     here = library.list_models()
@@ -24,4 +24,4 @@ def list_models(json: JsonFlag = False, *, output: OutputFlags) -> None:
     ]
     print_columns(stdout(), ("model", "size", "where"), lines)
     if not output.quiet:
-        stderr().print("any .gguf file can be named by its path, too", style="dim")
+        print_note("any .gguf file can be named by its path, too")

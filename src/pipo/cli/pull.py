@@ -22,13 +22,13 @@ def pull(
 
     What was interrupted is continued; what is there and intact is not fetched again.
     """
-    from pipo.cli.terminal import stderr
+    from pipo.cli.terminal import print_note, stderr
     from pipo.store.library import find_known
     from pipo.store.pull import pull_model
 
     known = find_known(name)
     if not output.quiet:
-        stderr().print(f"{known.about} ({known.licence})", style="dim")
+        print_note(f"{known.about} ({known.licence})")
     shows_bars = stderr().is_terminal and not output.quiet
     print(_pull_with_bars(name) if shows_bars else pull_model(name))
 

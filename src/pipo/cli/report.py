@@ -34,9 +34,12 @@ def weights_text(plan: Plan) -> str:
 
 def prediction_row(plan: Plan, seconds_per_pass: float) -> Row:
     """Known once the engine has started."""
-    floor_s = plan.pass_floor_s
-    why = f"; the drive allows {_rate(1 / floor_s)} at most" if floor_s else ""
-    return "expect", f"{_rate(1 / seconds_per_pass)} tokens/s{why}"
+    text = f"{_rate(1 / seconds_per_pass)} tokens/s"
+    if plan.pass_floor_s == seconds_per_pass:
+        text += ", as fast as the drive delivers"
+    elif plan.is_streaming:
+        text += f"; the drive would allow {_rate(1 / plan.pass_floor_s)}"
+    return "expect", text
 
 
 def breakdown_rows(breakdown: Mapping[str, int]) -> Iterator[Row]:
@@ -112,8 +115,9 @@ def drive_share(plan: Plan, report: Report) -> float:
 def _stats_text(stats: PassStats) -> str:
     causes = ", ".join(f"{cause.value} {seconds:.2f} s" for cause, seconds in stats.stall_s.items() if seconds >= 0.005)
     stalls = f"stalled {stats.total_stall_s:.2f} s ({causes})" if causes else "no stalls"
+    passes = "1 pass" if stats.num_passes == 1 else f"{stats.num_passes} passes"
     return (
-        f"{stats.num_passes} passes in {stats.wall_s:.2f} s, computing {stats.compute_s:.2f} s, {stalls}; "
+        f"{passes} in {stats.wall_s:.2f} s, computing {stats.compute_s:.2f} s, {stalls}; "
         f"{format_size(stats.bytes_read)} in {stats.num_reads} reads"
     )
 

@@ -33,7 +33,8 @@ DEFAULT_ANSWER_TOKENS = 256
 def run(
     model: ModelArgument = None,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="The prompt; read from a pipe otherwise.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="The prompt; read from a pipe otherwise.", show_default=False),
     ] = None,
     model_flag: ModelFlag = None,
     prompt_flag: Annotated[
@@ -56,10 +57,9 @@ def run(
 ) -> None:
     """Answer one prompt, within a memory budget.
 
-    The prompt is put into the model's chat template, unless --raw. Context and answer length default to what the
-    prompt needs plus 256 tokens.
+    The prompt is put into the model's chat template, unless --raw.
     """
-    name, text = sort_words([word for word in (model, prompt) if word is not None], model_flag, prompt_flag)
+    name, text = sort_words([*([] if model is None else [model]), *(prompt or [])], model_flag, prompt_flag)
     if logprobs is not None and not json:
         raise UsageError("--logprobs needs --json", hint="text has no place for them")
     if system is not None and raw:
@@ -83,7 +83,8 @@ def run(
             session.engine.tracer.write_perfetto(trace)
         if json:
             _write_json(opened, session, answer, len(ids), has_logprobs=logprobs is not None)
-        session.print_cost()
+        is_cut = answer.finish.value == "length"
+        session.print_cost(*([f"cut at {len(answer.tokens)} tokens by -n"] if is_cut else []))
 
 
 def fit_answer(num_prompt: int, wanted: int | None, context: int | None, trained: int) -> tuple[int, int]:

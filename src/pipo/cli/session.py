@@ -10,7 +10,7 @@ from pipo.base.config import EngineConfig
 from pipo.base.units import format_size
 from pipo.cli import report
 from pipo.cli.flags import OutputFlags
-from pipo.cli.terminal import print_rows, stderr
+from pipo.cli.terminal import print_note, print_rows, stderr
 from pipo.engine import Engine, ModelFile, Plan
 from pipo.store.library import resolve_model
 
@@ -23,12 +23,14 @@ class Session:
     plan: Plan
     output: OutputFlags
 
-    def print_cost(self) -> None:
-        """The status line of the last answer, with the causes under --verbose."""
+    def print_cost(self, *more: str) -> None:
+        """The status line of the last answer and `more` on it, with the causes under --verbose."""
         last = self.engine.report
         if last is None or self.output.quiet:
             return
-        stderr().print(report.status_line(self.plan, last, self.engine.seconds_per_pass), style="dim")
+        if stderr().is_terminal:
+            stderr().print()
+        print_note(" · ".join([report.status_line(self.plan, last, self.engine.seconds_per_pass), *more]))
         if self.output.verbose:
             self.print_details()
 

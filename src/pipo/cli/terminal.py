@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 
 from rich.console import Console
 from rich.text import Text
@@ -32,16 +33,33 @@ def set_up_logging(*, quiet: bool, verbose: bool) -> None:
 
 
 def print_error(message: str, hint: str | None = None) -> None:
-    stderr().print(Text.assemble(("error: ", "bold red"), message))
+    _print_labelled("error:", "bold red", message)
     if hint is not None:
-        stderr().print(Text.assemble("\n", ("hint: ", "bold"), hint))
+        stderr().print()
+        _print_labelled("hint:", "bold cyan", hint)
+
+
+def _print_labelled(label: str, style: str, message: str) -> None:
+    text = Text("\n".join(_fitted(stderr(), f"{label} {message}", 0)))
+    text.stylize(style, 0, len(label))
+    stderr().print(text)
+
+
+def print_note(text: str) -> None:
+    """An aside, for a person."""
+    stderr().print("\n".join(_fitted(stderr(), text, 0)), style="dim")
 
 
 def print_rows(console: Console, title: str, rows: Iterable[Row], style: str = "") -> None:
     """A title, and lines of a label and what it has."""
+    lines = list(rows)
+    label_width = max([_LABEL_WIDTH, *(len(label) for label, _ in lines)])
     console.print(Text(title, f"{style} bold"))
-    for label, value in rows:
-        console.print(Text.assemble("  ", (f"{label:<{_LABEL_WIDTH}} ", f"{style} cyan"), (value, style)))
+    for label, value in lines:
+        left = f"  {label:<{label_width}} "
+        for line in _fitted(console, value, len(left)):
+            console.print(Text.assemble((left, f"{style} cyan"), (line, style)))
+            left = " " * len(left)
 
 
 def print_columns(console: Console, head: Sequence[str], lines: Sequence[Sequence[str]], indent: str = "") -> None:
@@ -51,6 +69,15 @@ def print_columns(console: Console, head: Sequence[str], lines: Sequence[Sequenc
     for line in (head, *lines):
         cells = [f"{c:>{w}}" if n else f"{c:<{w}}" for c, w, n in zip(line, widths, is_number, strict=True)]
         console.print(Text(indent + "  ".join(cells).rstrip(), "dim" if line is head else ""))
+
+
+def _fitted(console: Console, text: str, indent: int) -> list[str]:
+    """Cut between words where a terminal would cut anywhere; a log keeps its lines whole."""
+    if not console.is_terminal:
+        return [text]
+    width = max(console.width - indent, 20)
+    wrap = partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
+    return [line for paragraph in text.splitlines() for line in wrap(paragraph)] or [""]
 
 
 def write_answer(text: str) -> None:

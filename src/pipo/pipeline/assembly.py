@@ -192,7 +192,7 @@ class Assembly:
         unit = next(u for u in self._units if self._stage_list[u.stage_idx].kind is StageKind.MLP)
         place = self._homes.get(unit.unit_id) or self._slots[SlotId(len(self._slots) - 1)]
         self.transfer.submit(unit.layout.reads, place, "calibration").wait()
-        return self.forward.time_stage(unit.stage_idx, place, repeats=3) * weight_bytes / unit.num_bytes
+        return self.forward.time_stage(unit.stage_idx, place) * weight_bytes / unit.num_bytes
 
     def _stages(self, blueprint: Blueprint, placement: Placement) -> Sequence[Stage]:
         """The head in pieces when it streams, whole when it is resident (the results are the same)."""

@@ -115,12 +115,12 @@ class Forward:
         pieces = [(p.start, p.stop) for p in self._pieces.values()]
         return self._buffers.logits(pieces, num_outputs) if outputs else np.empty((0, 0), np.float32)
 
-    def time_stage(self, stage_idx: int, place: Place, repeats: int) -> float:
-        """Seconds one stage takes for one token: the best of `repeats`, on whatever the buffers hold."""
+    def time_stage(self, stage_idx: int, place: Place, at_least_s: float = 0.02) -> float:
+        """Seconds one stage takes for one token: the best of as many runs as `at_least_s` holds, five or more."""
         kv = self._cache.shape
         self._take_shape(ShapeClass(1, kv_rows_class(1), 1, kv.type_k, kv.type_v), has_outputs=True)
-        seconds = []
-        for _ in range(repeats):
+        seconds: list[float] = []
+        while len(seconds) < 5 or sum(seconds) < at_least_s:
             begin = time.perf_counter()
             self._compute_stage(stage_idx, place)
             seconds.append(time.perf_counter() - begin)

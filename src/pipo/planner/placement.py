@@ -41,6 +41,11 @@ class UnitSize:
     def slot_bytes(self) -> int:
         return round_up(self.max_piece_bytes or self.place_bytes, SLOT_ROUNDING)
 
+    @property
+    def num_pieces(self) -> int:
+        """That move one by one when it is streamed."""
+        return -(-self.place_bytes // self.max_piece_bytes) if self.max_piece_bytes else 1
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkCost:
@@ -112,9 +117,10 @@ def place(demand: Demand) -> Placement:
         return everything
     chunk = _largest_affordable_chunk(demand)
     best = _fill(demand, chunk, extra_slots=0)
+    assert best is not None, "the smallest placement fits"
     deeper = sum(s.slot_bytes for s in best.slots)
     if deeper * 50 <= demand.limit_bytes:
-        return _fill(demand, chunk, extra_slots=1)
+        return _fill(demand, chunk, extra_slots=1) or best
     return best
 
 
@@ -133,8 +139,10 @@ def _largest_affordable_chunk(demand: Demand) -> ChunkCost:
     return affordable[-1] if affordable else demand.chunks[0]
 
 
-def _fill(demand: Demand, chunk: ChunkCost, extra_slots: int) -> Placement:
-    """Stream as few evenly spread blocks as fit, then keep single units for what is left."""
+def _fill(demand: Demand, chunk: ChunkCost, extra_slots: int) -> Placement | None:
+    """Stream as few evenly spread blocks as fit, then keep single units for what is left. None: so many slots do not
+    fit.
+    """
     blocks = sorted({u.block_idx for u in demand.units if u.block_idx >= 0})
     best: Placement | None = None
     for head_resident in (True, False):
@@ -147,9 +155,7 @@ def _fill(demand: Demand, chunk: ChunkCost, extra_slots: int) -> Placement:
                 if best is None or candidate.streamed_bytes < best.streamed_bytes:
                     best = candidate
                 break
-    if best is not None:
-        return best
-    return _with_residents(demand, chunk, [False] * len(demand.units), extra_slots=0)
+    return best
 
 
 def _keep_more(demand: Demand, placement: Placement, extra_slots: int) -> Placement:
@@ -191,8 +197,12 @@ def _with_residents(demand: Demand, chunk: ChunkCost, resident: Sequence[bool], 
 
 
 def _class_of(units: Iterable[UnitSize], extra_slots: int) -> SlotClass:
-    sizes = [u.slot_bytes for u in units]
-    return SlotClass(max(sizes), 1 + extra_slots) if sizes else SlotClass(0, 0)
+    """Fewer slots than units that move through them: as many could hold them all for good."""
+    streamed = list(units)
+    if not streamed:
+        return SlotClass(0, 0)
+    num_moving = sum(u.num_pieces for u in streamed)
+    return SlotClass(max(u.slot_bytes for u in streamed), min(1 + extra_slots, max(num_moving - 1, 1)))
 
 
 def _over_budget(demand: Demand, smallest: int) -> OverBudget:

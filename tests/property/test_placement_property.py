@@ -1,0 +1,138 @@
+"""Whatever the model and the limit: a placement keeps the limit, or the refusal names the smallest that works."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from pipo.base.errors import OverBudget
+from pipo.planner.placement import (
+    ChunkCost,
+    Demand,
+    Placement,
+    UnitRole,
+    UnitSize,
+    place,
+    smallest_bytes,
+)
+
+PAGE = 4096
+
+
+@st.composite
+def demands(draw: st.DrawFn, *, num_chunks: int = 5, is_even: bool = False) -> Demand:
+    """A model of a few blocks and a head. `is_even`: all blocks alike. The limit is still to be set."""
+    num_blocks = draw(st.integers(1, 12))
+    sizes = st.integers(1, 400) | st.integers(1, 400 * PAGE)
+    attention, mlp = draw(sizes), draw(sizes)
+    units = []
+    for i in range(num_blocks):
+        units += [
+            _unit(UnitRole.ATTENTION, i, attention if is_even else draw(sizes)),
+            _unit(UnitRole.MLP, i, mlp if is_even else draw(sizes)),
+        ]
+    head = draw(sizes)
+    largest_mlp = max(u.place_bytes for u in units if u.role is UnitRole.MLP)
+    piece = draw(st.integers(1, largest_mlp)) if head > largest_mlp else None
+    units.append(_unit(UnitRole.HEAD, -1, head, piece))
+    chunks = draw(st.lists(st.integers(0, 100 * PAGE), min_size=1, max_size=num_chunks))
+    fixed = {"KV cache": draw(st.integers(0, 100 * PAGE)), "process": draw(st.integers(0, 100 * PAGE))}
+    return Demand(units, fixed, [ChunkCost(16 << i, size) for i, size in enumerate(sorted(chunks))], limit_bytes=0)
+
+
+def _unit(role: UnitRole, block_idx: int, place_bytes: int, piece: int | None = None) -> UnitSize:
+    return UnitSize(role, block_idx, place_bytes, read_bytes=place_bytes, max_piece_bytes=piece)
+
+
+def at(demand: Demand, limit_bytes: int) -> Demand:
+    return replace(demand, limit_bytes=limit_bytes)
+
+
+def whole_bytes(demand: Demand) -> int:
+    """What everything takes, with the largest chunk."""
+    weights = sum(-(-u.place_bytes // PAGE) * PAGE for u in demand.units)
+    return weights + demand.chunks[-1].num_bytes + sum(demand.fixed.values())
+
+
+def streamed_of(demand: Demand, placement: Placement, slot_class: int) -> list[UnitSize]:
+    facts = zip(demand.units, placement.resident, placement.slot_class, strict=True)
+    return [unit for unit, stays, own in facts if not stays and own == slot_class]
+
+
+shares = st.integers(0, 1000)  # of the way from the smallest limit to more than everything takes
+
+
+def limit_at(demand: Demand, share: int) -> int:
+    low = smallest_bytes(demand)
+    return low + max(whole_bytes(demand) - low, 0) * share // 800
+
+
+@given(demands(), shares)
+def test_the_limit_is_kept(demand: Demand, share: int) -> None:
+    limit = limit_at(demand, share)
+    placement = place(at(demand, limit))
+    assert placement.num_bytes == sum(placement.breakdown.values()) <= limit
+
+
+@given(demands())
+def test_the_smallest_limit_works_and_one_byte_less_does_not(demand: Demand) -> None:
+    smallest = smallest_bytes(demand)
+    assert place(at(demand, smallest)).num_bytes <= smallest
+    with pytest.raises(OverBudget) as refused:
+        place(at(demand, smallest - 1))
+    assert refused.value.smallest_bytes == smallest
+
+
+@given(demands(), shares)
+def test_smallest_bytes_does_not_depend_on_the_limit(demand: Demand, share: int) -> None:
+    assert smallest_bytes(at(demand, limit_at(demand, share))) == smallest_bytes(demand)
+
+
+@given(demands())
+def test_all_is_resident_when_it_fits(demand: Demand) -> None:
+    placement = place(at(demand, whole_bytes(demand)))
+    assert all(placement.resident) and placement.streamed_bytes == 0
+    assert sum(s.num_bytes for s in placement.slots) == 0
+    assert placement.chunk == demand.chunks[-1]
+
+
+@given(demands(), shares)
+def test_counts_are_those_of_the_units(demand: Demand, share: int) -> None:
+    placement = place(at(demand, limit_at(demand, share)))
+    streamed = [u for u, stays in zip(demand.units, placement.resident, strict=True) if not stays]
+    assert placement.streamed_bytes == sum(u.read_bytes for u in streamed)
+    resident = [u.place_bytes for u in demand.units if u not in streamed]
+    assert 0 <= placement.resident_bytes - sum(resident) < PAGE * max(len(demand.units), 1)
+    assert placement.chunk in demand.chunks and placement.fixed == demand.fixed
+
+
+@given(demands(), shares)
+def test_slots_hold_every_streamed_unit_of_their_class(demand: Demand, share: int) -> None:
+    placement = place(at(demand, limit_at(demand, share)))
+    for i, slot_class in enumerate(placement.slots):
+        streamed = streamed_of(demand, placement, i)
+        assert all(unit.slot_bytes <= slot_class.slot_bytes for unit in streamed)
+        assert bool(streamed) == (slot_class.num_slots > 0)
+
+
+@given(demands(), shares)
+def test_a_class_streams_more_units_than_it_has_slots(demand: Demand, share: int) -> None:
+    """Else its slots could keep them for good."""
+    placement = place(at(demand, limit_at(demand, share)))
+    for i, slot_class in enumerate(placement.slots):
+        streamed = streamed_of(demand, placement, i)
+        assert not streamed or sum(unit.num_pieces for unit in streamed) > slot_class.num_slots
+
+
+@given(demands(num_chunks=1, is_even=True), shares, shares)
+def test_more_ram_streams_no_more_bytes(demand: Demand, share: int, other: int) -> None:
+    """But for what second slots take, and for less than a block: blocks are spread first, then single units kept."""
+    less, more = sorted((limit_at(demand, share), limit_at(demand, other)))
+    before, after = place(at(demand, less)), place(at(demand, more))
+    deeper = sum(slots.num_bytes for slots in after.slots if slots.num_slots > 1)
+    block = sum(unit.slot_bytes for unit in demand.units[:2])
+    assert after.streamed_bytes < before.streamed_bytes + deeper + block
