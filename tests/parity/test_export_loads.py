@@ -6,7 +6,6 @@ share a mistake.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -16,37 +15,24 @@ from gguf import GGUFReader
 
 from tests.support import tiny_models
 from tests.support.llama_cpp import Generated, LlamaCpp
+from tests.support.rounding import PRODUCT_ERROR, logit_tolerance
 from tests.support.tiny_models import SPECS, FloatArray, TinySpec, make_model, reference_logits, write_gguf
 from tests.support.tiny_vocab import Tokenizer
 
 NOT_TEXT = range(259)  # specials and bytes
 PROMPT_TOKENS, NEW_TOKENS = 100, 8
 
-# Relative root mean square error of one product: how the type's kernel rounds its activations.
-# Half-width 2^-12 and 2^-9 of a rounding step, uniform; Q8: steps of max/127 with a max near 2.1 deviations of 32.
-_HALF_STEP = 1 / math.sqrt(12)
-_ROUNDING = {
-    GgufType.F32: 2**-23 * math.sqrt(64),  # accumulation over the hidden size, not rounding of activations
-    GgufType.F16: 2**-10 * _HALF_STEP,
-    GgufType.BF16: 2**-7 * _HALF_STEP,
-    GgufType.Q8_0: 2.1 / 127 * _HALF_STEP,
-    GgufType.Q4_0: 2.1 / 127 * _HALF_STEP,
-    GgufType.Q4_1: 2.1 / 127 * _HALF_STEP,
-    GgufType.Q5_0: 2.1 / 127 * _HALF_STEP,
-    GgufType.Q5_1: 2.1 / 127 * _HALF_STEP,
-}
-
 
 @pytest.mark.parametrize("name", SPECS)
 def test_every_variant_computes_the_same(name: str, tmp_path: Path) -> None:
     got, want = _both(SPECS[name], tmp_path)
-    _assert_same(got, want, _tolerance(SPECS[name], GgufType.F32, want))
+    _assert_same(got, want, logit_tolerance(SPECS[name], GgufType.F32, want))
 
 
-@pytest.mark.parametrize("type", _ROUNDING)
+@pytest.mark.parametrize("type", PRODUCT_ERROR)
 def test_every_type_computes_the_same(type: GgufType, tmp_path: Path) -> None:
     got, want = _both(SPECS["llama"], tmp_path, type)
-    _assert_same(got, want, _tolerance(SPECS["llama"], type, want))
+    _assert_same(got, want, logit_tolerance(SPECS["llama"], type, want))
 
 
 @pytest.mark.parametrize("name", ["llama-yarn", "llama-linear", "llama-llama3"])
@@ -55,13 +41,13 @@ def test_rope_scaling_shows_in_the_logits(name: str, tmp_path: Path) -> None:
     got, want = _both(scaled, tmp_path)
     plain = TinySpec(is_tied=scaled.is_tied, rope_theta=scaled.rope_theta, seed=scaled.seed)
     unscaled = _logprobs(reference_logits(make_model(plain), _prompt(plain)))[-1]
-    assert _rms(got.logprobs[0] - unscaled) > 1000 * _tolerance(scaled, GgufType.F32, want)
+    assert _rms(got.logprobs[0] - unscaled) > 1000 * logit_tolerance(scaled, GgufType.F32, want)
 
 
 def test_a_wrong_row_order_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_models, "pair_neighbours", lambda weight, num_heads: weight)
     got, want = _both(SPECS["llama"], tmp_path)
-    assert _rms(got.logprobs - want) > 1000 * _tolerance(SPECS["llama"], GgufType.F32, want)
+    assert _rms(got.logprobs - want) > 1000 * logit_tolerance(SPECS["llama"], GgufType.F32, want)
 
 
 @pytest.mark.parametrize("tokenizer", ["spm", "gpt2"])
@@ -107,15 +93,6 @@ def _assert_same(got: Generated, want: FloatArray, tolerance: float) -> None:
     text = want[:, len(NOT_TEXT) :]
     chosen = want[np.arange(NEW_TOKENS), list(got.token_ids)]
     assert (text.max(axis=1) - chosen).max() < 6 * tolerance  # greedy, up to ties
-
-
-def _tolerance(spec: TinySpec, type: GgufType, want: FloatArray) -> float:
-    """Independent errors of products in a row add as squares; attention, up and down per block, and the head.
-
-    Three times that, for what the estimate leaves out (softmax, norms, correlated errors).
-    """
-    stages = 3 * spec.num_layers + 2
-    return float(3 * want.std() * _ROUNDING[type] * math.sqrt(stages))
 
 
 def _logprobs(logits: FloatArray) -> FloatArray:

@@ -50,7 +50,12 @@ class CommandLine:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("PIPO_") or k == "PIPO_GGML"}
         for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES"):
             kept.pop(name, None)
-        own = {"XDG_CACHE_HOME": str(folder / "cache"), "XDG_CONFIG_HOME": str(folder / "config"), "TERM": "xterm"}
+        own = {
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "XDG_CONFIG_HOME": str(folder / "config"),
+            "TERM": "xterm",
+            "PIPO_THREADS": "1",  # two that wait for each other crawl on a machine that is busy with something else
+        }
         return cls(kept | own)
 
     def __call__(self, *arguments: str, stdin: str | bytes = "", **environment: str) -> Ended:

@@ -103,7 +103,8 @@ def demand(blueprint: Blueprint, context_tokens: int, limit_bytes: int, process_
         "graphs": graphs_bytes(len(blueprint.stages)),
         "process": process_bytes + GROWTH_BYTES,
     }
-    return Demand(unit_sizes(blueprint.stages, blueprint.layouts), fixed, chunks, limit_bytes)
+    in_flight = blueprint.drive.chunk_bytes * blueprint.drive.num_workers
+    return Demand(unit_sizes(blueprint.stages, blueprint.layouts), fixed, chunks, limit_bytes, in_flight)
 
 
 def _chunks(blueprint: Blueprint, context_tokens: int) -> list[int]:

@@ -14,6 +14,7 @@ from pipo.base.errors import OverBudget
 from pipo.base.units import format_size, round_up
 
 SLOT_ROUNDING = 4096
+MAX_EXTRA_SLOTS = 15
 
 
 class UnitRole(Enum):
@@ -67,12 +68,16 @@ class SlotClass:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Everything a placement depends on. `fixed` names what is needed whatever is resident, in bytes."""
+    """Everything a placement depends on. `fixed` names what is needed whatever is resident, in bytes.
+
+    `in_flight_bytes` is what the drive must have been asked for at any time to deliver its rate.
+    """
 
     units: Sequence[UnitSize]
     fixed: Mapping[str, int]
     chunks: Sequence[ChunkCost]  # ascending
     limit_bytes: int
+    in_flight_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +111,8 @@ def place(demand: Demand) -> Placement:
     """The placement that streams least. Raises OverBudget naming the smallest limit that works.
 
     Order of claims on the budget: what is fixed; one slot per class and the smallest chunk; a larger chunk, up to an
-    eighth of what is left, because prefill reads the streamed weights once per chunk; resident units with the rest;
-    a second slot per class where it costs under a fiftieth of the limit.
+    eighth of what is left, because prefill reads the streamed weights once per chunk; more slots (see `_extra_slots`);
+    resident units with the rest.
     """
     smallest = smallest_bytes(demand)
     if demand.limit_bytes < smallest:
@@ -118,10 +123,24 @@ def place(demand: Demand) -> Placement:
     chunk = _largest_affordable_chunk(demand)
     best = _fill(demand, chunk, extra_slots=0)
     assert best is not None, "the smallest placement fits"
-    deeper = sum(s.slot_bytes for s in best.slots)
-    if deeper * 50 <= demand.limit_bytes:
-        return _fill(demand, chunk, extra_slots=1) or best
-    return best
+    return _fill(demand, chunk, _extra_slots(demand, best)) or best
+
+
+def _extra_slots(demand: Demand, bare: Placement) -> int:
+    """Slots per class beyond the first.
+
+    Small units want several: while one is computed the others must hold all that the drive should have in flight,
+    twice, since a finished read waits for its turn. They may take a quarter of what is not fixed. Large units hold
+    enough in one slot; a second smooths the order of arrivals, and is taken where it costs a fiftieth of the limit.
+    """
+    per_class = sum(s.slot_bytes for s in bare.slots)
+    if not per_class:
+        return 0
+    wanted = -(-2 * demand.in_flight_bytes // per_class) - 1
+    free_bytes = demand.limit_bytes - sum(demand.fixed.values()) - bare.chunk.num_bytes
+    affordable = free_bytes // 4 // per_class - 1
+    cheap = 1 if per_class * 50 <= demand.limit_bytes else 0
+    return max(min(wanted, affordable, MAX_EXTRA_SLOTS), cheap, 0)
 
 
 def smallest_bytes(demand: Demand) -> int:

@@ -1,0 +1,168 @@
+"""Every member of the family that pipo claims to run computes what `transformers` computes in float32."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as GgufType
+from transformers import PreTrainedModel
+
+from pipo.base.errors import UsageError
+from pipo.generation.request import SamplingParams
+from tests.support import tiny_models
+from tests.support.engines import smallest_ram_bytes, start_engine
+from tests.support.rounding import PRODUCT_ERROR, logit_tolerance
+from tests.support.tiny_models import SPECS, FloatArray, make_model, reference_logits, rounded_model, write_gguf
+
+MAX_ERROR = 1e-4  # largest difference over largest logit, at each position; 2e-6 to 2e-5 measured
+CHUNKS = (1, 7, 33, 64, 100)  # decode; remainders of 2, 1 and 36 tokens; tiled attention; all at once
+NUM_TOKENS, NUM_NEW = 100, 8
+F32_CACHE = {"cache_type_k": "f32", "cache_type_v": "f32"}
+
+
+@lru_cache
+def model_of(name: str) -> PreTrainedModel:
+    return make_model(SPECS[name])
+
+
+def tokens_of(name: str) -> list[int]:
+    rng = np.random.default_rng(SPECS[name].seed)
+    return [int(token) for token in rng.integers(3, SPECS[name].vocab_size, NUM_TOKENS)]
+
+
+@lru_cache
+def truth_of(name: str, type: GgufType = GgufType.F32) -> FloatArray:
+    return reference_logits(rounded_model(model_of(name), type), tokens_of(name))
+
+
+@pytest.fixture(scope="module")
+def path_of(tmp_path_factory: pytest.TempPathFactory) -> PathOf:
+    folder = tmp_path_factory.mktemp("tiny")
+
+    @lru_cache
+    def path(name: str, type: GgufType = GgufType.F32) -> Path:
+        write_gguf(model_of(name), folder / f"{name}-{type.name}.gguf", type)
+        return folder / f"{name}-{type.name}.gguf"
+
+    return path
+
+
+class PathOf:
+    """Of the file that carries a spec with weights of a type."""
+
+    def __call__(self, name: str, type: GgufType = GgufType.F32) -> Path: ...  # type: ignore[empty-body]
+
+
+def logits_of(path: Path, name: str, chunk: int = NUM_TOKENS, **settings: object) -> FloatArray:
+    with start_engine(path, max_outputs=chunk, prefill_chunk=chunk, **{**F32_CACHE, **settings}) as engine:
+        return engine.logits(tokens_of(name))
+
+
+def relative_error(got: FloatArray, want: FloatArray) -> float:
+    assert got.shape == want.shape
+    return float((np.abs(got - want).max(axis=1) / np.abs(want).max(axis=1)).max())
+
+
+def rms(errors: FloatArray) -> float:
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_float32(name: str, chunk: int, path_of: PathOf) -> None:
+    assert relative_error(logits_of(path_of(name), name, chunk), truth_of(name)) < MAX_ERROR
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_float32_streamed(name: str, path_of: PathOf) -> None:
+    smallest = smallest_ram_bytes(path_of(name), max_outputs=33, prefill_chunk=33, **F32_CACHE)
+    got = logits_of(path_of(name), name, 33, ram_bytes=smallest)
+    assert relative_error(got, truth_of(name)) < MAX_ERROR
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_prefill_and_decode_as_a_request_runs_them(name: str, path_of: PathOf) -> None:
+    """Chunks without outputs, then one token at a time: probabilities of the tokens it chose, and greedy by them."""
+    prompt = tokens_of(name)
+    with start_engine(path_of(name), prefill_chunk=33, **F32_CACHE) as engine:
+        params = SamplingParams(temperature=0, max_tokens=NUM_NEW, logprobs=0, ignore_eos=True)
+        chosen = engine.complete(prompt, params).tokens
+    ids = [token.token_id for token in chosen]
+    logits = reference_logits(model_of(name), [*prompt, *ids]).astype(np.float64)[NUM_TOKENS - 1 : -1]
+    want = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    picked = want[np.arange(NUM_NEW), ids]
+    tolerance = 2 * MAX_ERROR * np.abs(logits).max()
+    assert np.abs(picked - [token.logprob for token in chosen]).max() < tolerance
+    assert (want.max(axis=1) - picked).max() < tolerance
+
+
+@pytest.mark.parametrize("name", ["llama-yarn", "llama-linear", "llama-llama3"])
+def test_rope_scaling_shows(name: str) -> None:
+    """Else the tests above could not see it missing."""
+    scaled = SPECS[name]
+    plain = tiny_models.TinySpec(is_tied=scaled.is_tied, rope_theta=scaled.rope_theta, seed=scaled.seed)
+    unscaled = reference_logits(make_model(plain), tokens_of(name))
+    assert relative_error(unscaled, truth_of(name)) > 1000 * MAX_ERROR
+
+
+QUANTISED = [type for type in PRODUCT_ERROR if type is not GgufType.F32]
+
+
+@pytest.mark.parametrize("chunk", [1, NUM_TOKENS])
+@pytest.mark.parametrize(
+    ("type", "layout"), [*((type, "plain") for type in QUANTISED), (GgufType.Q4_0, "repacked")], ids=str
+)
+def test_types(type: GgufType, layout: str, chunk: int, path_of: PathOf) -> None:
+    """Against the weights as they are stored: what is left is how kernels round activations, to 8 bits for Q types.
+
+    A block's 32 activations become integers up to 127: errors are uniform over steps of max / 127, see PRODUCT_ERROR.
+    """
+    got = logits_of(path_of("llama", type), "llama", chunk, layout=layout)
+    want = truth_of("llama", type)
+    tolerance = logit_tolerance(SPECS["llama"], type, want)
+    assert rms(got - want) < tolerance
+    assert np.abs(got - want).max() < 6 * tolerance
+
+
+@pytest.mark.parametrize("type", [GgufType.Q4_0, GgufType.Q4_1])
+def test_tolerance_sees_the_rounding_of_weights(type: GgufType) -> None:
+    """4-bit weights are off by 8 %, activations by 0.5 %: the wrong weights would not pass."""
+    want = truth_of("llama", type)
+    assert rms(truth_of("llama") - want) > 2 * logit_tolerance(SPECS["llama"], type, want)
+
+
+# Relative root mean square rounding of a key or value; Q4_0's step is an eighth of the largest of a block.
+_CACHE_ERROR = {
+    "f16": 2**-11 / math.sqrt(3),
+    "q8_0": PRODUCT_ERROR[GgufType.Q8_0],
+    "q4_0": 2.1 / 8 / math.sqrt(12),
+}
+
+
+@pytest.mark.parametrize("kind", _CACHE_ERROR)
+@pytest.mark.parametrize("chunk", [1, NUM_TOKENS])
+def test_cache_types(kind: str, chunk: int, path_of: PathOf) -> None:
+    """Scores have a deviation near 2, so a key's rounding moves them, and the weights of values, by twice as much.
+
+    Queries are rounded too: to 8 bits beside quantised keys, to f16 beside f16. And f16 values are added up in f16,
+    with a new rounding at every one of up to 100 positions.
+    """
+    name = "llama-wide-heads"  # 32: a whole block
+    got = logits_of(path_of(name), name, chunk, cache_type_k=kind, cache_type_v=kind)
+    keys = values = _CACHE_ERROR[kind]
+    queries = keys if kind == "f16" else PRODUCT_ERROR[GgufType.Q8_0]
+    sums = keys * math.sqrt(NUM_TOKENS) if kind == "f16" else 0.0
+    attention = math.sqrt(values**2 + 4 * keys**2 + 4 * queries**2 + sums**2)
+    want = truth_of(name)
+    error = rms(got - want)
+    assert error < 3 * want.std() * attention * math.sqrt(SPECS[name].num_layers)
+    assert error > 0.1 * want.std() * keys, "the cache is not of this type"
+
+
+def test_cache_type_that_does_not_fit_the_heads(path_of: PathOf) -> None:
+    with pytest.raises(UsageError, match="heads of a multiple of 32, this model's have 16"):
+        start_engine(path_of("llama"), cache_type_k="q8_0")

@@ -1,0 +1,48 @@
+"""Engines for tests: a budget exact to the byte, a drive that is known without a probe, and one that breaks on demand."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipo import engine as engine_module
+from pipo.base.config import EngineConfig
+from pipo.engine import Engine, ModelFile
+from pipo.hardware.drive import DriveRate
+from pipo.pipeline import assembly
+from pipo.transfer.disk import DiskTransfer
+from pipo.transfer.files import Preadv
+
+PLENTY = 1 << 50  # bytes
+KNOWN_DRIVE = DriveRate(chunk_bytes=64 << 10, num_workers=3, bytes_per_s=1e9, direct=True)
+
+
+def start_engine(
+    path: Path, *, ram_bytes: int = PLENTY, preadv: Preadv | None = None, **settings: object
+) -> Engine:
+    """A started engine of one compute thread. Its budget leaves the process out, so that it means the same in every
+    test run; the user's cache of drive rates is neither read nor written.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "drive_rates", lambda files, measure: (KNOWN_DRIVE,))
+        patch.setattr(Engine, "_process_bytes", lambda self: 0)
+        if preadv is not None:
+            patch.setattr(assembly, "DiskTransfer", partial(DiskTransfer, preadv=preadv))
+        engine = Engine(ModelFile(path), EngineConfig(**{"ram": str(ram_bytes), "threads": 1, **settings}))  # type: ignore[arg-type]
+        try:
+            engine.start(engine.make_plan())
+        except BaseException:
+            engine.close()
+            raise
+    return engine
+
+
+def smallest_ram_bytes(path: Path, **settings: object) -> int:
+    """The least `ram_bytes` that `start_engine` takes with the same settings."""
+    engine = start_engine(path, **settings)
+    with engine, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_process_bytes", lambda self: 0)
+        assert engine.plan is not None
+        return engine.smallest_ram_bytes(engine.plan.context_tokens)

@@ -1,0 +1,76 @@
+"""`--ram` on the command line: refused before anything happens, or kept by the whole process, libraries included."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.command_line import CommandLine
+
+CONTEXT = ("-c", "300")
+PROMPT = "Tell me a long story about a ship. " * 8
+_SAMPLE_S = 0.005
+
+
+def _smallest(pipo: CommandLine) -> str:
+    """The smallest --ram for CONTEXT, as `pipo show` names it."""
+    return str(pipo("show", "smollm2", "--ram", "1GB", *CONTEXT, "--json").json["plan"]["smallest_ram"])
+
+
+def _anonymous_bytes(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    sizes = dict(line.split(":", 1) for line in status.splitlines())
+    return sum(int(sizes.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "VmSwap"))
+
+
+def _peak(process: subprocess.Popen[bytes]) -> int:
+    """The most anonymous memory a process ever has, looked at from outside until it ends."""
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, _anonymous_bytes(process.pid))
+        time.sleep(_SAMPLE_S)
+    return peak
+
+
+def test_what_is_too_small_is_refused_at_once_and_the_number_named_works(pipo: CommandLine) -> None:
+    smallest = _smallest(pipo)
+    refused = pipo("run", "smollm2", "hi", *CONTEXT, "--ram", "30MB")
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.startswith("error: needs ")
+    assert f"the smallest --ram that works is {smallest}" in refused.err
+    assert all(part in refused.err for part in ("KV cache", "process", "activations"))
+
+    kept = pipo("run", "smollm2", "hi", *CONTEXT, "-n", "4", "--ram", smallest)
+    assert kept.code == 0, kept.err
+    less = f"{float(smallest.removesuffix('MiB')) * 0.98:.2f}MiB"
+    too_little = pipo("run", "smollm2", "hi", *CONTEXT, "-n", "4", "--ram", less)
+    assert too_little.code == 2
+    assert smallest in too_little.err
+
+
+@pytest.mark.parametrize("ram", ["smallest", "125MB", "160MB", "auto"])
+def test_the_process_stays_under_its_budget(pipo: CommandLine, ram: str) -> None:
+    given = _smallest(pipo) if ram == "smallest" else ram
+    arguments = ("smollm2", PROMPT, *CONTEXT, "-n", "48", "--ignore-eos", "--ram", given)
+    limit = pipo("run", *arguments, "--json").json["plan"]["limit_bytes"]
+    process = pipo.start("run", *arguments)
+    peak = _peak(process)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.strip()
+    assert 0 < peak <= limit
+
+
+def test_chat_stays_under_its_budget(pipo: CommandLine) -> None:
+    process = pipo.start("chat", "smollm2", "--ram", "150MB", "-n", "24")
+    assert process.stdin
+    process.stdin.write(b"Tell me a story.\nAnd another one.\n")
+    process.stdin.close()
+    assert 0 < _peak(process) <= 150_000_000
+    assert process.returncode == 0
