@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -103,17 +104,13 @@ def _named_sources(args: argparse.Namespace) -> tuple[ModelSource, ...]:
 
 
 def _settings(args: argparse.Namespace, cache: Path) -> Settings:
-    amounts = QUICK if args.quick else FULL
-    return Settings(
-        rounds=args.rounds or int(amounts["rounds"]),
-        passes=int(amounts["passes"]),
-        prompt_tokens=int(amounts["prompt_tokens"]),
-        context_tokens=int(amounts["context_tokens"]),
-        drive_s=amounts["drive_s"],
+    amounts = replace(QUICK if args.quick else FULL, share=args.share, cache_folder=cache)
+    return replace(
+        amounts,
+        rounds=args.rounds or amounts.rounds,
+        passes=args.passes or amounts.passes,
         threads=args.threads or available_cores(),
-        share=args.share,
         native_site=args.native_llama.resolve() if args.native_llama else None,
-        cache_folder=cache,
     )
 
 
@@ -126,8 +123,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", type=Path, metavar="FILE", help="a GGUF file, instead of one of random weights")
     add("--shape", choices=SHAPES, help="of the random model")
     add("--type", choices=MIXES, nargs="+", help="of the random model; several are measured one after another")
-    add("--share", type=float, default=0.55, help="the tight budget, as a share of the file (0.55)")
+    add("--share", type=float, default=FULL.share, help="the tight budget, as a share of the file (0.55)")
     add("--rounds", type=int, metavar="N", help="how often each piece of work is repeated")
+    add("--passes", type=int, metavar="N", help="decode passes per round")
     add("--threads", type=int, metavar="N", help="compute threads of every engine; all cores without")
     add("--quick", action="store_true", help="a toy model and few rounds")
     add("--native-llama", type=Path, metavar="SITE", help="folder that holds an uninstalled llama_cpp package")

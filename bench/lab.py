@@ -11,30 +11,31 @@ from bench.cgroup import Cgroup, limit_around, memory_limit, reason_against
 from bench.child import Child
 from bench.messages import LlamaSetup, PipoSetup, Plan, PlanFacts, Start
 from bench.providers import Provider, importable
+from bench.raw_drive import RawDrive
 from pipo.base.units import GIB, MIB
+from pipo.hardware.drive import ALL_COMBOS, FULL_S, QUICK_COMBOS
+from pipo.transfer.disk import DriveSettings
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How much to measure. `share` of the file is the tight budget."""
 
-    rounds: int
-    passes: int  # of decode, per round
-    prompt_tokens: int
-    context_tokens: int
-    drive_s: float  # for all ways to read the drive
-    threads: int
-    share: float
-    native_site: Path | None
-    cache_folder: Path  # of the engines: their drive probe is made once per run
-
-    @property
-    def short_prompt_tokens(self) -> int:
-        return 16
+    rounds: int = 5
+    passes: int = 3  # of decode, per round
+    short_prompt_tokens: int = 16
+    prompt_tokens: int = 512
+    context_tokens: int = 1024
+    combos: tuple[DriveSettings, ...] = ALL_COMBOS  # ways to read the drive
+    drive_s: float = FULL_S  # for all of them
+    threads: int = 1
+    share: float = 0.55
+    native_site: Path | None = None
+    cache_folder: Path = Path()  # of the engines: their own probe of the drive is made once per run
 
 
-QUICK = {"rounds": 2, "passes": 3, "prompt_tokens": 64, "context_tokens": 256, "drive_s": 0.4}
-FULL = {"rounds": 5, "passes": 3, "prompt_tokens": 512, "context_tokens": 1024, "drive_s": 12.0}
+FULL = Settings()
+QUICK = Settings(rounds=2, prompt_tokens=64, context_tokens=256, combos=QUICK_COMBOS, drive_s=0.2)
 
 
 class Unmeasurable(Exception):
@@ -130,8 +131,10 @@ class Lab:
         group = self._limit(limit_for) if limit_for is not None else None
         return self._started(self._open(kind, group), Start(setup), group)
 
-    def open_drive(self) -> Child:
-        return self._open("drive", None)
+    def open_drive(self, facts: PlanFacts) -> RawDrive:
+        """Reads what a plan would stream."""
+        child, settings = self._open("drive", None), self.settings
+        return RawDrive(child, self.path, facts.streamed_extents, settings.combos, settings.drive_s)
 
     def _started(self, child: Child, request: Start, group: Cgroup | None) -> Running:
         answer = child.ask(request)

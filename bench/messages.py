@@ -49,7 +49,7 @@ class PlanFacts:
     streamed_bytes: int = 0  # per pass
     chunk_tokens: int = 0
     repacked_types: tuple[str, ...] = ()
-    drive: DriveRate | None = None
+    drive: DriveSettings | None = None  # how the engine reads
     streamed_extents: tuple[Extent, ...] = ()
 
 

@@ -12,7 +12,7 @@ from bench.messages import ReadDrive
 from bench.rows import Row, row
 from pipo.base.manifest import Extent
 from pipo.base.units import MIB
-from pipo.hardware.drive import ALL_COMBOS, DriveRate
+from pipo.hardware.drive import DriveRate
 from pipo.transfer.disk import DriveSettings
 
 _NUM_KEPT = 3  # ways to read that are sampled again between rounds
@@ -30,18 +30,26 @@ class Sample:
 class RawDrive:
     """Samples in a child process, which reads through pipo's transfer into slots like an engine's."""
 
-    def __init__(self, child: Child, path: Path, extents: Sequence[Extent], seconds: float) -> None:
+    def __init__(
+        self,
+        child: Child,
+        path: Path,
+        extents: Sequence[Extent],
+        combos: tuple[DriveSettings, ...],
+        seconds: float,
+    ) -> None:
         self._child = child
         self._path = path
         self._extents = tuple(extents)
         self._seconds = seconds
-        self._kept: tuple[DriveSettings, ...] = ALL_COMBOS
+        self._combos = combos
+        self._kept = combos
         self.samples: list[Sample] = []
         self.last_rates: tuple[DriveRate, ...] = ()
 
     def sweep(self, when: str) -> None:
         """Every way to read; the best ones are what `sample` tries from now on."""
-        rates = self._take(when, ALL_COMBOS, self._seconds)
+        rates = self._take(when, self._combos, self._seconds)
         best_first = sorted(rates, key=lambda rate: -rate.bytes_per_s)
         self._kept = tuple(_asked(rate) for rate in best_first[:_NUM_KEPT])
 

@@ -127,7 +127,7 @@ def _plan(setup: PipoSetup) -> PlanFacts:
             streamed_bytes=plan.placement.streamed_bytes,
             chunk_tokens=plan.placement.chunk.num_tokens,
             repacked_types=plan.repacked_types,
-            drive=plan.drive,
+            drive=plan.blueprint.drive,
             streamed_extents=tuple(_streamed_extents(engine.model, plan)),
         )
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bench.lab import Lab
-from bench.raw_drive import RawDrive
 from bench.rows import Row, row
 from pipo.base.units import MIB
 
 
 def measure(lab: Lab) -> Iterator[Row]:
     facts = lab.plan(lab.setup(lab.tight_bytes()))
-    drive = RawDrive(lab.open_drive(), lab.path, facts.streamed_extents, lab.settings.drive_s)
+    drive = lab.open_drive(facts)
     by_way: dict[str, list[float]] = {}
     for _ in range(lab.settings.rounds):
         drive.sweep("sweep")

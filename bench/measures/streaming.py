@@ -38,7 +38,7 @@ def measure(lab: Lab) -> Iterator[Row]:
     facts = lab.plan(setup)
     yield skipped("plan", "pipo", _plan_text(setup.ram_bytes, facts))
     like = lab.resident_like(facts)
-    drive = RawDrive(lab.open_drive(), lab.path, facts.streamed_extents, lab.settings.drive_s)
+    drive = lab.open_drive(facts)
     drop_cached(lab.path)
     drive.sweep("before")
     streaming = lab.start_limited(setup)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from bench.lab import Lab
 from bench.messages import FirstToken, PlanFacts, Prefill
 from bench.model_files import drop_cached
-from bench.raw_drive import RawDrive
 from bench.rows import Row, at_most, row
 
 MOST_OVER_FLOOR = 1.15
@@ -16,7 +15,7 @@ MOST_OVER_FLOOR = 1.15
 def measure(lab: Lab) -> Iterator[Row]:
     setup = lab.setup(lab.tight_bytes())
     facts = lab.plan(setup)
-    drive = RawDrive(lab.open_drive(), lab.path, facts.streamed_extents, lab.settings.drive_s)
+    drive = lab.open_drive(facts)
     drop_cached(lab.path)
     drive.sweep("before")
     warm_engine = lab.start_pipo(setup)

@@ -338,11 +338,12 @@ class Engine:
 
     def _check_types(self) -> None:
         for spec in self.model.manifest.tensors.values():
-            if not self._lib.computes(spec.type):
+            if not self._lib.multiplies(spec.type):
+                is_new = not self._lib.computes(spec.type)
                 raise UnsupportedModel(
                     f"{self.model.manifest.name}: {spec.name} is {spec.type.name}, which libggml "
                     f"{self._lib.version_text} does not compute",
-                    hint="pip install 'pipo[native]' brings a newer libggml",
+                    hint="pip install 'pipo[native]' brings a newer libggml" if is_new else None,
                 )
 
 

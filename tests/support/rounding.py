@@ -6,7 +6,7 @@ import math
 
 from gguf import GGMLQuantizationType as GgufType
 
-from tests.support.tiny_models import FloatArray, TinySpec
+from tests.support.tiny_models import FloatArray
 
 _HALF_STEP = 1 / math.sqrt(12)  # deviation of a uniform error one step wide
 _Q8_STEP = 2.1 / 127  # of a block of 32: the largest of them is near 2.1 deviations
@@ -24,11 +24,11 @@ PRODUCT_ERROR = {
 }
 
 
-def logit_tolerance(spec: TinySpec, type: GgufType, want: FloatArray) -> float:
-    """Of the root mean square difference.
+def logit_tolerance(num_layers: int, type: GgufType, want: FloatArray) -> float:
+    """Of the root mean square difference from the truth.
 
     Independent errors of products in a row add as squares; attention, up and down per block, and the head. Three
     times that, for what the estimate leaves out (softmax, norms, correlated errors).
     """
-    num_products = 3 * spec.num_layers + 2
+    num_products = 3 * num_layers + 2
     return float(3 * want.std() * PRODUCT_ERROR[type] * math.sqrt(num_products))

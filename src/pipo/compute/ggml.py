@@ -230,6 +230,12 @@ class Library:
         """True when this version knows the type at all; asking C about a newer one would read past its table."""
         return type_ <= TensorType.Q1_0 or self._version >= _NEWER_TYPES_SINCE
 
+    def multiplies(self, type_: TensorType) -> bool:
+        """True when there is a product with matrices of this type; integers and types of intermediates have none."""
+        if type_ is TensorType.F32:
+            return True
+        return self.computes(type_) and bool(self.get_type_traits(int(type_)).contents.to_float)
+
     def _check_types(self) -> None:
         for t in filter(self.computes, TensorType):
             known = self.blck_size(t), self.type_size(t)

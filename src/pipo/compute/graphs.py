@@ -23,6 +23,11 @@ from pipo.compute.repack import RepackBuffer
 _UNBOUND = 64  # any non-null address: tells the allocator that this tensor's memory is ours
 _ROPE_MODE = {RopeLayout.NORMAL: 0, RopeLayout.NEOX: 2}
 _PREC_F32 = 10
+# what ggml's set_rows can write and its attention read
+_CACHEABLE = {
+    TensorType.F32, TensorType.F16, TensorType.BF16, TensorType.Q8_0, TensorType.Q4_0, TensorType.Q4_1,
+    TensorType.Q5_0, TensorType.Q5_1, TensorType.IQ4_NL,
+}  # fmt: skip
 
 
 Binding = list[tuple[ctypes.c_uint64, int]]
@@ -115,24 +120,29 @@ class Builder:
         return self._op("mul", a.type, a.shape, a, b)
 
     def rms_norm(self, a: Tensor, epsilon: float) -> Tensor:
-        if a.type is not TensorType.F32:
-            self._refuse(f"rms_norm wants F32, found {a.type.name}")
+        self._check_rows("rms_norm", a)
+        if not epsilon >= 0:
+            self._refuse(f"rms_norm with epsilon {epsilon}")
         return self._op("rms_norm", a.type, a.shape, a, epsilon)
 
     def mul_mat(self, weight: Tensor, x: Tensor) -> Tensor:
         """weight (in, out) x (in, tokens) → (out, tokens), F32."""
-        if weight.shape[0] != x.shape[0] or len(weight.shape) != 2 or x.type is not TensorType.F32:
+        self._check_rows("mul_mat", x)
+        is_plain = weight.struct.nb[0] == weight.type.block_bytes and self._lib.multiplies(weight.type)
+        if weight.shape[0] != x.shape[0] or len(weight.shape) != 2 or not is_plain:
             self._refuse(f"mul_mat of {weight.shape} {weight.type.name} and {x.shape} {x.type.name}")
         return self._op("mul_mat", TensorType.F32, (weight.shape[1], *x.shape[1:]), weight, x)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up"""
-        if gate.shape != up.shape or gate.type is not up.type:
+        self._check_rows("swiglu", gate, up)
+        if gate.shape != up.shape or not _is_contiguous(gate) or not _is_contiguous(up):
             self._refuse(f"swiglu of {gate.shape} and {up.shape}")
         return self._op("swiglu_split", gate.type, gate.shape, gate, up)
 
     def reshape(self, a: Tensor, *shape: int) -> Tensor:
-        if _num_elems(a.shape) != _num_elems(shape):
+        """To rank 2 or 3, without a copy: `a` must lie in one run."""
+        if _num_elems(a.shape) != _num_elems(shape) or len(shape) not in (2, 3) or not _is_contiguous(a):
             self._refuse(f"reshape of {a.shape} to {shape}")
         return self._op(f"reshape_{len(shape)}d", a.type, shape, a, *shape)
 
@@ -145,29 +155,34 @@ class Builder:
 
     def get_rows(self, a: Tensor, rows: Tensor) -> Tensor:
         """a (n, any) F32, rows (k,) I32 → (n, k). The caller vouches for the range of `rows`."""
-        if rows.type is not TensorType.I32 or a.type is not TensorType.F32:
-            self._refuse(f"get_rows of {a.type.name} by {rows.type.name}")
+        self._check_rows("get_rows", a)
+        if rows.type is not TensorType.I32 or len(a.shape) != 2 or len(rows.shape) != 1:
+            self._refuse(f"get_rows of {a.shape} by {rows.shape} {rows.type.name}")
         return self._op("get_rows", a.type, (a.shape[0], rows.shape[0]), a, rows)
 
     def set_rows(self, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
         """Store the rows of `b` (n, k) F32 at `rows` (k,) I64 of `a` (n, any). The caller vouches for their range."""
+        self._check_rows("set_rows", b)
         fits = a.shape[0] == b.shape[0] and b.shape[1:] == rows.shape and rows.type is TensorType.I64
-        if not fits or b.type is not TensorType.F32:
-            self._refuse(f"set_rows of {b.shape} into {a.shape} at {rows.shape} {rows.type.name}")
+        if not fits or len(a.shape) != 2 or len(b.shape) != 2 or a.type not in _CACHEABLE:
+            self._refuse(f"set_rows of {b.shape} into {a.shape} {a.type.name} at {rows.shape} {rows.type.name}")
         return self._op("set_rows", a.type, a.shape, a, b, rows)
 
     def heads_view(self, rows: Tensor, head_dim: int, num_heads: int, num_rows: int) -> Tensor:
         """The first `num_rows` rows of a KV cache (heads * head_dim, any) as (head_dim, num_rows, heads)."""
-        row_bytes = rows.type.row_bytes(rows.shape[0])
-        if head_dim * num_heads != rows.shape[0] or num_rows > rows.shape[1] or head_dim % rows.type.block_elems:
+        fits = len(rows.shape) == 2 and head_dim * num_heads == rows.shape[0] and num_rows <= rows.shape[1]
+        if not fits or head_dim % rows.type.block_elems:
             self._refuse(f"{num_heads} heads of {head_dim} over {num_rows} rows of {rows.shape} {rows.type.name}")
+        row_bytes = rows.type.row_bytes(rows.shape[0])
         head_bytes = rows.type.row_bytes(head_dim)
         shape = (head_dim, num_rows, num_heads)
         return self._op("view_3d", rows.type, shape, rows, *shape, row_bytes, head_bytes, 0)
 
     def rope(self, a: Tensor, positions: Tensor, rope: Rope, factors: Tensor | None) -> Tensor:
         """Rotate (head_dim, heads, tokens). `factors` (num_dims / 2,) F32 divide the frequencies."""
-        if positions.shape != a.shape[2:] or positions.type is not TensorType.I32 or rope.num_dims > a.shape[0]:
+        self._check_rows("rope", a)
+        fits = len(a.shape) == 3 and positions.shape == a.shape[2:] and positions.type is TensorType.I32
+        if not fits or not 0 < rope.num_dims <= a.shape[0] or rope.num_dims % 2:
             self._refuse(f"rope of {a.shape} by {positions.shape} {positions.type.name}, {rope.num_dims} dimensions")
         if factors is not None and (factors.shape[0] < rope.num_dims // 2 or factors.type is not TensorType.F32):
             self._refuse(f"rope factors {factors.shape} {factors.type.name}")
@@ -180,13 +195,15 @@ class Builder:
 
     def flash_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
         """q (d, tokens, heads), k and v (d, rows, kv heads), mask (rows, tokens) F16 → (d, heads, tokens)."""
+        self._check_rows("flash_attention", q)
         fits = (
-            q.shape[0] == k.shape[0] == v.shape[0]
+            len(q.shape) == len(k.shape) == 3
+            and q.shape[0] == k.shape[0] == v.shape[0]
             and k.shape == v.shape
             and q.shape[2] % k.shape[2] == 0
             and mask.shape == (k.shape[1], q.shape[1])
             and mask.type is TensorType.F16
-            and q.type is TensorType.F32
+            and {k.type, v.type} <= _CACHEABLE
         )
         if not fits:
             self._refuse(f"flash_attention of q {q.shape}, k {k.shape}, v {v.shape}, mask {mask.shape}")
@@ -232,7 +249,14 @@ class Builder:
         self._num_tensors += 1
         assert self._num_tensors <= self._max_nodes, "raise max_nodes of this Builder"
 
+    def _check_rows(self, op: str, *tensors: Tensor) -> None:
+        """Kernels of activations want F32, side by side along the first dimension."""
+        for tensor in tensors:
+            if tensor.type is not TensorType.F32 or tensor.struct.nb[0] != TensorType.F32.block_bytes:
+                self._refuse(f"{op} of {tensor.shape} {tensor.type.name}, {tensor.struct.nb[0]} bytes apart")
+
     def _check_broadcast(self, op: str, a: Tensor, b: Tensor) -> None:
+        self._check_rows(op, a, b)
         padded = b.shape + (1,) * (len(a.shape) - len(b.shape))
         if len(padded) != len(a.shape) or any(n % m for n, m in zip(a.shape, padded, strict=True)):
             self._refuse(f"{op} of {a.shape} and {b.shape}")
@@ -336,6 +360,15 @@ def _tensors(lib: Library, context: int) -> Iterable[GgmlTensor]:
 
 def _data_field(struct: GgmlTensor) -> ctypes.c_uint64:
     return ctypes.c_uint64.from_address(ctypes.addressof(struct) + GgmlTensor.data.offset)
+
+
+def _is_contiguous(tensor: Tensor) -> bool:
+    struct, num_bytes = tensor.struct, tensor.type.row_bytes(tensor.shape[0])
+    for i in range(1, len(tensor.shape)):
+        if struct.nb[i] != num_bytes and struct.ne[i] != 1:
+            return False
+        num_bytes *= tensor.shape[i]
+    return bool(struct.nb[0] == tensor.type.block_bytes)
 
 
 def _num_elems(shape: Sequence[int]) -> int:
