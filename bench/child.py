@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
@@ -57,7 +58,8 @@ class Child:
         return cast(R, answer)
 
     def close(self) -> None:
-        if self._process.stdin is not None and not self._process.stdin.closed:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # what a dead child was asked last is still in the buffer
             self._process.stdin.close()
         try:
             self._process.wait(_END_S)

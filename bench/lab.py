@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -83,9 +84,12 @@ class Lab:
         return PipoSetup(self.path, ram_bytes, self.settings.context_tokens, self.settings.threads)
 
     def plan(self, setup: PipoSetup) -> PlanFacts:
-        """What pipo would do, asked of a process that ends at once."""
-        with self._child("pipo", None, None) as child:
-            return child.ask(Plan(setup))
+        """What pipo would do, asked of a process that plans and nothing else."""
+        return self._planner.ask(Plan(setup))
+
+    @cached_property
+    def _planner(self) -> Child:
+        return self._open("pipo", None)
 
     def tight_bytes(self) -> int:
         """A budget that streams: the share of the file that was asked for; for small files the largest of a few.
@@ -141,13 +145,10 @@ class Lab:
         return Running(child, answer.library, answer.seconds, group)
 
     def _open(self, kind: str, group: Cgroup | None, provider: Provider | None = None) -> Child:
-        return self._exit.enter_context(self._child(kind, group, provider))
-
-    def _child(self, kind: str, group: Cgroup | None, provider: Provider | None) -> Child:
         environment = {"XDG_CACHE_HOME": str(self.settings.cache_folder)}
         if provider is not None:
             environment["PIPO_GGML"] = str(provider.folder)
-        return Child(kind, group=group, environment=environment)
+        return self._exit.enter_context(Child(kind, group=group, environment=environment))
 
     def _limit(self, ram_bytes: int) -> Cgroup:
         self._num_groups += 1

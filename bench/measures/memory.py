@@ -66,7 +66,8 @@ def _rows(lab: Lab, setup: PipoSetup, name: str, lived: _Lived) -> Iterator[Row]
         yield skipped("survived", name, reason)
     else:
         yield row("survived", name, "", [1], at_least(1), note=f"reclaimed {lived.num_reclaims} times")
-    yield row("peak anonymous, from outside", name, "MiB", [lived.peak_bytes / MIB], budget)
+    if lived.peak_bytes:  # nothing is seen without /proc
+        yield row("peak anonymous, from outside", name, "MiB", [lived.peak_bytes / MIB], budget)
     yield row("peak anonymous, its own count", name, "MiB", [lived.own_peak_bytes / MIB], budget)
     yield row("model in the page cache", name, "MiB", [cached_bytes(lab.path) / MIB], most_cached)
     if lived.group_cache_bytes is not None:

@@ -9,7 +9,7 @@ from bench.child import ChildFailed
 from bench.lab import Lab, Running, peers
 from bench.messages import Decode, Prefill
 from bench.providers import providers
-from bench.rows import Row, at_least, row, skipped
+from bench.rows import Row, Target, at_least, row, skipped
 from pipo.hardware.memory import available_memory
 
 LEAST_OF_PEER = 0.95  # as fast, but for noise
@@ -71,4 +71,10 @@ def _rows(what: str, rates: _Rates) -> Iterator[Row]:
     for name in ours:
         for peer in (name for name in rates if name not in ours):
             ratios = [own / their for own, their in zip(rates[name], rates[peer], strict=True)]
-            yield row(f"{what} ÷ {peer}", name, "×", ratios, at_least(LEAST_OF_PEER))
+            yield row(f"{what} ÷ {peer}", name, "×", ratios, _target(name, peer))
+
+
+def _target(own: str, peer: str) -> Target | None:
+    """None where the peer has a newer libggml than pipo was given: its kernels would be compared, not pipo."""
+    is_fair = "llama-cpp-python" in own or "llama-cpp-python" not in peer
+    return at_least(LEAST_OF_PEER) if is_fair else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from bench.child import ChildFailed
 from bench.lab import Lab, Running, peers
-from bench.messages import Decode, Passes, PlanFacts
+from bench.messages import Decode, Passes, PipoSetup, PlanFacts
 from bench.model_files import drop_cached
 from bench.raw_drive import RawDrive
 from bench.rows import Row, at_least, at_most, row, skipped
@@ -48,7 +48,7 @@ def measure(lab: Lab) -> Iterator[Row]:
     _run_rounds(lab, drive, streaming, resident, peer, samples)
     drive.sweep("after")
     yield from drive.rows()
-    yield from _own_rows(facts, drive.bytes_per_s, samples)
+    yield from _own_rows(facts, drive.bytes_per_s, samples, _compute_note(lab, like, facts))
     yield from _peer_rows(facts, setup.ram_bytes, drive.bytes_per_s, samples)
     peak_bytes = max(each.peak_anonymous_bytes for each in samples.pipo)
     yield row("peak anonymous", "pipo streaming", "MiB", [peak_bytes / MIB], at_most(setup.ram_bytes / MIB))
@@ -63,6 +63,11 @@ def _plan_text(ram_bytes: int, facts: PlanFacts) -> str:
         f"repacked {', '.join(facts.repacked_types) or 'none'}, reads {drive.chunk_bytes // MIB} MiB × "
         f"{drive.num_workers}"
     )
+
+
+def _compute_note(lab: Lab, like: PipoSetup, facts: PlanFacts) -> str:
+    are_same = lab.plan(like).repacked_types == facts.repacked_types
+    return f"compute, no transfers: {'the same' if are_same else 'OTHER'} kernels"
 
 
 def _start_peer(lab: Lab, ram_bytes: int, samples: _Samples) -> Running | None:
@@ -106,9 +111,9 @@ def _seconds(passes: list[Passes]) -> list[float]:
     return [second for each in passes for second in each.seconds]
 
 
-def _own_rows(facts: PlanFacts, bytes_per_s: float, samples: _Samples) -> Iterator[Row]:
+def _own_rows(facts: PlanFacts, bytes_per_s: float, samples: _Samples, compute_note: str) -> Iterator[Row]:
     seconds = _seconds(samples.pipo)
-    compute = row("pass", "pipo resident", "s", _seconds(samples.resident), note="compute: same kernels, no transfers")
+    compute = row("pass", "pipo resident", "s", _seconds(samples.resident), note=compute_note)
     assert compute.summary is not None
     drive_s, compute_s = facts.streamed_bytes / bytes_per_s, compute.summary.median
     floor_s = max(drive_s, compute_s)

@@ -41,7 +41,9 @@ def demands(draw: st.DrawFn, *, num_chunks: int = 5, is_even: bool = False) -> D
     units.append(_unit(UnitRole.HEAD, -1, head, piece))
     chunks = draw(st.lists(st.integers(0, 100 * PAGE), min_size=1, max_size=num_chunks))
     fixed = {"KV cache": draw(st.integers(0, 100 * PAGE)), "process": draw(st.integers(0, 100 * PAGE))}
-    return Demand(units, fixed, [ChunkCost(16 << i, size) for i, size in enumerate(sorted(chunks))], limit_bytes=0)
+    costs = [ChunkCost(16 << i, size) for i, size in enumerate(sorted(chunks))]
+    in_flight = draw(st.just(0) | st.integers(0, 2000 * PAGE))
+    return Demand(units, fixed, costs, limit_bytes=0, in_flight_bytes=in_flight)
 
 
 def _unit(role: UnitRole, block_idx: int, place_bytes: int, piece: int | None = None) -> UnitSize:

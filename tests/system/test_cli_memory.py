@@ -57,9 +57,8 @@ def test_what_is_too_small_is_refused_at_once_and_the_number_named_works(pipo: C
 @pytest.mark.parametrize("ram", ["smallest", "125MB", "160MB", "auto"])
 def test_the_process_stays_under_its_budget(pipo: CommandLine, ram: str) -> None:
     given = _smallest(pipo) if ram == "smallest" else ram
-    arguments = ("smollm2", PROMPT, *CONTEXT, "-n", "48", "--ignore-eos", "--ram", given)
-    limit = pipo("run", *arguments, "--json").json["plan"]["limit_bytes"]
-    process = pipo.start("run", *arguments)
+    limit = pipo("show", "smollm2", *CONTEXT, "--ram", given, "--json").json["plan"]["limit_bytes"]
+    process = pipo.start("run", "smollm2", PROMPT, *CONTEXT, "-n", "32", "--ignore-eos", "--ram", given)
     peak = _peak(process)
     out, err = process.communicate()
     assert process.returncode == 0, err

@@ -156,7 +156,7 @@ def test_files_that_are_no_models_are_named(pipo: CommandLine, smollm2_path: Pat
     }
     for name, says in cases.items():
         path = str(tmp_path / name) if name else str(tmp_path)
-        for verb in (("run", path, "hi"), ("show", path), ("chat", path)):
+        for verb in (("run", path, "hi"), ("show", path)):
             ended = pipo(*verb)
             assert (ended.code, ended.out) == (1, ""), verb
             assert says in ended.err and path in ended.err

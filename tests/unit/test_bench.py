@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bench.__main__ import MEASURES, main
 from bench.anonymous_peak import AnonymousPeak
-from bench.cgroup import CGROUPS, limit_around, memory_limit, reason_against
+from bench.cgroup import CGROUPS, Cgroup, limit_around, memory_limit, reason_against
 from bench.child import Child, ChildFailed
 from bench.machine import Machine
 from bench.messages import Decode, Library, PipoSetup, Plan
@@ -120,7 +120,7 @@ def test_prompts_share_no_prefix() -> None:
 
 def test_child_survives_what_it_cannot_do(tmp_path: Path) -> None:
     with Child("pipo", environment={}) as child:
-        with pytest.raises(ChildFailed, match="ModelNotFound|MalformedFile|FileNotFoundError"):
+        with pytest.raises(ChildFailed, match=r"none\.gguf"):
             child.ask(Plan(PipoSetup(tmp_path / "none.gguf", GIB, 256, 1)))
         assert child.ask(Library()).startswith("libggml")
 
@@ -166,12 +166,13 @@ def test_cgroups_of_both_versions_are_recognised(tmp_path: Path) -> None:
     assert reason_against(tmp_path) == "no memory controller of cgroups"
     (tmp_path / "cgroup.subtree_control").write_text("cpu memory\n")
     assert reason_against(tmp_path) is None
-    with pytest.raises(OSError), memory_limit("v2", GIB, tmp_path) as group:  # a real file system keeps its files
-        assert (group.folder / "memory.max").read_text() == str(GIB)
-        (group.folder / "memory.stat").write_text("anon 5\nfile 7\n")
-        (group.folder / "memory.events").write_text("max 2\noom_kill 1\n")
-        assert (group.cache_bytes, group.num_reclaims, group.num_kills) == (7, 2, 1)
-        raise OSError
+
+
+def test_what_a_group_of_version_2_tells(tmp_path: Path) -> None:
+    (tmp_path / "memory.stat").write_text("anon 5\nfile 7\n")
+    (tmp_path / "memory.events").write_text("max 2\noom_kill 1\n")
+    group = Cgroup(tmp_path, is_v2=True, limit_bytes=GIB)
+    assert (group.cache_bytes, group.num_reclaims, group.num_kills) == (7, 2, 1)
 
 
 @pytest.mark.cgroup
@@ -179,7 +180,7 @@ def test_cgroups_of_both_versions_are_recognised(tmp_path: Path) -> None:
 def test_child_lives_in_its_limit() -> None:
     with memory_limit("test", 64 * MIB) as group:
         with Child("pipo", group=group, environment={}) as child:
+            child.ask(Library())  # by now it has joined
             assert str(child.pid) in (group.folder / "cgroup.procs").read_text().split()
-            child.ask(Library())
         folder = group.folder
     assert not folder.exists()

@@ -31,6 +31,8 @@ class Answer:
 class Prefill(Protocol):
     """Shows how much of the prompt was computed. `advance` is called on the compute thread."""
 
+    def start(self) -> None: ...
+
     def advance(self, done: int, total: int) -> None: ...
 
     def stop(self) -> None:
@@ -38,6 +40,8 @@ class Prefill(Protocol):
 
 
 class SilentPrefill:
+    def start(self) -> None: ...
+
     def advance(self, done: int, total: int) -> None: ...
 
     def stop(self) -> None: ...
@@ -62,6 +66,8 @@ class PrefillBar:
             TextColumn("prefill"), *counts, *times, console=console, transient=True, refresh_per_second=5
         )
         self._task = self._progress.add_task("prefill", total=num_tokens)
+
+    def start(self) -> None:
         self._progress.start()
 
     def advance(self, done: int, total: int) -> None:
@@ -79,6 +85,8 @@ class PrefillLines:
         self._done, self._total = 0, num_tokens
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     def advance(self, done: int, total: int) -> None:
@@ -95,7 +103,7 @@ class PrefillLines:
             wait_s = _NEXT_LINE_S
 
 
-def show_prefill(num_tokens: int, output: OutputFlags) -> Prefill:
+def prefill_display(num_tokens: int, output: OutputFlags) -> Prefill:
     if output.quiet:
         return SilentPrefill()
     return PrefillBar(stderr(), num_tokens) if stderr().is_terminal else PrefillLines(stderr(), num_tokens)
@@ -112,8 +120,9 @@ def stream_answer(
     texts: list[str] = []
     tokens: list[Sampled] = []
     finish = FinishReason.CANCELLED
-    prefill = show_prefill(len(prompt), output)
+    prefill = prefill_display(len(prompt), output)
     try:
+        prefill.start()
         with closing(engine.stream(prompt, params, prefill.advance)) as pieces:
             for piece in pieces:
                 prefill.stop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipo.base.config import EngineConfig
@@ -64,11 +64,18 @@ def open_session(
         yield Session(engine, plan, output)
 
 
-def starting(output: OutputFlags) -> AbstractContextManager[object]:
-    """Shows that something goes on: the first run on a drive measures it."""
+@contextmanager
+def starting(output: OutputFlags) -> Iterator[None]:
+    """Show that something goes on: the first run on a drive measures it."""
     if output.quiet or not stderr().is_terminal:
-        return nullcontext()
-    return stderr().status("starting …", spinner_style="dim")
+        yield
+        return
+    status = stderr().status("starting …", spinner_style="dim")
+    try:
+        status.start()
+        yield
+    finally:
+        status.stop()
 
 
 def model_title(model: ModelFile) -> str:

@@ -76,9 +76,10 @@ class Executor:
     def is_settled(self) -> bool:
         """Nothing streams and every unit has arrived. An interrupted pass may have left reads in flight."""
         if not self._is_settled and self.residency.is_settled:
-            self._is_settled = all(handle.is_done for handle, _ in self._arrivals.values())
+            have_ended = all(handle.is_done for handle, _ in self._arrivals.values())
             for handle, _ in self._arrivals.values():
-                handle.wait(0)
+                handle.wait(0)  # raises what the transfer met, however often one asks
+            self._is_settled = have_ended
         return self._is_settled
 
     def place_of(self, unit_id: UnitId) -> Place:
@@ -136,6 +137,6 @@ class Executor:
 
 def _causes(handle: Handle, begin: float, end: float) -> dict[StallCause, float]:
     """Split the wait [begin, end] by what the transfer was doing."""
-    started = min(max(handle.started_s or end, begin), end)
-    was_read = min(max(handle.read_s or end, started), end)
+    started = min(max(end if handle.started_s is None else handle.started_s, begin), end)
+    was_read = min(max(end if handle.read_s is None else handle.read_s, started), end)
     return {StallCause.QUEUE: started - begin, StallCause.DISK: was_read - started, StallCause.REPACK: end - was_read}
