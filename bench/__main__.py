@@ -11,6 +11,8 @@ Prints tables and appends JSON lines to bench/results/. Numbers are worth someth
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from bench.machine import describe_machine
 from bench.measures import memory, raw, resident, schedules, streaming, ttft
 from bench.messages import Library
 from bench.model_files import ModelSource, model_file
-from bench.output import ResultFile, print_table
+from bench.output import ResultFile, make_console, print_table
 from bench.random_model import MIXES, SHAPES
 from bench.rows import Row, skipped
 from pipo.base.config import available_cores
@@ -55,7 +57,7 @@ DEFAULTS: dict[str, tuple[ModelSource, ...]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
-    console = Console()
+    console = make_console()
     with TemporaryDirectory(prefix="pipo-bench-") as cache:
         machine = describe_machine(args.scratch, _library())
         results = ResultFile(args.results, machine)
@@ -74,14 +76,17 @@ def _library() -> str:
 
 
 def _run(name: str, source: ModelSource, path: Path, settings: Settings, console: Console, results: ResultFile) -> None:
+    """What was measured is kept and shown, however the measure ends."""
     rows: list[Row] = []
+    title = f"{name} · {source.name}"
     try:
-        with Lab(settings, path) as lab:
-            rows += MEASURES[name](lab)
+        with console.status(title), Lab(settings, path) as lab:
+            rows.extend(MEASURES[name](lab))
     except (ChildFailed, Unmeasurable) as failure:
         rows.append(skipped(name, "all", str(failure)))
-    results.append(name, source.name, rows)
-    print_table(console, f"{name} · {source.name}", rows)
+    finally:
+        results.append(name, source.name, rows)
+        print_table(console, title, rows)
 
 
 def _by_model(args: argparse.Namespace) -> list[tuple[ModelSource, list[str]]]:
@@ -140,4 +145,5 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave through the blocks: limits and models are removed
     main()

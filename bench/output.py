@@ -13,17 +13,25 @@ from rich.table import Table
 from bench.machine import Machine
 from bench.rows import Row
 
+_FILE_WIDTH = 180
 _VERDICT = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}
+
+
+def make_console() -> Console:
+    """As wide as the terminal; a file gets lines wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_FILE_WIDTH)
 
 
 def print_table(console: Console, title: str, rows: Sequence[Row]) -> None:
     table = Table(title=title, title_justify="left", expand=False)
     for name in ("what", "of"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("median", "min", "max", "n"):
-        table.add_column(name, justify="right")
-    for name in ("target", "met", "note"):
-        table.add_column(name)
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("target", "met"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("note")
     for row in rows:
         table.add_row(row.metric, row.subject, *_numbers(row), str(row.target or ""), _VERDICT[row.is_met], row.note)
     console.print(table)

@@ -234,6 +234,9 @@ class Engine:
 
     def close(self) -> None:
         """Stop, and give every byte back. Closing again does nothing."""
+        self.cancel()
+        if self._assembly is not None:
+            self._assembly.transfer.close()  # first: compute may be waiting for a read that is stuck
         self._worker.close()
         if self._assembly is not None:
             self._assembly.close()

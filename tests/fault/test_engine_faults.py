@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,8 +28,9 @@ from pipo.base.errors import (
     UsageError,
 )
 from pipo.base.tensor_type import TensorType
+from pipo.compute.repack import RepackBuffer
 from pipo.engine import Engine
-from pipo.formats.gguf import open_gguf
+from pipo.formats.checkpoint import open_checkpoint
 from pipo.generation.request import FinishReason, SamplingParams
 from pipo.pipeline import assembly
 from pipo.tiers.ledger import Ledger
@@ -40,7 +42,7 @@ from tests.support.tiny_models import SPECS, make_model, write_gguf
 from tests.support.transfers import deadline
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-PROMPT = list(range(300, 321))
+PROMPT = list(range(299, 320))
 SETTINGS = {"prefill_chunk": 8, "context_tokens": 256}
 
 
@@ -265,7 +267,7 @@ def tiny(path: Path) -> Path:
 
 
 def patch_tensor(path: Path, name: str, data: bytes) -> None:
-    extent = open_gguf(path).manifest.tensors[name].extent
+    extent = open_checkpoint(path).manifest.tensors[name].extent
     with path.open("r+b") as stream:
         stream.seek(extent.offset)
         stream.write(data)
@@ -382,36 +384,58 @@ def test_finishing_after_an_early_leave_is_reported(original: Path, smallest: in
 
 
 class Gate:
-    """A preadv that is stuck while the gate is closed."""
+    """A preadv that gets stuck once `num_left` more reads have begun, until it is opened."""
 
     def __init__(self) -> None:
-        self.is_open = threading.Event()
-        self.is_open.set()
+        self.num_left: int | None = None
         self.num_stuck = 0
+        self._opened = threading.Event()
+        self._lock = threading.Lock()
 
     def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        if not self.is_open.is_set():
-            self.num_stuck += 1
-            self.is_open.wait()
+        with self._lock:
+            is_stuck = self.num_left == 0
+            self.num_stuck += is_stuck
+            if self.num_left:
+                self.num_left -= 1
+        if is_stuck:
+            self._opened.wait()
         return os.preadv(fd, buffers, offset)
 
+    def open(self) -> None:
+        self._opened.set()
 
-def test_closing_while_reads_are_stuck(original: Path, smallest: int, ledgers: list[Ledger]) -> None:
-    """A drive that has gone silent does not hold up `close`; reads that come back later find nobody, and no crash."""
-    gate = Gate()
+
+@pytest.mark.parametrize("num_left", [0, 3, 5, 10, 40])
+def test_closing_while_reads_are_stuck(
+    original: Path, smallest: int, ledgers: list[Ledger], monkeypatch: pytest.MonkeyPatch, num_left: int
+) -> None:
+    """A drive that has gone silent, at embedding rows or at weights to repack, does not hold up `close`. Reads that
+    come back later find that nobody wants them, and the last one gives its buffers back.
+    """
+    gate, used_too_late = Gate(), list[bool]()
+    repack_rows = RepackBuffer.repack_rows
+
+    def noted(self: RepackBuffer, *arguments: Any) -> None:
+        used_too_late.append(not self._buffer)
+        repack_rows(self, *arguments)
+
+    monkeypatch.setattr(RepackBuffer, "repack_rows", noted)
     engine = start(original, smallest, gate)
     answer(engine)
-    gate.is_open.clear()
+    gate.num_left = num_left
     stream = engine.stream([9, *PROMPT], LONG)
     taker = threading.Thread(target=lambda: pytest.raises(Cancelled, list, stream))
     taker.start()
     while not gate.num_stuck:
         time.sleep(0.001)
+    time.sleep(0.02)  # for the other workers to get stuck as well
     begin = time.perf_counter()
     engine.close()
     assert time.perf_counter() - begin < 3 * CLOSE_S
     taker.join(5)
     assert not taker.is_alive()
-    gate.is_open.set()
+    gate.open()
     while any(ledger.in_use_bytes for ledger in ledgers):
         time.sleep(0.001)
+    assert not any(used_too_late)

@@ -12,6 +12,8 @@ from pipo.base.config import EngineConfig
 from pipo.engine import Engine, ModelFile
 from pipo.hardware.drive import DriveRate
 from pipo.pipeline import assembly
+from pipo.pipeline.assembly import demand
+from pipo.planner.placement import smallest_bytes
 from pipo.transfer.disk import DiskTransfer
 from pipo.transfer.files import Preadv
 
@@ -40,9 +42,7 @@ def start_engine(
 
 
 def smallest_ram_bytes(path: Path, **settings: object) -> int:
-    """The least `ram_bytes` that `start_engine` takes with the same settings."""
-    engine = start_engine(path, **settings)
-    with engine, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "_process_bytes", lambda self: 0)
+    """The least `ram_bytes` that `start_engine` takes with the same settings: every weight streams."""
+    with start_engine(path, **settings) as engine:
         assert engine.plan is not None
-        return engine.smallest_ram_bytes(engine.plan.context_tokens)
+        return smallest_bytes(demand(engine.plan.blueprint, engine.plan.context_tokens, 0, process_bytes=0))

@@ -22,6 +22,8 @@ def main() -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = SIGNALLED + signal.SIGINT
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the shell's prompt goes below the terminal's own ^C
     except BrokenPipeError:  # whoever read our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = SIGNALLED + getattr(signal, "SIGPIPE", 13)

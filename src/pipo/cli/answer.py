@@ -74,7 +74,8 @@ class PrefillBar:
         self._progress.update(self._task, completed=done, total=total)
 
     def stop(self) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
 
 class PrefillLines:

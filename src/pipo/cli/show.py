@@ -53,13 +53,13 @@ def show(
     from pipo.cli.terminal import write_json
 
     opened = open_model(name)
-    fit = _fit(opened, config, output) if memory.is_given else None
     if json:
-        write_json(_model_dict(opened) | {"plan": None if fit is None else _fit_dict(fit)})
+        fit = _fit_dict(_fit(opened, config, output)) if memory.is_given else None
+        write_json(_model_dict(opened) | {"plan": fit})
         return
     _print_model(opened, config)
-    if fit is not None:
-        _print_fit(fit, config)
+    if memory.is_given:
+        _print_fit(_fit(opened, config, output), config)
 
 
 def parts_of(model: ModelFile) -> list[Part]:

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Generic, TypeVar
 
+from pipo.base.errors import Cancelled
+
 T = TypeVar("T")
 Stream = Generator[T, None, None]  # an iterator that can be closed
 
@@ -33,14 +35,17 @@ class Worker:
     def __init__(self, interrupt: Callable[[], None], resume: Callable[[], None]) -> None:
         self._interrupt = interrupt
         self._resume = resume
+        self._is_closed = False
         self._jobs: queue.SimpleQueue[_Job[object] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
 
     def stream(self, make: Callable[[], Iterator[T]]) -> Stream[T]:
         """Iterate on this thread over what `make()` yields on the worker's. Leaving early interrupts the job and
-        waits until it has ended, so that the next one finds everything at rest.
+        waits until it has ended, so that the next one finds everything at rest. Raises Cancelled after `close`.
         """
+        if self._is_closed:
+            raise Cancelled("the worker was closed")
         job = _Job(make)
         self._jobs.put(job)  # type: ignore[arg-type]
         is_over = False
@@ -61,6 +66,7 @@ class Worker:
                     pass
 
     def close(self) -> None:
+        self._is_closed = True
         self._interrupt()
         self._jobs.put(None)
         self._thread.join()

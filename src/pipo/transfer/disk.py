@@ -160,9 +160,9 @@ class DiskTransfer:
         """
         self._poison(Cancelled("the transfer was closed"))
         with self._ready:
-            self._is_closed = True
+            was_closed, self._is_closed = self._is_closed, True
             self._ready.notify_all()
-        if self._all_left.wait(CLOSE_S):
+        if was_closed or self._all_left.wait(CLOSE_S):
             return
         for worker in self._workers:
             if (handle := worker.handle) is not None:
@@ -255,6 +255,8 @@ class DiskTransfer:
         job.handle.end_read(read_bytes, was_read)
         self._tracer.zone(worker.row, job.handle.label, begin, was_read)
         if isinstance(job, _ReadJob) and isinstance(job.chunk, RepackChunk):
+            if self._is_closed:  # the read was stuck: what repacks may be gone by now
+                raise Cancelled("the transfer was closed")
             self._repack_chunk(job.chunk, worker.bounce, job.place)
             self._tracer.zone(worker.row, f"repack {job.handle.label}", was_read, self._clock.now())
 

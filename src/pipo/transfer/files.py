@@ -76,8 +76,13 @@ class UncachedFile:
         return total
 
     def check_unchanged(self) -> None:
-        """Raises FileChanged when the open file was written to or cut. Cost: one fstat, about 1 µs."""
-        self._compare(_identify(os.fstat(self._fds[0])))
+        """Raises FileChanged when the open file was written to or cut. Cost: one fstat, about 1 µs.
+
+        Does nothing after `close`, which may happen on another thread meanwhile.
+        """
+        with self._lock:
+            found = _identify(os.fstat(self._fds[0])) if self._fds else self.identity
+        self._compare(found)
 
     def check_path(self) -> None:
         """Raises FileChanged when the path now names another file, or none."""
@@ -88,9 +93,10 @@ class UncachedFile:
         self._compare(found)
 
     def close(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
-        self._fds.clear()
+        with self._lock:
+            for fd in self._fds:
+                os.close(fd)
+            self._fds.clear()
 
     def _open(self, direct: bool) -> None:
         if direct:
