@@ -22,7 +22,6 @@ check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	MYPYPATH=src:. $(BIN)/mypy --strict --explicit-package-bases tests bench fuzz
 	$(BIN)/lint-imports
 
 bench: $(DEV)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pipo.base.errors import ContextOverflow, UsageError
@@ -106,7 +107,7 @@ class Conversation:
         print_note(f"system prompt: {self._system}" if self._system is not None else "there is no system prompt")
 
     def _say(self, text: str) -> None:
-        """Answer one message. One that does not fit is not kept."""
+        """Answer one message. One that does not fit, or was stopped before a word came, is not kept."""
         self._turns.append({"role": "user", "content": text})
         try:
             answer = self._answer()
@@ -114,10 +115,10 @@ class Conversation:
             self._turns.pop()
             print_error(error.message, error.hint)
             return
-        except BaseException:
+        if answer.text:
+            self._turns.append({"role": "assistant", "content": answer.text})
+        else:
             self._turns.pop()
-            raise
-        self._turns.append({"role": "assistant", "content": answer.text})
 
     def _answer(self) -> Answer:
         """Raises ContextOverflow, and UsageError where the template refuses the messages."""
@@ -174,7 +175,8 @@ def _lines() -> Iterator[str]:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield from piped_lines()
         return
-    import readline  # noqa: F401 - gives `input` editing and history
+    with suppress(ImportError):  # Windows has none, and edits lines itself
+        import readline  # noqa: F401 - gives `input` editing and history
 
     while True:
         try:
