@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipo.engine import LLM, Engine, load
-    from pipo.generation.request import SamplingParams
+    from pipo.api import LLM, Engine, SamplingParams, load
 
 __all__ = ["LLM", "Engine", "SamplingParams", "load"]
 __version__ = "0.1.0"
@@ -16,6 +15,6 @@ def __getattr__(name: str) -> object:
     """Import the API on first use: `pipo --help` must not load libggml."""
     if name not in __all__:
         raise AttributeError(f"module 'pipo' has no attribute {name!r}")
-    from pipo import engine
+    from pipo import api
 
-    return getattr(engine, name)
+    return getattr(api, name)

@@ -1,9 +1,4 @@
-"""The Python API: open a model inside a memory budget, ask it, close it.
-
-with pipo.load("model.gguf", ram="4GB") as engine:
-    for piece in engine.generate("Once upon a time"):
-        print(piece, end="")
-"""
+"""The engine: open a model inside a memory budget, plan, answer, close. `pipo.api` is its short form."""
 
 from __future__ import annotations
 
@@ -45,7 +40,7 @@ from pipo.transfer.disk import DriveSettings
 
 # Anonymous memory of the process once everything is imported and the tokenizer is built, by declaration, so that the
 # smallest budget is the same number on every run; a process that measures more is charged what it measures.
-PROCESS_BYTES = 64 * MIB
+PROCESS_BYTES = 48 * MIB
 PROCESS_STEP = 8 * MIB
 KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget for its keys and values
 WIDE_SHARE = 16  # the transfer's own buffers may take this fraction of the budget
@@ -353,52 +348,6 @@ class Engine:
 def _drive_rate(files: Sequence[Path], limit_bytes: int) -> DriveRate:
     """The best way to read this drive, measured at first use with buffers that are small beside the budget."""
     affordable = [c for c in QUICK_COMBOS if 2 * c.chunk_bytes * c.num_workers * WIDE_SHARE <= limit_bytes]
-    rates = drive_rates(files, measure=partial(measure_drive, combos=affordable or QUICK_COMBOS[:1]))
-    return best_rate(rates)
-
-
-def load(model: str | Path, ram: str = "auto", **settings: object) -> Engine:
-    """Open a model (a path, or a name that `pipo list` shows) inside a budget, ready to answer.
-
-    `settings` are the other fields of EngineConfig. Raises PipoError's children.
-    """
-    from pipo.base.config import resolve_config
-    from pipo.store.library import resolve_model
-
-    config = resolve_config({"ram": ram, **settings}, {})
-    engine = Engine(ModelFile(resolve_model(str(model))), config)
-    try:
-        engine.start(engine.make_plan())
-    except BaseException:
-        engine.close()
-        raise
-    return engine
-
-
-class LLM:
-    """Offline answers to many prompts: `LLM(model, ram="4GB").generate(prompts, SamplingParams(...))`.
-
-    Answers one prompt after another; prompts that begin alike share the keys and values of what they share.
-    """
-
-    def __init__(self, model: str | Path, ram: str = "auto", **settings: object) -> None:
-        self.engine = load(model, ram, **settings)
-
-    def generate(self, prompts: Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
-        return [self.engine.complete(self.engine.model.encode(prompt), params) for prompt in prompts]
-
-    def chat(
-        self, conversations: Sequence[Sequence[Message]], params: SamplingParams | None = None
-    ) -> list[Completion]:
-        return [self.engine.complete(self.engine.model.encode_chat(c), params) for c in conversations]
-
-    def close(self) -> None:
-        self.engine.close()
-
-    def __enter__(self) -> LLM:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    combos = affordable or QUICK_COMBOS[:1]
+    kind = "" if len(combos) == len(QUICK_COMBOS) else f":first-{len(combos)}"
+    return best_rate(drive_rates(files, measure=partial(measure_drive, combos=combos), kind=kind))

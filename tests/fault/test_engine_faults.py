@@ -45,7 +45,7 @@ from tests.support.transfers import deadline
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 PROMPT = list(range(299, 320))  # of both vocabularies
 SHORT = PROMPT[:3]  # one chunk: its pass reads every unit
-SETTINGS = {"prefill_chunk": 8, "context_tokens": 256}
+SETTINGS: dict[str, Any] = {"prefill_chunk": 8, "context_tokens": 256}
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def ram_bytes(request: pytest.FixtureRequest, smallest: int) -> int:
     return smallest if request.param == "streamed" else PLENTY
 
 
-def start(path: Path, ram_bytes: int, preadv: Preadv | None = None, **settings: object) -> Engine:
+def start(path: Path, ram_bytes: int, preadv: Preadv | None = None, **settings: Any) -> Engine:
     return start_engine(path, ram_bytes=ram_bytes, preadv=preadv, **{**SETTINGS, **settings})
 
 
@@ -437,7 +437,12 @@ def test_closing_while_reads_are_stuck(
     answer(engine)
     gate.num_left = num_left
     stream = engine.stream([9, *PROMPT], LONG)
-    taker = threading.Thread(target=lambda: pytest.raises(Cancelled, list, stream))
+
+    def take() -> None:
+        with pytest.raises(Cancelled):
+            list(stream)
+
+    taker = threading.Thread(target=take)
     taker.start()
     while not gate.num_stuck:
         time.sleep(0.001)

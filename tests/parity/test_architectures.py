@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from tests.support.tiny_models import SPECS, FloatArray, make_model, reference_l
 MAX_ERROR = 1e-4  # largest difference over largest logit, at each position; 1e-6 to 4e-6 measured
 CHUNKS = (1, 7, 33, 64, 200)  # decode; remainders of 4, 2 and 8 tokens; tiled attention; all at once
 NUM_TOKENS, NUM_NEW = 200, 8  # most of the 256 rows of a context
-F32_CACHE = {"cache_type_k": "f32", "cache_type_v": "f32"}
+F32_CACHE: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32"}
 
 
 @lru_cache
@@ -58,7 +59,7 @@ def path_of(tmp_path_factory: pytest.TempPathFactory) -> PathOf:
     return path
 
 
-def logits_of(path: Path, name: str, chunk: int = NUM_TOKENS, **settings: object) -> FloatArray:
+def logits_of(path: Path, name: str, chunk: int = NUM_TOKENS, **settings: Any) -> FloatArray:
     with start_engine(path, max_outputs=chunk, prefill_chunk=chunk, **{**F32_CACHE, **settings}) as engine:
         return engine.logits(tokens_of(name))
 
@@ -138,30 +139,31 @@ def test_tolerance_sees_the_rounding_of_weights(type: GgufType) -> None:
 
 # Relative root mean square rounding of a key or value; Q4_0's step is an eighth of the largest of a block.
 _CACHE_ERROR = {
+    "f32": 0.0,
     "f16": 2**-11 / math.sqrt(3),
     "q8_0": PRODUCT_ERROR[GgufType.Q8_0],
     "q4_0": 2.1 / 8 / math.sqrt(12),
 }
+_QUERY_ERROR = {**_CACHE_ERROR, "q4_0": _CACHE_ERROR["q8_0"]}  # queries are rounded to what keys are multiplied with
+_CACHE_KINDS = [kinds for kinds in product(_CACHE_ERROR, repeat=2) if kinds != ("f32", "f32")]
 
 
-@pytest.mark.parametrize("kind", _CACHE_ERROR)
+@pytest.mark.parametrize("kinds", _CACHE_KINDS, ids="-".join)
 @pytest.mark.parametrize("chunk", [1, NUM_TOKENS])
-def test_cache_types(kind: str, chunk: int, path_of: PathOf) -> None:
-    """Scores have a deviation near 2, so a key's rounding moves them, and the weights of values, by twice as much.
-
-    Queries are rounded too: to 8 bits beside quantised keys, to f16 beside f16. And f16 values are added up in f16,
-    with a new rounding at every one of up to 200 positions.
+def test_cache_types(kinds: tuple[str, str], chunk: int, path_of: PathOf) -> None:
+    """Scores have a deviation near 2, so a key's or query's rounding moves them, and the weights of values, by twice
+    as much. Values in f16 are added up in f16 too, with a new rounding at every one of up to 200 positions.
     """
+    k, v = kinds
     name = "llama-wide-heads"  # 32: a whole block
-    got = logits_of(path_of(name), name, chunk, cache_type_k=kind, cache_type_v=kind)
-    keys = values = _CACHE_ERROR[kind]
-    queries = keys if kind == "f16" else PRODUCT_ERROR[GgufType.Q8_0]
-    sums = keys * math.sqrt(NUM_TOKENS) if kind == "f16" else 0.0
-    attention = math.sqrt(values**2 + 4 * keys**2 + 4 * queries**2 + sums**2)
+    got = logits_of(path_of(name), name, chunk, cache_type_k=k, cache_type_v=v)
+    keys, values, queries = _CACHE_ERROR[k], _CACHE_ERROR[v], _QUERY_ERROR[k]
+    sums = values * math.sqrt(NUM_TOKENS) if v == "f16" else 0.0
+    attention = math.sqrt(4 * keys**2 + 4 * queries**2 + values**2 + sums**2)
     want = truth_of(name)
-    error = rms(got - want)
-    assert error < 3 * want.std() * attention * math.sqrt(SPECS[name].num_layers)
-    assert error > 0.1 * want.std() * keys, "the cache is not of this type"
+    error = rms(got - want) / float(want.std())
+    assert error < 3 * attention * math.sqrt(SPECS[name].num_layers)
+    assert error > 0.1 * max(keys, values), "the cache is not of these types"
 
 
 def test_cache_type_that_does_not_fit_the_heads(path_of: PathOf) -> None:

@@ -14,6 +14,7 @@ from pipo.base.clock import RealClock
 from pipo.base.config import CACHE_TYPE_NAMES, SCHEDULE_NAMES, EngineConfig
 from pipo.generation.loop import Generator
 from pipo.generation.request import Sampled, SamplingParams
+from pipo.pipeline import stage_graphs
 from pipo.planner.placement import SlotClass
 from pipo.transfer.disk import DriveSettings
 from tests.support.rigs import SMALL_CHUNKS, FloatArray, Rig, all_logits, transcript
@@ -108,6 +109,18 @@ def test_more_threads_than_one_change_nothing(random_path: Path, rig: Rig, resid
     config = replace(rig.blueprint.config, threads=2)
     with Rig(random_path, config) as double, double.running(double.placements(3)[1]) as forward:
         assert_same_bits(transcript(forward, PROMPT, CHUNK, NUM_NEW), resident)
+
+
+@pytest.mark.parametrize("budget", [0, NUM_BUDGETS - 1])
+def test_more_kinds_of_stages_than_graphs_are_kept(
+    rig: Rig, resident: FloatArray, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """As in a model whose blocks all differ in types: a graph that was given up is built again, never used."""
+    monkeypatch.setattr(stage_graphs, "MAX_GRAPHS", 1)
+    monkeypatch.setattr(stage_graphs, "MAX_WHOLE_GRAPHS", 1)
+    with rig.running(rig.placements(NUM_BUDGETS)[budget]) as forward:
+        for _ in range(2):
+            assert_same_bits(transcript(forward, PROMPT, CHUNK, NUM_NEW), resident)
 
 
 @pytest.mark.parametrize("kind", CACHE_TYPE_NAMES)

@@ -181,9 +181,7 @@ def test_every_read_is_computed_released_or_kept(schedule: str, model: Model, pa
 @schedules
 @given(models(), passes, st.booleans())
 @example(ONLY_HEAD_STREAMS, [Pass(True)], False)
-def test_steady_state_reads_each_unit_once(
-    schedule: str, model: Model, before: list[Pass], has_outputs: bool
-) -> None:
+def test_steady_state_reads_each_unit_once(schedule: str, model: Model, before: list[Pass], has_outputs: bool) -> None:
     """After two equal passes a third reads just what it computes, whatever happened before them."""
     *_, (_, steps) = run_all(model, schedule, [*before, *[Pass(has_outputs)] * 3])
     streamed = [u for u in _units(model.needs if has_outputs else model.body) if u in model.classes]

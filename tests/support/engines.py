@@ -1,9 +1,10 @@
-"""Engines for tests: a budget exact to the byte, a drive that is known without a probe, and one that breaks on demand."""
+"""Engines for tests: a budget exact to the byte, and a drive that is known without a probe or breaks on demand."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,18 +22,16 @@ PLENTY = 1 << 50  # bytes
 KNOWN_DRIVE = DriveRate(chunk_bytes=64 << 10, num_workers=3, bytes_per_s=1e9, direct=True)
 
 
-def start_engine(
-    path: Path, *, ram_bytes: int = PLENTY, preadv: Preadv | None = None, **settings: object
-) -> Engine:
+def start_engine(path: Path, *, ram_bytes: int = PLENTY, preadv: Preadv | None = None, **settings: Any) -> Engine:
     """A started engine of one compute thread. Its budget leaves the process out, so that it means the same in every
     test run; the user's cache of drive rates is neither read nor written.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "drive_rates", lambda files, measure: (KNOWN_DRIVE,))
+        patch.setattr(engine_module, "drive_rates", lambda files, **_: (KNOWN_DRIVE,))
         patch.setattr(Engine, "_process_bytes", lambda self: 0)
         if preadv is not None:
             patch.setattr(assembly, "DiskTransfer", partial(DiskTransfer, preadv=preadv))
-        engine = Engine(ModelFile(path), EngineConfig(**{"ram": str(ram_bytes), "threads": 1, **settings}))  # type: ignore[arg-type]
+        engine = Engine(ModelFile(path), EngineConfig(**{"ram": str(ram_bytes), "threads": 1, **settings}))
         try:
             engine.start(engine.make_plan())
         except BaseException:
@@ -41,7 +40,7 @@ def start_engine(
     return engine
 
 
-def smallest_ram_bytes(path: Path, **settings: object) -> int:
+def smallest_ram_bytes(path: Path, **settings: Any) -> int:
     """The least `ram_bytes` that `start_engine` takes with the same settings: every weight streams."""
     with start_engine(path, **settings) as engine:
         assert engine.plan is not None

@@ -94,8 +94,9 @@ def all_logits(forward: Forward, token_ids: Sequence[int], chunk: int) -> FloatA
 
 
 def _prefill(forward: Forward, prompt: Sequence[int], chunk: int) -> FloatArray:
-    for start in range(0, len(prompt), chunk):
-        part = prompt[start : start + chunk]
-        is_last = start + chunk >= len(prompt)
-        logits = forward.run(part, start, [len(part) - 1] if is_last else [])
-    return logits[0].copy()
+    """Logits after the prompt. Shape: (vocab,)."""
+    last = (len(prompt) - 1) // chunk * chunk
+    for start in range(0, last, chunk):
+        forward.run(prompt[start : start + chunk], start)
+    logits: FloatArray = forward.run(prompt[last:], last, [len(prompt) - last - 1])[0].copy()
+    return logits

@@ -182,7 +182,7 @@ REFUSED: dict[str, Call] = {
     "leaf of five dimensions": lambda ops: ops.leaf("x", F32, 1, 1, 1, 1, 1),
     "leaf of nothing": lambda ops: ops.leaf("x", F32, 4, 0),
     "leaf of half a block": lambda ops: ops.leaf("x", Q4_0, 48, 2),
-    "two leaves of one name": lambda ops: [ops.leaf("x", F32, 1) for _ in range(2)][0],
+    "two leaves of one name": lambda ops: list(map(ops.leaf, "xx", (F32, F32), (1, 1)))[-1],
     "repacked weight without kernels": lambda ops: ops.weight("w", WeightType(Q4_0, True), 64, 64),
     "output that is a view": lambda ops: ops.output("y", ops.add_inplace(leaf(ops, 4), leaf(ops, 4))),
     "add of other widths": lambda ops: ops.add(leaf(ops, 4, 2), leaf(ops, 3)),
@@ -421,9 +421,7 @@ def test_cut_by_rows_is_the_whole_bit_for_bit(
     raw, x = quantised(lib, type_, floats(104, 256)), floats(num_tokens, 256)
     whole = product(lib, backend, type_, raw, x)
     for rows in (8, 24, 40):
-        pieces = [
-            product(lib, backend, type_, np.ascontiguousarray(raw[i : i + rows]), x) for i in range(0, 104, rows)
-        ]
+        pieces = [product(lib, backend, type_, np.ascontiguousarray(raw[i : i + rows]), x) for i in range(0, 104, rows)]
         np.testing.assert_array_equal(np.concatenate(pieces, axis=1).view(np.uint32), whole.view(np.uint32))
 
 
@@ -454,9 +452,7 @@ def test_repacked_cut_by_rows_is_the_whole_bit_for_bit(
 
 
 @pytest.mark.parametrize("type_", REPACKABLE, ids=lambda type_: type_.name)
-def test_repacking_slice_by_slice_is_repacking_at_once(
-    lib: Library, repack: RepackBuffer, type_: TensorType
-) -> None:
+def test_repacking_slice_by_slice_is_repacking_at_once(lib: Library, repack: RepackBuffer, type_: TensorType) -> None:
     """On several threads too: each worker of the transfer repacks the slice it has read."""
     if not repack.supports(type_, (256, 64)):
         pytest.skip(f"no repacked kernel for {type_.name} on this CPU")

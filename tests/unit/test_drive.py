@@ -49,10 +49,10 @@ def test_combinations_asked_for() -> None:
     assert max(c.chunk_bytes * c.num_workers for c in QUICK_COMBOS) == 32 * MIB
 
 
-def test_best_takes_the_least_memory_of_those_as_fast() -> None:
-    slow, lean, large = DriveRate(MIB, 1, 2.0e9, True), DriveRate(MIB, 8, 2.68e9, True), DriveRate(MIB, 16, 2.7e9, True)
-    assert best_rate([large, lean, slow]) is lean
-    assert best_rate([large, slow]) is large
+def test_best_keeps_the_most_in_flight_of_those_as_fast() -> None:
+    slow, lean, large = DriveRate(MIB, 1, 2.0e9, True), DriveRate(MIB, 8, 2.7e9, True), DriveRate(MIB, 16, 2.68e9, True)
+    assert best_rate([large, lean, slow]) is large
+    assert best_rate([lean, slow]) is lean
 
 
 class Counted:

@@ -13,6 +13,7 @@ SCHEDULE_NAMES = ("pipelined", "sequential", "layer")
 LAYOUT_NAMES = ("auto", "plain", "repacked")
 CACHE_TYPE_NAMES = ("f16", "f32", "q8_0", "q4_0")
 ENV_PREFIX = "PIPO_"
+_CODE_ONLY = {"trace", "max_outputs"}  # mean nothing without a program that uses what they give
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def resolve_config(
 
 
 def _apply(config: EngineConfig, values: Mapping[str, object], source: str) -> EngineConfig:
-    kinds = {field.name: field.type for field in fields(EngineConfig)}
+    kinds = {field.name: field.type for field in fields(EngineConfig) if field.name not in _CODE_ONLY}
     for name, value in values.items():
         if name not in kinds:
             raise UsageError(f"{source}: unknown setting {name!r}", hint=f"known: {', '.join(sorted(kinds))}")
@@ -82,15 +83,11 @@ def _apply(config: EngineConfig, values: Mapping[str, object], source: str) -> E
 def _convert(kind: str, value: object) -> object:
     if kind.startswith("int"):
         return int(str(value))
-    if kind == "bool":
-        if str(value).lower() not in ("1", "0", "true", "false"):
-            raise ValueError("wanted true or false")
-        return str(value).lower() in ("1", "true")
     return str(value)
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
-    known = {field.name for field in fields(EngineConfig)}
+    known = {field.name for field in fields(EngineConfig)} - _CODE_ONLY
     named = {
         key.removeprefix(ENV_PREFIX).lower(): value for key, value in environment.items() if key.startswith(ENV_PREFIX)
     }

@@ -305,6 +305,10 @@ class Graph:
         """Compute. Raises Cancelled when the backend's abort flag was set, ComputeError otherwise."""
         backend.compute(self.address)
 
+    @property
+    def is_freed(self) -> bool:
+        return not self._context
+
     def free(self) -> None:
         if self._context:
             self._lib.free(self._context)

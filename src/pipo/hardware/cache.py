@@ -25,15 +25,17 @@ def cache_file(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def drive_rates(
-    files: Sequence[Path], *, file: Path | None = None, measure: Measure = measure_drive
+    files: Sequence[Path], *, file: Path | None = None, measure: Measure = measure_drive, kind: str = ""
 ) -> tuple[DriveRate, ...]:
     """Rates of the drive that holds `files`: those of an earlier run, else measured now and kept.
+
+    `kind` tells apart what was measured, where a small budget could not afford every combination.
 
     A cache that is broken or cannot be written costs a measurement and a line in the log, never the run.
     Raises TransferError.
     """
     file = file or cache_file()
-    key = drive_key(files[0])
+    key = drive_key(files[0]) + kind
     entries = _load(file)
     if (known := _parse(entries.get(key), file, key)) is not None:
         return known

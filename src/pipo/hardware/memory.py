@@ -83,9 +83,9 @@ def available_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> AvailableMem
 
 
 def auto_budget_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """What `--ram auto` takes: all that is available but 1 GiB or a tenth, and never less than half of it."""
+    """What `--ram auto` takes: all that is available but 1 GiB, or but a tenth where that is more. 0 at least."""
     available = available_memory(proc, cgroups).limit_bytes
-    return max(available - max(_LEFT_FREE_BYTES, available // 10), available // 2)
+    return max(available - max(_LEFT_FREE_BYTES, available // 10), 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ from pipo.pipeline.stats import PassStats
 from pipo.pipeline.units import Unit, head_pieces
 from pipo.tiers.ram import Place
 
-
 EMBEDDING_TABLE = "token_embd.weight"
 WHOLE_PASS = -2  # in place of a stage's index: all of them at once, when every unit is in RAM for good
 
@@ -128,7 +127,7 @@ class Forward:
 
     def _compute_stage(self, stage_idx: int, place: Place | None) -> None:
         bound = self._bound.get(stage_idx)
-        if bound is None or bound.place is not place:
+        if bound is None or bound.place is not place or bound.graph.is_freed:
             bind = self._bind_whole() if stage_idx == WHOLE_PASS else self._bind_stage(stage_idx, place)
             bound = self._bound[stage_idx] = bind
         bound.graph.bind(bound.binding)
@@ -146,7 +145,7 @@ class Forward:
         return _Bound(graph, graph.binding({name: addresses[name] for name in graph.leaf_names}), None)
 
     def _table_address(self) -> int | None:
-        """The embedding table in RAM: it is there when the model is, and uses the table as its head, in plain layout."""
+        """The embedding table, where the whole model is in RAM and has the table, in plain layout, as its head."""
         if self._tied is None or not self._executor.is_settled:
             return None
         return self._executor.place_of(self._tied.unit_id).address + self._tied.layout.offsets[EMBEDDING_TABLE]

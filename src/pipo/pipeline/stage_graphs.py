@@ -120,7 +120,6 @@ class StageGraphs:
             raise
         return ops
 
-
     def _lay_all(self, stages: Sequence[Stage], shape: ShapeClass) -> Builder:
         ops = Builder(self._compute.lib, self._compute.repack, max_nodes=_NODES_PER_STAGE * len(stages))
         try:

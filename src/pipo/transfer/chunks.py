@@ -73,8 +73,9 @@ def cut_copies(extents: Sequence[Extent], max_bytes: int) -> list[RowCopy]:
 def _cut_plain(read: Read, chunk_bytes: int) -> Iterator[PlainChunk]:
     extent = read.extent
     begin, end = round_down(extent.offset, ALIGNMENT), round_up(extent.end, ALIGNMENT)
-    for offset in range(begin, end, chunk_bytes):
-        size = min(chunk_bytes, end - offset)
+    step = _even_step(end - begin, chunk_bytes, ALIGNMENT)
+    for offset in range(begin, end, step):
+        size = min(step, end - offset)
         span = Span(extent.file_idx, offset, size, min(size, extent.end - offset))
         yield PlainChunk(span, read.place_offset + offset - extent.offset)
 
@@ -82,11 +83,18 @@ def _cut_plain(read: Read, chunk_bytes: int) -> Iterator[PlainChunk]:
 def _cut_rows(read: Read, rows: RepackRows, chunk_bytes: int) -> Iterator[RepackChunk]:
     chunk_rows = round_down(chunk_bytes // rows.row_bytes, ROWS_PER_GROUP)
     assert chunk_rows, "a chunk must hold a group of rows"
-    for row in range(0, rows.num_rows, chunk_rows):
-        num_rows = min(chunk_rows, rows.num_rows - row)
+    step = _even_step(rows.num_rows, chunk_rows, ROWS_PER_GROUP)
+    for row in range(0, rows.num_rows, step):
+        num_rows = min(step, rows.num_rows - row)
         start = row * rows.row_bytes
         span, skip = _span(read.extent.file_idx, read.extent.offset + start, num_rows * rows.row_bytes)
         yield RepackChunk(span, read.place_offset + start, rows, num_rows, skip)
+
+
+def _even_step(total: int, largest: int, multiple: int) -> int:
+    """Cut `total` into as few pieces as `largest` allows, of even size: a short last read costs a whole turn."""
+    num_pieces = max(-(-total // largest), 1)
+    return round_up(-(-total // num_pieces), multiple)
 
 
 def _span(file_idx: FileIdx, offset: int, num_bytes: int) -> tuple[Span, int]:

@@ -1,0 +1,64 @@
+"""The Python API in two calls.
+
+with pipo.load("model.gguf", ram="4GB") as engine:
+    for piece in engine.generate("Once upon a time"):
+        print(piece, end="")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from pipo.base.config import resolve_config
+from pipo.engine import Engine, ModelFile
+from pipo.generation.request import Completion, SamplingParams
+from pipo.store.library import resolve_model
+from pipo.text.chat_template import Message
+
+__all__ = ["LLM", "Engine", "SamplingParams", "load"]
+
+
+def load(model: str | Path, ram: str = "auto", **settings: object) -> Engine:
+    """Open a model (a path, or a name that `pipo list` shows) inside a budget, ready to answer.
+
+    `settings` are the other fields of EngineConfig. Raises PipoError's children.
+    """
+    config = resolve_config({"ram": ram, **settings}, {})
+    engine = Engine(ModelFile(resolve_model(str(model))), config)
+    try:
+        engine.start(engine.make_plan())
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+class LLM:
+    """Offline answers to many prompts: `LLM(model, ram="4GB").generate(prompts, SamplingParams(...))`.
+
+    Answers one prompt after another; prompts that begin alike share the keys and values of what they share.
+    """
+
+    def __init__(self, model: str | Path, ram: str = "auto", **settings: object) -> None:
+        self.engine = load(model, ram, **settings)
+
+    def generate(self, prompts: Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
+        return [self.engine.complete(self.engine.model.encode(prompt), params) for prompt in prompts]
+
+    def chat(
+        self, conversations: Sequence[Sequence[Message]], params: SamplingParams | None = None
+    ) -> list[Completion]:
+        return [self.engine.complete(self.engine.model.encode_chat(c), params) for c in conversations]
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
