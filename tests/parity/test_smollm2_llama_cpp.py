@@ -20,8 +20,8 @@ from pipo.engine import Engine
 from pipo.generation.request import SamplingParams
 from tests.support.engines import start_engine
 from tests.support.llama_cpp_engine import LlamaCppEngine
+from tests.support.rigs import FloatArray
 from tests.support.rounding import logit_tolerance
-from tests.support.tiny_models import FloatArray
 
 NUM_TOKENS, CONTEXT_TOKENS = 64, 768
 PROMPTS = {

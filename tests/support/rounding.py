@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import numpy.typing as npt
 from gguf import GGMLQuantizationType as GgufType
-
-from tests.support.tiny_models import FloatArray
 
 _HALF_STEP = 1 / math.sqrt(12)  # deviation of a uniform error one step wide
 _Q8_STEP = 2.1 / 127  # of a block of 32: the largest of them is near 2.1 deviations
@@ -24,7 +24,7 @@ PRODUCT_ERROR = {
 }
 
 
-def logit_tolerance(num_layers: int, type: GgufType, want: FloatArray) -> float:
+def logit_tolerance(num_layers: int, type: GgufType, want: npt.NDArray[np.float32]) -> float:
     """Of the root mean square difference from the truth.
 
     Independent errors of products in a row add as squares; attention, up and down per block, and the head. Three

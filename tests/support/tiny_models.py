@@ -23,6 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from tests.support.tiny_vocab import Tokenizer, add_vocab
 
+torch.set_num_threads(1)  # on matrices this small more threads only wait for each other
+
 FloatArray = npt.NDArray[np.float32]
 Family = Literal["llama", "mistral"]
 

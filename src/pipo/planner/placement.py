@@ -233,8 +233,9 @@ def _class_of(units: Iterable[UnitSize], extra_slots: int) -> SlotClass:
 def _over_budget(demand: Demand, smallest: Placement) -> OverBudget:
     parts = sorted(smallest.breakdown.items(), key=lambda part: -part[1])
     line = " · ".join(f"{name} {format_size(size)}" for name, size in parts if size)
+    needed, limit = format_size(smallest.num_bytes), format_size(demand.limit_bytes)
     return OverBudget(
-        f"needs {format_size(smallest.num_bytes)} of RAM at least, the limit is {format_size(demand.limit_bytes)}\n  {line}",
+        f"needs {needed} of RAM at least, the limit is {limit}\n  {line}",
         smallest_bytes=smallest.num_bytes,
         hint=f"the smallest --ram that works is {smallest_ram_text(smallest.num_bytes)}",
     )
