@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pipo.engine import Engine, ModelFile
 from pipo.hardware.drive import DriveRate
 from pipo.pipeline import assembly
 from pipo.pipeline.assembly import demand
+from pipo.pipeline.forward import Forward
 from pipo.planner.placement import smallest_bytes
 from pipo.transfer.disk import DiskTransfer
 from pipo.transfer.files import Preadv
@@ -24,11 +25,12 @@ KNOWN_DRIVE = DriveRate(chunk_bytes=64 << 10, num_workers=3, bytes_per_s=1e9, di
 
 def start_engine(path: Path, *, ram_bytes: int = PLENTY, preadv: Preadv | None = None, **settings: Any) -> Engine:
     """A started engine of one compute thread. Its budget leaves the process out, so that it means the same in every
-    test run; the user's cache of drive rates is neither read nor written.
+    test run; compute is timed no longer than needed, and the user's cache of drive rates neither read nor written.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "drive_rates", lambda files, **_: (KNOWN_DRIVE,))
         patch.setattr(Engine, "_process_bytes", lambda self: 0)
+        patch.setattr(Forward, "time_stage", partialmethod(Forward.time_stage, at_least_s=0.0))
         if preadv is not None:
             patch.setattr(assembly, "DiskTransfer", partial(DiskTransfer, preadv=preadv))
         engine = Engine(ModelFile(path), EngineConfig(**{"ram": str(ram_bytes), "threads": 1, **settings}))

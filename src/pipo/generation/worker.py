@@ -75,9 +75,11 @@ class Worker:
         while (job := self._jobs.get()) is not None:
             error: BaseException | None = None
             # An interrupt that comes after this line stays set. One that came before it belongs to an earlier job, or
-            # to this one, which then is_abandoned already.
+            # to this one, which then is_abandoned or whose worker is closed already.
             self._resume()
             try:
+                if self._is_closed:
+                    raise Cancelled("the worker was closed")
                 for item in () if job.is_abandoned else job.make():
                     job.out.put(item)
             except BaseException as caught:  # noqa: BLE001 - handed to the thread that waits for it
