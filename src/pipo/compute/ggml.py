@@ -244,9 +244,9 @@ class Library:
 
 
 # How often a thread of GNU OpenMP looks for work before it sleeps; libgomp reads it once, when libggml brings it in.
-# Its own 300 000 (milliseconds) burns a core while weights stream, and beside any other busy process every barrier
-# waits for a time slice. Two cores, a 1.1B model, ms a token, default against 500: alone 16 and 16, streaming 75 and
-# 66, beside one more such process 800 and 60. At 100 the model alone takes 21.
+# With its own 300 000 (milliseconds) every barrier waits for a time slice when anything else wants a core: beside one
+# more such process a 1.1B model took 800 ms a token, and takes 60 at 500. Alone the short spin costs 0 to 20 %, see
+# docs/log.md; at 100 it costs more.
 _SPIN_COUNT = "500"
 
 
