@@ -32,17 +32,17 @@ class AnonymousPeak(threading.Thread):
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         self._status = Path(f"/proc/{pid}/status")
-        self._stop = threading.Event()
+        self._ended = threading.Event()
         self.peak_bytes = 0
 
     def run(self) -> None:
-        while not self._stop.wait(0.002):
+        while not self._ended.wait(0.002):
             lines = self._status.read_text().splitlines() if self._status.exists() else []
             kilobytes = [int(line.split()[1]) for line in lines if line.startswith("RssAnon")]
             self.peak_bytes = max([self.peak_bytes, *(k * 1024 for k in kilobytes)])
 
     def stop(self) -> int:
-        self._stop.set()
+        self._ended.set()
         self.join()
         return self.peak_bytes
 
