@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -47,7 +48,14 @@ class AnonymousPeak(threading.Thread):
         return self.peak_bytes
 
 
+@pytest.fixture(scope="module")
+def _libraries_in_page_cache() -> None:
+    """Else the first group to load them is charged for the libraries' own files."""
+    subprocess.run([sys.executable, "-c", "import pipo.api; from pipo.compute import ggml; ggml.load()"], check=True)
+
+
 @pytest.mark.cgroup
+@pytest.mark.usefixtures("_libraries_in_page_cache")
 @pytest.mark.parametrize("ram_bytes", [100 * MIB, 128 * MIB, 160 * MIB, 256 * MIB])
 def test_process_stays_under_its_budget_inside_a_control_group(smollm2_path: Path, ram_bytes: int) -> None:
     with memory_group(ram_bytes + max(ram_bytes // 20, SLACK_BYTES)) as group:
