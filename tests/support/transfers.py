@@ -6,10 +6,13 @@ import ctypes
 import faulthandler
 import os
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from pipo.base.clock import RealClock
 from pipo.base.manifest import Extent, FileIdx, TensorSpec
@@ -21,6 +24,7 @@ from pipo.transfer.disk import DiskTransfer, DriveSettings, Repack
 from pipo.transfer.files import Preadv
 
 SMALL_CHUNKS = DriveSettings(chunk_bytes=64 << 10, num_workers=3)
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="O_DIRECT and posix_fadvise")
 
 
 @contextmanager
