@@ -1,0 +1,61 @@
+"""The whole engine when the model file changes under it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipo.base.errors import FileChanged, PipoError
+from tests.support.small_engine import LONG, PROMPT, answer, start
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def overwrite(path: Path) -> None:
+    with path.open("r+b") as stream:
+        stream.write(b"GGUF")
+    os.utime(path, ns=(1, 1))
+
+
+def exchange(path: Path) -> None:
+    path.with_suffix(".new").write_bytes(path.read_bytes())
+    path.with_suffix(".new").replace(path)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", [cut, overwrite, exchange, remove])
+def test_file_that_changes_between_requests(path: Path, ram_bytes: int, change: Callable[[Path], None]) -> None:
+    with start(path, ram_bytes) as engine:
+        answer(engine)
+        change(path)
+        for _ in range(2):
+            with pytest.raises(FileChanged) as failed:
+                answer(engine)
+            assert failed.value.path == str(path) and failed.value.hint is not None
+
+
+@pytest.mark.parametrize("change", [cut, exchange])
+def test_file_that_changes_during_an_answer(path: Path, ram_bytes: int, change: Callable[[Path], None]) -> None:
+    with start(path, ram_bytes) as engine, pytest.raises(FileChanged):
+        for i, _ in enumerate(engine.stream(PROMPT, LONG)):
+            if i == 1:
+                change(path)
+
+
+def test_file_that_is_cut_before_the_start(path: Path, smallest: int) -> None:
+    """The header was read; then somebody truncates the file."""
+    engine = start(path, smallest)
+    with engine:
+        plan = engine.plan
+    assert plan is not None
+    cut(path)
+    with pytest.raises(PipoError, match=r"model\.gguf"):
+        start(path, smallest)
