@@ -12,12 +12,17 @@ from pipo.base.tensor_type import TensorType
 from pipo.compute.dequantise import Dequantiser
 from pipo.compute.devices import CpuBackend
 from pipo.compute.ggml import Library
-from pipo.compute.graphs import Builder, Graph, Workspace
+from pipo.compute.graphs import Builder, Graph, WeightType, Workspace
 from pipo.compute.repack import RepackBuffer
 
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
 Lay = Callable[[Builder], None]
+_RNG = np.random.default_rng(0)
+
+
+def floats(*shape: int) -> FloatArray:
+    return _RNG.standard_normal(shape).astype(np.float32)
 
 
 @contextmanager
@@ -71,3 +76,29 @@ def dequantised(lib: Library, type_: TensorType, raw: npt.NDArray[np.uint8]) -> 
     out = np.empty((raw.shape[0], num_elems), np.float32)
     Dequantiser(lib, type_).convert(raw.ctypes.data, out.ctypes.data, out.size)
     return out
+
+
+def linear(type_: TensorType, num_in: int, num_out: int, num_tokens: int, is_repacked: bool = False) -> Lay:
+    """y = w x"""
+
+    def lay(ops: Builder) -> None:
+        x = ops.leaf("x", TensorType.F32, num_in, num_tokens)
+        weight = ops.weight("w", WeightType(type_, is_repacked), num_in, num_out)
+        ops.expand(ops.output("y", ops.mul_mat(weight, x)))
+
+    return lay
+
+
+def product(
+    lib: Library,
+    backend: CpuBackend,
+    type_: TensorType,
+    raw: npt.NDArray[np.uint8],
+    x: FloatArray,
+    repack: RepackBuffer | None = None,
+) -> FloatArray:
+    """x times the stored weight. Shapes: (rows, bytes), (tokens, elements) → (tokens, rows)."""
+    y = np.empty((x.shape[0], raw.shape[0]), np.float32)
+    lay = linear(type_, x.shape[1], raw.shape[0], x.shape[0], is_repacked=repack is not None)
+    run_once(lib, backend, lay, repack, x=x, w=raw, y=y)
+    return y
