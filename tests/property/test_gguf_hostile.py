@@ -39,6 +39,7 @@ from tests.support.gguf_bytes import (
     text_key,
     u32,
     u64,
+    write,
 )
 
 MAX_U64 = 2**64 - 1
@@ -48,12 +49,6 @@ CORPUS = Path(__file__).parents[2] / "fuzz" / "corpus" / "gguf"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("hostile")
-
-
-def write(folder: Path, raw: bytes, name: str = "hostile.gguf") -> Path:
-    path = folder / name
-    path.write_bytes(raw)
-    return path
 
 
 def explore(path: Path) -> None:

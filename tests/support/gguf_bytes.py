@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 UINT8, UINT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 0, 4, 6, 7, 8, 9, 10
 F32, Q4_0, I8 = 0, 2, 24
@@ -69,6 +70,12 @@ class GgufBytes:
         num_keys = len(self.keys) if self.num_keys is None else self.num_keys
         head = self.magic + self.version + u64(num_tensors) + u64(num_keys) + b"".join((*self.keys, *self.tensors))
         return head + bytes(-len(head) % self.alignment) + self.data
+
+
+def write(folder: Path, raw: bytes, name: str = "m.gguf") -> Path:
+    path = folder / name
+    path.write_bytes(raw)
+    return path
 
 
 def llama_keys(**changes: bytes | None) -> list[bytes]:
