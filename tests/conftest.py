@@ -9,6 +9,8 @@ import pytest
 
 from pipo.store.library import KNOWN_MODELS
 
+pytest.register_assert_rewrite("tests.support")  # what fails there should say what differed
+
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
