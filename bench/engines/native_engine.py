@@ -14,31 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from bench.messages import Decode, FirstToken, LlamaSetup, Passes, Prefill, Request, Start, Started
+from bench.engines.timed_engine import PROMPT_TOKENS, TimedEngine
+from bench.messages import FirstToken, LlamaSetup, Passes, Started
 from bench.prompts import random_prompt
 
-_PROMPT_TOKENS = 8
 
-
-class NativeEngine:
+class NativeEngine(TimedEngine[LlamaSetup]):
     """One model and one context, greedy, timed around `llama_decode` and the choice of a token."""
 
     def __init__(self) -> None:
+        super().__init__("llama-cpp-python", LlamaSetup)
         self._llama: Any = None
         self._model: Any = None
         self._context: Any = None
         self._vocab_size = 0
-
-    def answer(self, request: Request[Any]) -> object:
-        match request:
-            case Start():
-                assert isinstance(request.setup, LlamaSetup)
-                return self._start(request.setup)
-            case Decode():
-                return self._decode(request.num_passes)
-            case Prefill():
-                return self._prefill(request.num_tokens, request.seed)
-        raise TypeError(f"llama-cpp-python does not serve {request}")
 
     def close(self) -> None:
         if self._context:
@@ -67,7 +56,7 @@ class NativeEngine:
 
     def _decode(self, num_passes: int) -> Passes:
         self._forget()
-        token = self._pass(random_prompt(_PROMPT_TOKENS, 0, self._vocab_size))
+        token = self._pass(random_prompt(PROMPT_TOKENS, 0, self._vocab_size))
         times = [perf_counter()]
         for _ in range(num_passes):
             token = self._pass([token])

@@ -6,19 +6,8 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
-from bench.messages import (
-    Decode,
-    FirstToken,
-    Library,
-    Passes,
-    PipoSetup,
-    Plan,
-    PlanFacts,
-    Prefill,
-    Request,
-    Start,
-    Started,
-)
+from bench.engines.timed_engine import PROMPT_TOKENS, TimedEngine
+from bench.messages import FirstToken, Library, Passes, PipoSetup, Plan, PlanFacts, Request, Started
 from bench.prompts import random_prompt
 from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget
@@ -30,14 +19,14 @@ from pipo.engine import Plan as EnginePlan
 from pipo.generation.request import SamplingParams
 from pipo.pipeline.units import make_units
 
-_PROMPT_TOKENS = 8  # before the decode passes
 _TELLING_FEATURES = frozenset({"AVX2", "AVX512", "AVX512_BF16", "AMX_INT8", "NEON", "SVE", "LLAMAFILE", "REPACK"})
 
 
-class PipoEngine:
+class PipoEngine(TimedEngine[PipoSetup]):
     """One engine, started once."""
 
     def __init__(self) -> None:
+        super().__init__("pipo", PipoSetup)
         self._engine: Engine | None = None
 
     def answer(self, request: Request[Any]) -> object:
@@ -46,14 +35,7 @@ class PipoEngine:
                 return _library()
             case Plan():
                 return _plan(request.setup)
-            case Start():
-                assert isinstance(request.setup, PipoSetup)
-                return self._start(request.setup)
-            case Decode():
-                return self._decode(request.num_passes)
-            case Prefill():
-                return self._prefill(request.num_tokens, request.seed)
-        raise TypeError(f"pipo does not serve {request}")
+        return super().answer(request)
 
     def close(self) -> None:
         if self._engine is not None:
@@ -67,7 +49,7 @@ class PipoEngine:
 
     def _decode(self, num_passes: int) -> Passes:
         """Passes after the first token: the first one would profit from what was read ahead while nobody asked."""
-        times = self._times(random_prompt(_PROMPT_TOKENS, 0, self._vocab_size), num_passes + 1)
+        times = self._times(random_prompt(PROMPT_TOKENS, 0, self._vocab_size), num_passes + 1)
         report = self._report()
         return Passes(
             num_passes=num_passes,

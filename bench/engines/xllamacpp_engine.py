@@ -7,30 +7,19 @@ from typing import Any
 
 import xllamacpp  # type: ignore[import-untyped]
 
-from bench.messages import Decode, FirstToken, LlamaSetup, Passes, Prefill, Request, Start, Started
+from bench.engines.timed_engine import PROMPT_TOKENS, TimedEngine
+from bench.messages import FirstToken, LlamaSetup, Passes, Started
 from bench.prompts import random_prompt
 from pipo.formats.checkpoint import open_checkpoint
 
-_PROMPT_TOKENS = 8
 
-
-class XllamacppEngine:
+class XllamacppEngine(TimedEngine[LlamaSetup]):
     """One model in llama.cpp's server, asked without a socket."""
 
     def __init__(self) -> None:
+        super().__init__("xllamacpp", LlamaSetup)
         self._server: Any = None
         self._vocab_size = 0
-
-    def answer(self, request: Request[Any]) -> object:
-        match request:
-            case Start():
-                assert isinstance(request.setup, LlamaSetup)
-                return self._start(request.setup)
-            case Decode():
-                return self._decode(request.num_passes)
-            case Prefill():
-                return self._prefill(request.num_tokens, request.seed)
-        raise TypeError(f"xllamacpp does not serve {request}")
 
     def close(self) -> None:
         self._server = None
@@ -43,7 +32,7 @@ class XllamacppEngine:
 
     def _decode(self, num_passes: int) -> Passes:
         """The server's own clock, which starts at the first token: n + 1 tokens are n passes."""
-        timings = self._complete(random_prompt(_PROMPT_TOKENS, 0, self._vocab_size), num_passes + 1, reuse=True)
+        timings = self._complete(random_prompt(PROMPT_TOKENS, 0, self._vocab_size), num_passes + 1, reuse=True)
         assert timings["predicted_n"] == num_passes + 1
         return Passes(num_passes, (timings["predicted_ms"] / 1e3 / num_passes,))
 

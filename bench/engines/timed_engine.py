@@ -1,0 +1,43 @@
+"""What every engine is asked: start once, then decode and prefill, as often as wanted."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Generic, TypeVar
+
+from bench.messages import Decode, FirstToken, LlamaSetup, Passes, PipoSetup, Prefill, Request, Start, Started
+
+PROMPT_TOKENS = 8  # before the decode passes
+Setup = TypeVar("Setup", bound=PipoSetup | LlamaSetup)
+
+
+class TimedEngine(ABC, Generic[Setup]):
+    """One engine in a child process, with the setup that it takes. `name` is what its refusals call it."""
+
+    def __init__(self, name: str, setup: type[Setup]) -> None:
+        self._name = name
+        self._setup = setup
+
+    def answer(self, request: Request[Any]) -> object:
+        """Raises TypeError for a request it does not serve."""
+        match request:
+            case Start():
+                assert isinstance(request.setup, self._setup)
+                return self._start(request.setup)
+            case Decode():
+                return self._decode(request.num_passes)
+            case Prefill():
+                return self._prefill(request.num_tokens, request.seed)
+        raise TypeError(f"{self._name} does not serve {request}")
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    @abstractmethod
+    def _start(self, setup: Setup) -> Started: ...
+
+    @abstractmethod
+    def _decode(self, num_passes: int) -> Passes: ...
+
+    @abstractmethod
+    def _prefill(self, num_tokens: int, seed: int) -> FirstToken: ...
