@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import xllamacpp  # type: ignore[import-untyped]
 
+from tests.support.llama_cpp_server import plain_params
+
 
 @dataclass(frozen=True, slots=True)
 class Generated:
@@ -55,14 +57,7 @@ def _row(step: dict[str, Any], vocab_size: int) -> npt.NDArray[np.float32]:
 
 
 def _params(path: Path, context_tokens: int) -> xllamacpp.CommonParams:
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx = context_tokens
-    params.n_parallel = 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params = plain_params(path, context_tokens)
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.no_extra_bufts = True
-    params.fit_params = params.warmup = params.cache_prompt = False
-    params.cache_ram_mib = params.n_ctx_checkpoints = params.verbosity = 0
     return params

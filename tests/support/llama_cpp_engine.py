@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
 import xllamacpp  # type: ignore[import-untyped]
 
+from tests.support.llama_cpp_server import LlamaCppServer, plain_params
 
-class LlamaCppEngine:
-    """One model, asked by token ids. A context manager: leaving it closes the server."""
+
+class LlamaCppEngine(LlamaCppServer):
+    """One model, asked by token ids."""
 
     def __init__(self, path: Path, *, context_tokens: int) -> None:
-        self._server = xllamacpp.Server(_params(path, context_tokens))
-        address = urlsplit(self._server.listening_address)
-        self._connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=120)
-
-    def __enter__(self) -> LlamaCppEngine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._connection.close()
-        del self._server
+        super().__init__(_params(path, context_tokens))
 
     def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
         """Up to `num_tokens`; fewer when the model ends."""
@@ -47,22 +34,11 @@ class LlamaCppEngine:
         return row
 
     def _complete(self, prompt: Sequence[int], **settings: object) -> dict[str, Any]:
-        request = {"prompt": list(prompt), "temperature": 0, "cache_prompt": False, **settings}
-        self._connection.request("POST", "/completion", json.dumps(request), {"Content-Type": "application/json"})
-        answer = json.loads(self._connection.getresponse().read())
-        assert isinstance(answer, dict) and "error" not in answer, answer
-        return answer
+        return self._post("/completion", prompt=list(prompt), temperature=0, cache_prompt=False, **settings)
 
 
 def _params(path: Path, context_tokens: int) -> xllamacpp.CommonParams:
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx = context_tokens
-    params.n_parallel = 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params = plain_params(path, context_tokens)
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F16
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
-    params.no_extra_bufts = True
-    params.fit_params = params.warmup = params.cache_prompt = False
-    params.cache_ram_mib = params.n_ctx_checkpoints = params.verbosity = 0
     return params

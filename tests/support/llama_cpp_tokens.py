@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 from pathlib import Path
-from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
 
-import xllamacpp  # type: ignore[import-untyped]
+from tests.support.llama_cpp_server import LlamaCppServer, plain_params
+
+_CONTEXT_TOKENS = 64  # nothing is computed
 
 
-class LlamaCppTokens:
-    """One model's `/tokenize`. A context manager: leaving it closes the server."""
+class LlamaCppTokens(LlamaCppServer):
+    """One model's `/tokenize`."""
 
     def __init__(self, path: Path) -> None:
-        self._server = xllamacpp.Server(_params(path))
-        address = urlsplit(self._server.listening_address)
-        self._connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=20)
-
-    def __enter__(self) -> LlamaCppTokens:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._connection.close()
-        del self._server
+        super().__init__(plain_params(path, _CONTEXT_TOKENS))
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         return [int(token) for token in self._tokenize(text, add_special, parse_special, with_pieces=False)]
@@ -38,14 +25,13 @@ class LlamaCppTokens:
         return [(token["id"], _piece_bytes(token["piece"])) for token in tokens]
 
     def _tokenize(self, text: str, add_special: bool, parse_special: bool, *, with_pieces: bool) -> list[Any]:
-        request = {
-            "content": text,
-            "add_special": add_special,
-            "parse_special": parse_special,
-            "with_pieces": with_pieces,
-        }
-        self._connection.request("POST", "/tokenize", json.dumps(request), {"Content-Type": "application/json"})
-        answer = json.loads(self._connection.getresponse().read())
+        answer = self._post(
+            "/tokenize",
+            content=text,
+            add_special=add_special,
+            parse_special=parse_special,
+            with_pieces=with_pieces,
+        )
         tokens = answer["tokens"]
         assert isinstance(tokens, list)
         return tokens
@@ -53,14 +39,3 @@ class LlamaCppTokens:
 
 def _piece_bytes(piece: str | list[int]) -> bytes:
     return piece.encode() if isinstance(piece, str) else bytes(byte % 256 for byte in piece)
-
-
-def _params(path: Path) -> xllamacpp.CommonParams:
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx = 64
-    params.n_parallel = 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.fit_params = params.warmup = False
-    params.cache_ram_mib = params.verbosity = 0
-    return params
