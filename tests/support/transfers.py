@@ -7,6 +7,7 @@ import faulthandler
 import os
 import random
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,13 @@ def deadline(seconds: float) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def assert_threads_end(*names: str, within_s: float) -> None:
+    """Of the threads whose names begin so, none outlives what it worked for."""
+    for thread in [t for t in threading.enumerate() if t.name.startswith(names)]:
+        thread.join(within_s)
+        assert not thread.is_alive(), thread.name
 
 
 def write_random(path: Path, num_bytes: int, seed: int = 0) -> bytes:

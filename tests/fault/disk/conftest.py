@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.disk_units import FILE_BYTES
-from tests.support.transfers import deadline, write_random
+from tests.support.transfers import assert_threads_end, deadline, write_random
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +20,7 @@ def no_hang() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_thread_stays() -> Iterator[None]:
     yield
-    for thread in [t for t in threading.enumerate() if t.name.startswith("pipo read")]:
-        thread.join(0.5)
-        assert not thread.is_alive(), thread.name
+    assert_threads_end("pipo read", within_s=0.5)
 
 
 @pytest.fixture

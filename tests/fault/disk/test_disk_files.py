@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,27 +13,9 @@ from pipo.base.manifest import Extent, FileIdx
 from pipo.base.trace import NullTracer
 from pipo.tiers.ledger import Ledger
 from pipo.transfer.disk import DiskTransfer
-from tests.support.disk_units import FILE_BYTES, outcomes, slots, submit_all
-from tests.support.transfers import LINUX, SMALL_CHUNKS, opened, write_random, xor_rows
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, FILE_BYTES // 2)
-
-
-def overwrite(path: Path) -> None:
-    with path.open("r+b") as stream:
-        stream.write(b"new")
-    os.utime(path, ns=(1, 1))
-
-
-def replace(path: Path) -> None:
-    write_random(path.with_suffix(".new"), FILE_BYTES, seed=1)
-    path.with_suffix(".new").replace(path)
-
-
-def remove(path: Path) -> None:
-    path.unlink()
+from tests.support.disk_units import outcomes, slots, submit_all
+from tests.support.file_changes import cut, exchange, overwrite, remove
+from tests.support.transfers import LINUX, SMALL_CHUNKS, opened, xor_rows
 
 
 @pytest.mark.parametrize("change", [cut, overwrite])
@@ -49,7 +30,7 @@ def test_change_of_the_open_file_is_seen_by_the_next_submit(
             disk.transfer.read_now(Extent(FileIdx(0), 0, 1))
 
 
-@pytest.mark.parametrize("change", [cut, overwrite, replace, remove])
+@pytest.mark.parametrize("change", [cut, overwrite, exchange, remove])
 def test_change_of_the_path_is_seen_by_check_files(path: Path, content: bytes, change: Callable[[Path], None]) -> None:
     with opened([path], repack=xor_rows) as disk, slots(disk.ledger) as places:
         disk.transfer.check_files()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from pipo.pipeline import assembly
 from pipo.tiers.ledger import Ledger
 from tests.support.engines import PLENTY, smallest_ram_bytes
 from tests.support.small_engine import SETTINGS, answer, start
-from tests.support.transfers import deadline
+from tests.support.transfers import assert_threads_end, deadline
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +34,7 @@ def ledgers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Ledger]]:
     monkeypatch.setattr(assembly, "Ledger", Noted)
     yield made
     assert [ledger.breakdown() for ledger in made] == [{}] * len(made)
-    for thread in [t for t in threading.enumerate() if t.name.startswith(("pipo read", "compute"))]:
-        thread.join(1.0)
-        assert not thread.is_alive(), thread.name
+    assert_threads_end("pipo read", "compute", within_s=1.0)
 
 
 @pytest.fixture(scope="session")

@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipo.base.errors import FileChanged, PipoError
+from tests.support.file_changes import cut, exchange, overwrite, remove
 from tests.support.small_engine import LONG, PROMPT, answer, start
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def overwrite(path: Path) -> None:
-    with path.open("r+b") as stream:
-        stream.write(b"GGUF")
-    os.utime(path, ns=(1, 1))
-
-
-def exchange(path: Path) -> None:
-    path.with_suffix(".new").write_bytes(path.read_bytes())
-    path.with_suffix(".new").replace(path)
-
-
-def remove(path: Path) -> None:
-    path.unlink()
 
 
 @pytest.mark.parametrize("change", [cut, overwrite, exchange, remove])
