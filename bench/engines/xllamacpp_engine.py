@@ -5,7 +5,7 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any
 
-import xllamacpp  # type: ignore[import-untyped]
+import xllamacpp
 
 from bench.engines.timed_engine import PROMPT_TOKENS, TimedEngine
 from bench.messages import FirstToken, LlamaSetup, Passes, Started

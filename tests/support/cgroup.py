@@ -22,11 +22,11 @@ CONTROLLER = Path("/sys/fs/cgroup/memory")
 class MemoryGroup:
     path: Path
 
-    def run(self, command: Sequence[str], **options: object) -> subprocess.Popen[str]:
-        """Start a command inside the group."""
+    def run(self, command: Sequence[str]) -> subprocess.Popen[str]:
+        """Start a command inside the group, with pipes for what it reads and prints."""
         procs = str(self.path / "cgroup.procs")
         wrapped = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', procs, *command]
-        return subprocess.Popen(wrapped, text=True, **options)  # type: ignore[call-overload,no-any-return]
+        return subprocess.Popen(wrapped, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def stat(self, name: str) -> int:
         for line in (self.path / "memory.stat").read_text().splitlines():

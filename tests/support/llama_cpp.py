@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xllamacpp  # type: ignore[import-untyped]
+import xllamacpp
 
 from tests.support.llama_cpp_server import plain_params
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xllamacpp  # type: ignore[import-untyped]
+import xllamacpp
 
 from tests.support.llama_cpp_server import LlamaCppServer, plain_params
 

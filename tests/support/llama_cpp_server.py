@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-import xllamacpp  # type: ignore[import-untyped]
+import xllamacpp
 
 _TIMEOUT_S = 120
 

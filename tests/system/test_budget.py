@@ -59,7 +59,7 @@ def _libraries_in_page_cache() -> None:
 @pytest.mark.parametrize("ram_bytes", [100 * MIB, 128 * MIB, 160 * MIB, 256 * MIB])
 def test_process_stays_under_its_budget_inside_a_control_group(smollm2_path: Path, ram_bytes: int) -> None:
     with memory_group(ram_bytes + max(ram_bytes // 20, SLACK_BYTES)) as group:
-        child = group.run([sys.executable, "-c", CHILD, str(smollm2_path), str(ram_bytes)], stdin=-1, stdout=-1)
+        child = group.run([sys.executable, "-c", CHILD, str(smollm2_path), str(ram_bytes)])
         assert child.stdin and child.stdout
         peak = AnonymousPeak(child.pid)
         peak.start()

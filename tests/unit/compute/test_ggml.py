@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,8 +53,8 @@ def test_no_provider(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_version_that_is_too_old(lib: Library, monkeypatch: pytest.MonkeyPatch, version: bytes) -> None:
     function = Library._function
 
-    def of_another_version(self: Library, name: str, *rest: object) -> object:
-        return (lambda: version) if name == "ggml_version" else function(self, name, *rest)  # type: ignore[arg-type]
+    def of_another_version(self: Library, name: str, *rest: Any) -> object:
+        return (lambda: version) if name == "ggml_version" else function(self, name, *rest)
 
     monkeypatch.setattr(Library, "_function", of_another_version)
     with pytest.raises(LibraryError, match=r"too old: 0\.15 or newer"):
