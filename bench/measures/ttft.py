@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from bench.host_memory import take_memory
 from bench.lab import Lab
 from bench.messages import FirstToken, PlanFacts, Prefill
 from bench.model_files import drop_cached
 from bench.rows import Row, at_most, row
+from pipo.base.units import GIB
 
 MOST_OVER_FLOOR = 1.15
 
@@ -25,9 +27,11 @@ def measure(lab: Lab) -> Iterator[Row]:
         engine.child.ask(Prefill(lab.settings.short_prompt_tokens, seed=0))
     seed = 1
     starts: list[float] = []
+    touches: list[float] = []
     samples: dict[tuple[str, int], list[FirstToken]] = {}
     for round_idx in range(lab.settings.rounds):
         for num_tokens in prompts:
+            touches.append(take_memory(setup.ram_bytes) / (setup.ram_bytes / GIB))
             cold_engine = lab.start_pipo(setup)
             starts.append(cold_engine.start_s)
             for name, engine in (("cold", cold_engine), ("warm", warm_engine), ("resident", resident)):
@@ -39,6 +43,7 @@ def measure(lab: Lab) -> Iterator[Row]:
             drive.sample("between")
     drive.sweep("after")
     yield from drive.rows()
+    yield row("first touch of memory", "machine", "s/GiB", touches, note="paid before each cold start, not in it")
     yield row("open to ready", "pipo cold", "s", starts, note="header, tokenizer, plan, memory; reads no weights ahead")
     for num_tokens in prompts:
         yield from _rows(num_tokens, samples, facts, drive.bytes_per_s)
