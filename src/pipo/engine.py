@@ -81,8 +81,8 @@ class Report:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of decode: passes after the first token. 0 when there were none."""
-        return self.decode.num_passes / self.decode.wall_s if self.decode.wall_s else 0.0
+        """Of decode, as the caller sees it: tokens after the first. 0 when there were none."""
+        return self.timing.num_decoded / self.timing.decode_s if self.timing.decode_s else 0.0
 
 
 class ModelFile:
@@ -263,10 +263,15 @@ class Engine:
         forward = self._assembly.forward
         forward.take_stats()
         detokenizer = self.model.tokenizer.detokenizer(prompt)
+
+        def note_chunk(done: int, total: int) -> None:
+            self._peak.sample()
+            on_prefill(done, total)
+
         prefill: PassStats | None = None
         num_generated = 0
         try:
-            pieces = generator.generate(prompt, params, self.model.tokenizer.end_ids, detokenizer, on_prefill)
+            pieces = generator.generate(prompt, params, self.model.tokenizer.end_ids, detokenizer, note_chunk)
             for piece in pieces:
                 prefill = prefill or forward.take_stats()
                 num_generated += piece.token is not None

@@ -74,13 +74,23 @@ def opened(
     settings: DriveSettings = SMALL_CHUNKS,
     *,
     repack: Repack | None = None,
+    group_bytes: int = 0,
     preadv: Preadv | None = None,
     tracer: Tracer | None = None,
 ) -> Iterator[Opened]:
     """A transfer, closed at the end, after which its ledger is back where it was."""
     ledger, tracer = Ledger(1 << 30), tracer or NullTracer()
     faulty = {} if preadv is None else {"preadv": preadv}
-    transfer = DiskTransfer(files, settings, repack=repack, ledger=ledger, tracer=tracer, clock=RealClock(), **faulty)
+    transfer = DiskTransfer(
+        files,
+        settings,
+        repack=repack,
+        group_bytes=group_bytes,
+        ledger=ledger,
+        tracer=tracer,
+        clock=RealClock(),
+        **faulty,
+    )
     try:
         yield Opened(transfer, ledger, tracer)
     finally:

@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import NewType
 
+from pipo.base.file_identity import FileIdentity
 from pipo.base.tensor_type import TensorType
 
 FileIdx = NewType("FileIdx", int)
@@ -95,6 +96,7 @@ class Manifest:
 
     name: str
     files: tuple[Path, ...]
+    identities: tuple[FileIdentity, ...]  # of `files`, when their headers were read
     hyper: HyperParameters
     tensors: Mapping[str, TensorSpec]
     extra: Mapping[str, object]

@@ -32,7 +32,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     gguf = open_gguf(path)
     _check_is_model(gguf.metadata)
     hyper, extra = read_hyper_parameters(gguf.metadata, gguf.tensors)
-    manifest = Manifest(_name_of(gguf), gguf.files, hyper, gguf.tensors, extra)
+    manifest = Manifest(_name_of(gguf), gguf.files, gguf.identities, hyper, gguf.tensors, extra)
     return Checkpoint(manifest, gguf.metadata)
 
 

@@ -7,6 +7,7 @@ size before it is used, so a hostile header costs at most MAX_HEADER_BYTES of re
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from math import prod
 from pathlib import Path
 
 from pipo.base.errors import MalformedFile, ModelNotFound, UnsupportedModel
+from pipo.base.file_identity import FileIdentity
 from pipo.base.manifest import Extent, FileIdx, TensorSpec
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import MIB, round_up
 from pipo.formats.gguf_header import HeaderReader
 from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata, read_entries
-from pipo.formats.model_file import FileIdentity, forget_cached, open_model_file, refuse_not_gguf
+from pipo.formats.model_file import forget_cached, open_model_file, refuse_not_gguf
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -43,6 +45,7 @@ class Gguf:
     """An opened model: one file, or all shards of one. `metadata` is that of the first."""
 
     files: tuple[Path, ...]
+    identities: tuple[FileIdentity, ...]  # of `files`
     metadata: GgufMetadata
     tensors: Mapping[str, TensorSpec]
 
@@ -76,16 +79,15 @@ def open_gguf(path: Path) -> Gguf:
     """
     opened = _read_shard(path)
     if opened.split is None:
-        return Gguf((path,), opened.metadata, opened.tensors)
+        return Gguf((path,), (opened.metadata.identity,), opened.metadata, opened.tensors)
     paths = _shard_paths(path, opened.split)
     shards = (opened if p == path else _read_shard(p, FileIdx(idx)) for idx, p in enumerate(paths))
-    metadata, tensors = _join(shards, opened.split)
-    return Gguf(paths, metadata, tensors)
+    return _join(paths, shards, opened.split)
 
 
 def _read_shard(path: Path, file_idx: FileIdx | None = None) -> _Shard:
     with open_model_file(path) as file:
-        identity = FileIdentity.of(file)
+        identity = FileIdentity.of(os.fstat(file.fileno()))
         reader = HeaderReader(file, path, identity.num_bytes)
         try:
             num_tensors, num_keys = _read_counts(reader)
@@ -258,16 +260,17 @@ def _shard_paths(path: Path, split: _Split) -> tuple[Path, ...]:
     return paths
 
 
-def _join(shards: Iterator[_Shard], split: _Split) -> tuple[GgufMetadata, dict[str, TensorSpec]]:
+def _join(paths: tuple[Path, ...], shards: Iterator[_Shard], split: _Split) -> Gguf:
     first = next(shards)
     _check_shard(first, first, 0, split)
-    tensors = first.tensors
+    tensors, identities = first.tensors, [first.metadata.identity]
     for idx, shard in enumerate(shards, 1):
         _check_shard(shard, first, idx, split)
         twice = tensors.keys() & shard.tensors.keys()
         if twice:
             raise MalformedFile(f"{shard.path}: tensor {min(twice)!r} is also in an earlier shard")
         tensors |= shard.tensors
+        identities.append(shard.metadata.identity)
         if len(tensors) > MAX_TENSORS:
             raise MalformedFile(f"{shard.path}: brings the tensors to {len(tensors)}, at most {MAX_TENSORS} can be")
     if len(tensors) != split.num_tensors:
@@ -276,7 +279,7 @@ def _join(shards: Iterator[_Shard], split: _Split) -> tuple[GgufMetadata, dict[s
             f"{split.num_tensors}",
             hint="a shard may be of another model",
         )
-    return first.metadata, tensors
+    return Gguf(paths, tuple(identities), first.metadata, tensors)
 
 
 def _check_shard(shard: _Shard, first: _Shard, idx: int, split: _Split) -> None:

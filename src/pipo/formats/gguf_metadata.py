@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from pipo.base.errors import MalformedFile, UnsupportedModel
+from pipo.base.file_identity import FileIdentity
 from pipo.formats.gguf_header import MAX_TEXT_BYTES, HeaderReader, read_at
-from pipo.formats.model_file import FileIdentity, check_unchanged, forget_cached, open_model_file
+from pipo.formats.model_file import check_unchanged, forget_cached, open_model_file
 
 Scalar = int | float | bool | str
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
 from pipo.base.errors import FileChanged, MalformedFile, ModelError, ModelNotFound, UnsupportedModel
+from pipo.base.file_identity import FileIdentity
 
 _WHAT_WORKS = "pipo reads GGUF files"
 _DOWNLOAD_AGAIN = "the download went wrong: fetch the file again"
@@ -34,20 +34,6 @@ _BROKEN_DOWNLOADS = (
     (b"<!doctype", "a web page"),
     (b"<html", "a web page"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class FileIdentity:
-    """What tells an opened file from one that replaced it."""
-
-    num_bytes: int
-    modified_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, file: FileIO) -> FileIdentity:
-        found = os.fstat(file.fileno())
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 def open_model_file(path: Path) -> FileIO:
@@ -82,7 +68,7 @@ def refuse_not_gguf(path: Path, head: bytes) -> ModelError:
 
 def check_unchanged(path: Path, file: FileIO, identity: FileIdentity, *, offset: int, num_bytes: int) -> None:
     """Raises FileChanged when `file` is not the one `identity` was taken from."""
-    if FileIdentity.of(file) != identity:
+    if FileIdentity.of(os.fstat(file.fileno())) != identity:
         raise FileChanged(
             "the file changed since it was opened",
             path=str(path),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -33,11 +33,15 @@ class Detokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of one request. `prefill_tokens` were computed, `cached_tokens` were still in the KV cache."""
+    """Of one request. `prefill_tokens` were computed, `cached_tokens` were still in the KV cache; `num_decoded` tokens
+    followed the first one, within `decode_s` of it: everything a caller waits for is in it.
+    """
 
     prefill_tokens: int
     cached_tokens: int
-    ttft_s: float
+    ttft_s: float = 0.0
+    num_decoded: int = 0
+    decode_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ class Generator:
         self._clock = clock
         self._stored: list[int] = []  # the tokens at positions 0, 1, … of the KV cache
         self.context_tokens = context_tokens
-        self.timing = Timing(0, 0, 0.0)
+        self.timing = Timing(0, 0)
 
     @property
     def max_chunk(self) -> int:
@@ -101,8 +105,7 @@ class Generator:
         logits = self._prefill(prompt, on_prefill)
         for num_done in range(1, max_tokens + 1):
             sampled = sampler.sample(logits[-1], self._stored)
-            if num_done == 1:
-                self.timing = Timing(self.timing.prefill_tokens, self.timing.cached_tokens, self._clock.now() - begin)
+            self._take_time(num_done, self._clock.now() - begin)
             if sampled.token_id in end_ids and not params.ignore_eos:
                 yield Piece(None, stops.feed(detokenizer.flush()) + stops.flush(), FinishReason.STOP)
                 return
@@ -128,7 +131,7 @@ class Generator:
         cached = min(_common_prefix(self._stored, prompt), len(prompt) - 1)
         del self._stored[cached:]
         todo, chunk = prompt[cached:], self._forward.max_tokens
-        self.timing = Timing(len(todo), cached, 0.0)
+        self.timing = Timing(len(todo), cached)
         logits = np.empty((0, 0), np.float32)
         for start in range(0, len(todo), chunk):
             part = todo[start : start + chunk]
@@ -136,6 +139,13 @@ class Generator:
             logits = self._pass(part, outputs=[len(part) - 1] if is_last else [])
             on_prefill(start + len(part), len(todo))
         return logits
+
+    def _take_time(self, num_done: int, seconds: float) -> None:
+        """A token was chosen, the `num_done`th, `seconds` after the request."""
+        if num_done == 1:
+            self.timing = replace(self.timing, ttft_s=seconds)
+        else:
+            self.timing = replace(self.timing, num_decoded=num_done - 1, decode_s=seconds - self.timing.ttft_s)
 
     def _pass(self, tokens: Sequence[int], outputs: Sequence[int]) -> npt.NDArray[np.float32]:
         logits = self._forward.run(tokens, len(self._stored), outputs)

@@ -26,7 +26,7 @@ from pipo.pipeline.schedule import SCHEDULES, Residency, SlotId, UnitId
 from pipo.pipeline.stage_graphs import Compute, StageGraphs, graphs_bytes
 from pipo.pipeline.units import Unit, WeightLayouts, cut_head, make_units, unit_sizes
 from pipo.planner.placement import ChunkCost, Demand, Placement
-from pipo.store.index import RepackRows
+from pipo.store.index import ROWS_PER_GROUP, RepackRows
 from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Arena, Place
 from pipo.transfer.disk import DiskTransfer, DriveSettings
@@ -65,7 +65,14 @@ class Blueprint:
     @property
     def bounce_bytes(self) -> int:
         """Read buffers of the transfer workers: for rows on their way through repacking, and for embeddings."""
-        return round_up(self.drive.bounce_bytes(repacks=bool(self.layouts.repacked)), PAGE)
+        is_repacking = bool(self.layouts.repacked)
+        return round_up(self.drive.bounce_bytes(repacks=is_repacking, group_bytes=self.group_bytes), PAGE)
+
+    @property
+    def group_bytes(self) -> int:
+        """The largest group of rows that is repacked at once."""
+        specs = (self.manifest.tensors[name] for name in self.layouts.repacked)
+        return ROWS_PER_GROUP * max((spec.type.row_bytes(spec.shape[0]) for spec in specs), default=0)
 
 
 def choose_layouts(
@@ -178,7 +185,7 @@ class Assembly:
             blueprint.compute,
             self._graphs(blueprint, stages, context_tokens, chunk),
             executor,
-            self._embedding(blueprint, transfer, chunk),
+            self._embedding(blueprint, transfer, executor, chunk),
             PassBuffers(blueprint.buffer_shape(context_tokens, chunk), buffers),
             KvCache(blueprint.kv_shape(context_tokens), cache),
             SCHEDULES[blueprint.config.schedule],
@@ -212,7 +219,9 @@ class Assembly:
         transfer = DiskTransfer(
             blueprint.manifest.files,
             blueprint.drive,
+            identities=blueprint.manifest.identities,
             repack=repack_rows if blueprint.layouts.repacked else None,
+            group_bytes=blueprint.group_bytes,
             ledger=self.ledger,
             tracer=tracer,
             clock=clock,
@@ -259,9 +268,10 @@ class Assembly:
         graphs.reserve(stages, shape)
         return graphs
 
-    def _embedding(self, blueprint: Blueprint, transfer: DiskTransfer, chunk: int) -> Embedding:
+    def _embedding(self, blueprint: Blueprint, transfer: DiskTransfer, executor: Executor, chunk: int) -> Embedding:
         table = blueprint.manifest.tensors[EMBEDDING_TABLE]
-        embedding = Embedding(table, transfer, Dequantiser(blueprint.compute.lib, table.type), chunk)
+        dequantiser = Dequantiser(blueprint.compute.lib, table.type)
+        embedding = Embedding(table, transfer, executor.wait_for, dequantiser, chunk)
         self._exit.enter_context(self.ledger.reserve("activations", embedding.num_bytes))
         return embedding
 

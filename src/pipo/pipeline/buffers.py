@@ -70,7 +70,10 @@ class PassBuffers:
         self._out_rows[: len(outputs)] = outputs
         num_rows = kv_rows_class(start + num_tokens)
         mask = self._mask[: num_tokens * num_rows].reshape(num_tokens, num_rows)
-        mask[:] = np.where(np.arange(num_rows) <= positions[:, None], np.float16(0), np.float16(-np.inf))
+        for row, position in zip(mask, range(start, start + num_tokens), strict=True):
+            # in place: an array of conditions would take three times the mask, outside any budget
+            row[: position + 1] = 0
+            row[position + 1 :] = -np.inf
 
     def logits(self, pieces: list[tuple[int, int]], num_outputs: int) -> npt.NDArray[np.float32]:
         """(outputs, vocabulary). A view for one output; a copy that joins the head's pieces for several."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -10,18 +10,31 @@ import numpy.typing as npt
 
 from pipo.base.manifest import Extent, TensorSpec
 from pipo.compute.dequantise import Dequantiser
+from pipo.transfer.handle import Handle
 
 
 class RowReader(Protocol):
-    def read_rows(self, extents: Sequence[Extent], out: memoryview) -> None: ...
+    def submit_rows(self, extents: Sequence[Extent], out: memoryview) -> Handle: ...
 
 
 class Embedding:
-    """Writes the embeddings of tokens into float32 rows. Each distinct token is read once per call."""
+    """Writes the embeddings of tokens into float32 rows. Each distinct token is read once per call.
 
-    def __init__(self, table: TensorSpec, reader: RowReader, dequantiser: Dequantiser, max_tokens: int) -> None:
+    `wait` returns when a handle is done, and raises what it met or that the pass was cancelled meanwhile.
+    """
+
+    def __init__(
+        self,
+        table: TensorSpec,
+        reader: RowReader,
+        wait: Callable[[Handle], None],
+        dequantiser: Dequantiser,
+        max_tokens: int,
+    ) -> None:
         self._table = table
         self._reader = reader
+        self._wait = wait
+        self._last: Handle | None = None  # cancelled while it was read, it may still write to `_raw`
         self._dequantiser = dequantiser
         self._row_bytes = table.type.row_bytes(table.shape[0])
         self._raw = np.empty(max_tokens * self._row_bytes, np.uint8)
@@ -47,7 +60,10 @@ class Embedding:
         """Addresses of the rows, after reading each distinct one once."""
         distinct, inverse = np.unique(np.asarray(token_ids), return_inverse=True)
         used = len(distinct) * self._row_bytes
-        self._reader.read_rows([self._extent(int(token)) for token in distinct], self._raw.data[:used])
+        if self._last is not None and not self._last.is_done:
+            self._wait(self._last)
+        self._last = self._reader.submit_rows([self._extent(int(token)) for token in distinct], self._raw.data[:used])
+        self._wait(self._last)
         base = self._raw.ctypes.data
         return [base + int(row) * self._row_bytes for row in inverse]
 

@@ -82,6 +82,12 @@ class Executor:
             self._is_settled = have_ended
         return self._is_settled
 
+    def wait_for(self, handle: Handle) -> None:
+        """Wait for a read that belongs to no step; a stall like any other. Raises TransferError, Cancelled."""
+        if not handle.is_done:
+            self.stats.wall_s += self._stall(handle, handle.label)
+        handle.wait(0)
+
     def place_of(self, unit_id: UnitId) -> Place:
         """Where a unit that was read is now."""
         return self._arrivals[unit_id][1]
@@ -119,7 +125,8 @@ class Executor:
             if not handle.is_done:
                 self._stall(handle, self._units[unit_id].label)
 
-    def _stall(self, handle: Handle, label: str) -> None:
+    def _stall(self, handle: Handle, label: str) -> float:
+        """Wait, and note why. Returns seconds."""
         begin = self._clock.now()
         self._wait(handle)
         end = self._clock.now()
@@ -127,6 +134,7 @@ class Executor:
         for cause, seconds in _causes(handle, begin, end).items():
             self.stats.stall_s[cause] += seconds
         self._tracer.zone("compute", f"wait for {label}", begin, end)
+        return end - begin
 
     def _wait(self, handle: Handle) -> None:
         while not handle.is_done:

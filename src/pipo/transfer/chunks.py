@@ -51,7 +51,9 @@ class RowCopy:
 
 
 def cut_reads(reads: Sequence[Read], chunk_bytes: int) -> list[PlainChunk | RepackChunk]:
-    """Chunks of about `chunk_bytes`: plain ones at most that, repacked ones plus two page edges. In file order."""
+    """Chunks of about `chunk_bytes`: plain ones at most that, repacked ones plus two page edges, or one group of rows
+    where that is more. In file order.
+    """
     chunks: list[PlainChunk | RepackChunk] = []
     for read in reads:
         chunks += _cut_plain(read, chunk_bytes) if read.rows is None else _cut_rows(read, read.rows, chunk_bytes)
@@ -81,8 +83,7 @@ def _cut_plain(read: Read, chunk_bytes: int) -> Iterator[PlainChunk]:
 
 
 def _cut_rows(read: Read, rows: RepackRows, chunk_bytes: int) -> Iterator[RepackChunk]:
-    chunk_rows = round_down(chunk_bytes // rows.row_bytes, ROWS_PER_GROUP)
-    assert chunk_rows, "a chunk must hold a group of rows"
+    chunk_rows = max(round_down(chunk_bytes // rows.row_bytes, ROWS_PER_GROUP), ROWS_PER_GROUP)
     step = _even_step(rows.num_rows, chunk_rows, ROWS_PER_GROUP)
     for row in range(0, rows.num_rows, step):
         num_rows = min(step, rows.num_rows - row)

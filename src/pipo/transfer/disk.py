@@ -8,12 +8,13 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipo.base.clock import Clock
 from pipo.base.errors import Cancelled, FileChanged, PipoError
+from pipo.base.file_identity import FileIdentity
 from pipo.base.manifest import Extent
 from pipo.base.trace import Tracer
 from pipo.base.units import KIB
@@ -26,7 +27,8 @@ from pipo.transfer.handle import Handle
 
 log = logging.getLogger(__name__)
 
-WORKER_NICENESS = 5
+WORKER_NICENESS = 5  # above that of the program
+_MOST_NICENESS = 19
 CLOSE_S = 0.4  # how long `close` waits for a read that is under way
 _COPY_BYTES = 64 * KIB  # most of an embedding row or norm that is read at once
 
@@ -41,9 +43,12 @@ class DriveSettings:
     num_workers: int
     direct: bool = True
 
-    def bounce_bytes(self, *, repacks: bool) -> int:
-        """Buffers of all workers together. Without repacking only single rows and norms go through them."""
-        return self.num_workers * ((self.chunk_bytes if repacks else _COPY_BYTES) + 2 * ALIGNMENT)
+    def bounce_bytes(self, *, repacks: bool, group_bytes: int = 0) -> int:
+        """Buffers of all workers together. Without repacking only single rows and norms go through them; with it a
+        chunk, or the largest group of rows that is repacked at once, where that is more.
+        """
+        largest = max(self.chunk_bytes, group_bytes) if repacks else _COPY_BYTES
+        return self.num_workers * (largest + 2 * ALIGNMENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ class DiskTransfer:
     """Moves units from files to places. The first failure poisons it: what is queued, and all that is submitted
     later, ends with the same error. `close` gives everything back.
 
-    Threads: `submit`, `read_rows`, `read_now` and `close` from any, `close` last.
+    Threads: `submit`, `submit_rows`, `read_now` and `close` from any, `close` last.
     """
 
     def __init__(
@@ -81,13 +86,20 @@ class DiskTransfer:
         files: Sequence[Path],
         settings: DriveSettings,
         *,
+        identities: Sequence[FileIdentity] | None = None,
         repack: Repack | None,
+        group_bytes: int = 0,
         ledger: Ledger,
         tracer: Tracer,
         clock: Clock,
         preadv: Preadv = os.preadv,
     ) -> None:
-        """Raises ReadFailed when a file cannot be opened, OverBudget when the bounce buffers do not fit."""
+        """`identities` are the versions of the files that are wanted; None takes what is there. `group_bytes`: see
+        DriveSettings.bounce_bytes.
+
+        Raises ReadFailed when a file cannot be opened, FileChanged when it is not the wanted one, OverBudget when the
+        bounce buffers do not fit.
+        """
         assert settings.chunk_bytes % ALIGNMENT == 0 and settings.chunk_bytes > 0 and settings.num_workers > 0
         self.settings = settings
         self._repack = repack
@@ -100,8 +112,10 @@ class DiskTransfer:
         self._is_closed = False
         self._all_left = threading.Event()
         with ExitStack() as resources:
-            self._files = [_opened(path, settings, preadv, resources) for path in files]
-            num_bytes = settings.bounce_bytes(repacks=repack is not None)
+            wanted: Sequence[FileIdentity | None] = identities or [None] * len(files)
+            pairs = zip(files, wanted, strict=True)
+            self._files = [_opened(path, identity, settings, preadv, resources) for path, identity in pairs]
+            num_bytes = settings.bounce_bytes(repacks=repack is not None, group_bytes=group_bytes)
             bounce = resources.enter_context(Arena(num_bytes, name="transfer buffers", ledger=ledger))
             self._resources = resources.pop_all()
         share = num_bytes // settings.num_workers
@@ -124,10 +138,9 @@ class DiskTransfer:
         self._enqueue(self._jobs, [_ReadJob(handle, chunk, place) for chunk in chunks])
         return handle
 
-    def read_rows(self, extents: Sequence[Extent], out: memoryview) -> None:
-        """Read small extents one after another into `out`, in parallel and ahead of everything queued. Blocks.
-
-        Raises TransferError, Cancelled.
+    def submit_rows(self, extents: Sequence[Extent], out: memoryview) -> Handle:
+        """Queue small extents, one after another into `out`, in parallel and ahead of everything queued. Never blocks
+        and never raises: the handle tells.
         """
         num_bytes = sum(extent.num_bytes for extent in extents)
         assert out.nbytes == num_bytes
@@ -137,12 +150,12 @@ class DiskTransfer:
         handle = Handle("rows", num_bytes=num_bytes, num_chunks=len(groups), submitted_s=self._clock.now())
         self._check_open_files({extent.file_idx for extent in extents})
         self._enqueue(self._urgent, [_CopyJob(handle, group, out.cast("B")) for group in groups])
-        handle.wait()
+        return handle
 
     def read_now(self, extent: Extent) -> bytes:
         """Read one small extent. Blocks. Raises TransferError, Cancelled."""
         out = bytearray(extent.num_bytes)
-        self.read_rows([extent], memoryview(out))
+        self.submit_rows([extent], memoryview(out)).wait()
         return bytes(out)
 
     def check_files(self) -> None:
@@ -203,8 +216,8 @@ class DiskTransfer:
             job.handle.end_chunk(self._clock.now(), failure)
 
     def _work(self, worker: _Worker) -> None:
-        _yield_to_compute()
         try:
+            _yield_to_compute()
             while self._serve_one(worker):
                 pass
         finally:
@@ -294,11 +307,17 @@ def _yield_to_compute() -> None:
     Those meet at a barrier after every op: one of them losing its core to a worker that repacks stalls them all. On 2
     cores a cold pass over a 7B took 5.9 s at equal priority and 1.3 s like this; decode was the same.
     """
-    if sys.platform == "linux":  # where priorities are per thread
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WORKER_NICENESS)
+    if sys.platform != "linux":  # where priorities are per thread
+        return
+    thread = threading.get_native_id()
+    wanted = os.getpriority(os.PRIO_PROCESS, thread) + WORKER_NICENESS  # the program may have been started with `nice`
+    with suppress(OSError):  # a sandbox may forbid it: that costs speed, nothing else
+        os.setpriority(os.PRIO_PROCESS, thread, min(wanted, _MOST_NICENESS))
 
 
-def _opened(path: Path, settings: DriveSettings, preadv: Preadv, resources: ExitStack) -> UncachedFile:
-    file = UncachedFile(path, direct=settings.direct, preadv=preadv)
+def _opened(
+    path: Path, identity: FileIdentity | None, settings: DriveSettings, preadv: Preadv, resources: ExitStack
+) -> UncachedFile:
+    file = UncachedFile(path, direct=settings.direct, preadv=preadv, identity=identity)
     resources.callback(file.close)
     return file

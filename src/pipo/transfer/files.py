@@ -9,9 +9,9 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from pipo.base.errors import FileChanged, ReadFailed, TransferError, UnexpectedEof
+from pipo.base.file_identity import FileIdentity
 from pipo.base.units import round_down
 
 if sys.platform == "darwin":
@@ -25,22 +25,23 @@ _MAX_STALLS = 4  # reads in a row that return less than a block from the middle 
 Preadv = Callable[[int, Sequence[memoryview], int], int]  # os.preadv, or a faulty one in tests
 
 
-class Identity(NamedTuple):
-    """What tells one version of a file from another without reading it."""
-
-    device: int
-    inode: int
-    num_bytes: int
-    mtime_ns: int
-
-
 class UncachedFile:
     """One file open for reading: directly where the file system allows it, else through the page cache, which is
     emptied behind each read. Threads: `read` from any.
     """
 
-    def __init__(self, path: Path, *, direct: bool = True, preadv: Preadv = os.preadv) -> None:
-        """Raises ReadFailed when the file cannot be opened."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        direct: bool = True,
+        preadv: Preadv = os.preadv,
+        identity: FileIdentity | None = None,
+    ) -> None:
+        """`identity` is the version that is wanted, where the caller has read something from it before.
+
+        Raises ReadFailed when the file cannot be opened, FileChanged when it is another version.
+        """
         self.path = path
         self.is_direct = False
         self._preadv = preadv
@@ -50,7 +51,13 @@ class UncachedFile:
             self._open(direct)
         except OSError as error:
             raise self._error(ReadFailed, f"cannot open ({_name_of(error)})", 0, 0, 0) from error
-        self.identity = _identify(os.fstat(self._fds[0]))
+        found = FileIdentity.of(os.fstat(self._fds[0]))
+        self.identity = identity or found
+        try:
+            self._compare(found)
+        except FileChanged:
+            self.close()
+            raise
 
     def read(self, view: memoryview, offset: int, needed_bytes: int) -> int:
         """Fill `view` from `offset`; both must be aligned. Returns the bytes read, at least `needed_bytes`.
@@ -81,13 +88,13 @@ class UncachedFile:
         Does nothing after `close`, which may happen on another thread meanwhile.
         """
         with self._lock:
-            found = _identify(os.fstat(self._fds[0])) if self._fds else self.identity
+            found = FileIdentity.of(os.fstat(self._fds[0])) if self._fds else self.identity
         self._compare(found)
 
     def check_path(self) -> None:
         """Raises FileChanged when the path now names another file, or none."""
         try:
-            found = _identify(self.path.stat())
+            found = FileIdentity.of(self.path.stat())
         except OSError as error:
             raise self._error(FileChanged, "the file is gone", 0, self.identity.num_bytes, 0) from error
         self._compare(found)
@@ -136,7 +143,7 @@ class UncachedFile:
     def _size_now(self) -> int:
         return os.fstat(self._fds[0]).st_size
 
-    def _compare(self, found: Identity) -> None:
+    def _compare(self, found: FileIdentity) -> None:
         if found != self.identity:
             wanted, got = self.identity.num_bytes, found.num_bytes
             raise self._error(FileChanged, "the file was changed while in use", 0, wanted, got)
@@ -171,10 +178,6 @@ def _open_buffered(path: Path) -> int:
 def _drop_cached(fd: int, offset: int, num_bytes: int) -> None:
     if sys.platform == "linux":
         os.posix_fadvise(fd, offset, num_bytes, os.POSIX_FADV_DONTNEED)
-
-
-def _identify(status: os.stat_result) -> Identity:
-    return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _name_of(error: OSError) -> str:

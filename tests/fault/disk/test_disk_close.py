@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ import pytest
 
 from pipo.base.errors import Cancelled
 from pipo.base.manifest import Extent, FileIdx
-from pipo.transfer.disk import CLOSE_S
+from pipo.transfer.disk import CLOSE_S, WORKER_NICENESS
 from pipo.transfer.null import Fault, faulty_preadv
 from tests.support.disk_units import LAYOUTS, outcomes, slots, submit_all
 from tests.support.transfers import opened, xor_rows
@@ -62,9 +64,9 @@ def test_waiting_threads_wake_up_at_close(path: Path, content: bytes) -> None:
 
         def read() -> None:
             try:
-                disk.transfer.read_rows(
+                disk.transfer.submit_rows(
                     [Extent(FileIdx(0), 4096 * i, 10) for i in range(90)], memoryview(bytearray(900))
-                )
+                ).wait()
             except Cancelled as error:
                 ended.append(error)
 
@@ -98,3 +100,28 @@ def test_nothing_writes_to_a_place_once_its_handle_is_done(path: Path, content: 
 def test_closing_twice_is_allowed(path: Path, content: bytes) -> None:
     with opened([path]) as disk:
         disk.transfer.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities are per thread on Linux only")
+@pytest.mark.parametrize("started_at", [0, 10, 18])
+def test_workers_are_nicer_than_the_program(
+    path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, started_at: int
+) -> None:
+    """Also under `nice`: a thread that asked for less than it has would need a privilege."""
+    asked: list[int] = []
+    monkeypatch.setattr(os, "getpriority", lambda which, who: started_at)
+    monkeypatch.setattr(os, "setpriority", lambda which, who, niceness: asked.append(niceness))
+    with opened([path]) as disk:
+        assert disk.transfer.read_now(Extent(FileIdx(0), 0, 10)) == content[:10]
+    assert set(asked) == {min(started_at + WORKER_NICENESS, 19)}
+
+
+def test_workers_work_where_priorities_are_forbidden(
+    path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError(errno.EACCES, "forbidden")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    with opened([path]) as disk:
+        assert disk.transfer.read_now(Extent(FileIdx(0), 0, 10)) == content[:10]

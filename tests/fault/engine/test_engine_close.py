@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from pipo.base.errors import Cancelled
 from pipo.compute.repack import RepackBuffer
 from pipo.tiers.ledger import Ledger
 from pipo.transfer.disk import CLOSE_S
+from tests.support.gate import Gate
 from tests.support.small_engine import LONG, PROMPT, answer, start
 
 
@@ -30,29 +29,6 @@ def test_closing_during_an_answer(original: Path, ram_bytes: int) -> None:
         list(stream)
     with pytest.raises(Cancelled):
         next(late)
-
-
-class Gate:
-    """A preadv that gets stuck once `num_left` more reads have begun, until it is opened."""
-
-    def __init__(self) -> None:
-        self.num_left: int | None = None
-        self.num_stuck = 0
-        self._opened = threading.Event()
-        self._lock = threading.Lock()
-
-    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        with self._lock:
-            is_stuck = self.num_left == 0
-            self.num_stuck += is_stuck
-            if self.num_left:
-                self.num_left -= 1
-        if is_stuck:
-            self._opened.wait()
-        return os.preadv(fd, buffers, offset)
-
-    def open(self) -> None:
-        self._opened.set()
 
 
 @pytest.mark.parametrize("num_left", [0, 3, 5, 10, 40])

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pipo.base.errors import FileChanged, PipoError
+from pipo import engine as engine_module
+from pipo.base.config import EngineConfig
+from pipo.base.errors import FileChanged, PipoError, ReadFailed
+from pipo.engine import Engine, ModelFile
+from tests.support.engines import KNOWN_DRIVE, PLENTY
 from tests.support.file_changes import cut, exchange, overwrite, remove
-from tests.support.small_engine import LONG, PROMPT, answer, start
+from tests.support.small_engine import LONG, PROMPT, SETTINGS, answer, start
 
 
 @pytest.mark.parametrize("change", [cut, overwrite, exchange, remove])
@@ -40,3 +44,17 @@ def test_file_that_is_cut_before_the_start(path: Path, smallest: int) -> None:
     cut(path)
     with pytest.raises(PipoError, match=r"model\.gguf"):
         start(path, smallest)
+
+
+@pytest.mark.parametrize("change", [overwrite, exchange, remove])
+def test_file_that_changes_between_header_and_start(
+    path: Path, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of one version under the hyper-parameters of another would run, and wrongly."""
+    monkeypatch.setattr(engine_module, "drive_rates", lambda files, **_: (KNOWN_DRIVE,))
+    model = ModelFile(path)
+    with Engine(model, EngineConfig(ram=str(PLENTY), **SETTINGS)) as engine:
+        plan = engine.make_plan()
+        change(path)
+        with pytest.raises((FileChanged, ReadFailed), match=r"model\.gguf"):
+            engine.start(plan)

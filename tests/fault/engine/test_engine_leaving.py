@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from pipo.base.config import SCHEDULE_NAMES
 from pipo.base.errors import Cancelled
 from pipo.generation.request import FinishReason
 from pipo.transfer.null import Fault, faulty_preadv
+from tests.support.engines import PLENTY
+from tests.support.gate import Gate
 from tests.support.small_engine import GREEDY, LONG, PROMPT, answer, start
 
 
@@ -73,3 +76,31 @@ def test_finishing_after_an_early_leave_is_reported(original: Path, smallest: in
         stream.close()
         assert engine.complete(PROMPT, GREEDY).finish_reason is FinishReason.LENGTH
         assert engine.report is not None and engine.report.timing.cached_tokens == len(PROMPT) - 1
+
+
+def test_cancelling_while_the_drive_is_silent(original: Path, smallest: int, healthy: tuple[int, ...]) -> None:
+    """At an embedding row, which is the first thing an answer reads. What comes back late does no harm."""
+    gate = Gate()
+    with start(original, smallest, gate) as engine:
+        answer(engine)
+        gate.num_left = 0
+        stream = engine.stream([9, *PROMPT], LONG)
+        timer = threading.Timer(0.1, engine.cancel)
+        timer.start()
+        begin = time.perf_counter()
+        with pytest.raises(Cancelled):
+            next(stream)
+        assert time.perf_counter() - begin < 1.0
+        threading.Timer(0.1, gate.open).start()
+        assert answer(engine) == healthy
+
+
+def test_reported_speed_is_the_speed_seen(original: Path) -> None:
+    """Everything between two tokens counts, not only the pass."""
+    with start(original, PLENTY) as engine:
+        times = [time.perf_counter() for piece in engine.stream(PROMPT, LONG) if piece.token is not None]
+        assert engine.report is not None
+        timing = engine.report.timing
+        assert timing.num_decoded == len(times) - 1
+        assert engine.report.decode.wall_s < timing.decode_s
+        assert timing.decode_s == pytest.approx(times[-1] - times[0], rel=0.2)
