@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipo.base.clock import RealClock
 from pipo.base.manifest import Extent, FileIdx
 from pipo.base.units import KIB, MIB
 from pipo.hardware.cache import cache_file, drive_key, drive_rates
@@ -47,6 +48,21 @@ def test_combinations_asked_for() -> None:
         (chunk, workers) for chunk in (1, 4, 16) for workers in (1, 4, 8, 16)
     }
     assert max(c.chunk_bytes * c.num_workers for c in QUICK_COMBOS) == 32 * MIB
+
+
+def test_a_thread_that_loses_its_core_still_measures(tmp_path: Path) -> None:
+    """Time may be over before the first read was asked for."""
+
+    class Jumping(RealClock):
+        _now_s = 0.0
+
+        def now(self) -> float:
+            self._now_s += 10
+            return self._now_s
+
+    model = tmp_path / "model"
+    model.write_bytes(bytes(MIB))
+    assert all(rate.bytes_per_s > 0 for rate in measure_drive([model], combos=COMBOS, duration_s=0.01, clock=Jumping()))
 
 
 def test_best_keeps_the_most_in_flight_of_those_as_fast() -> None:

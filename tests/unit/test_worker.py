@@ -127,3 +127,13 @@ def _taking(make: Callable[[], Iterator[int]], outcome: list[BaseException]) -> 
             outcome.append(error)
 
     return take
+
+
+def test_leaving_a_finished_job_does_not_interrupt_another(flag: Flag) -> None:
+    old = flag.worker.stream(lambda: iter(range(3)))
+    next(old)  # the other two are made, and nobody takes them
+    running = flag.worker.stream(flag.forever)
+    next(running)
+    old.close()
+    assert [next(running) for _ in range(3)] and not flag.event.is_set()
+    running.close()

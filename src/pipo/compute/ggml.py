@@ -56,7 +56,7 @@ class InitParams(ctypes.Structure):
 
 
 class ComputePlan(ctypes.Structure):
-    """`struct ggml_cplan`, returned by value; room is left for fields newer versions append."""
+    """`struct ggml_cplan`, returned by value; `reserved` is for fields that newer versions append."""
 
     _fields_ = (
         ("work_size", c_size_t),
@@ -66,6 +66,7 @@ class ComputePlan(ctypes.Structure):
         ("abort_callback", c_void_p),
         ("abort_callback_data", c_void_p),
         ("use_ref", c_bool),
+        ("reserved", ctypes.c_char * 64),
     )
 
 

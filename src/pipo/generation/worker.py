@@ -36,6 +36,8 @@ class Worker:
         self._interrupt = interrupt
         self._resume = resume
         self._is_closed = False
+        self._lock = threading.Lock()  # an interrupt goes to the job it is meant for: guards `_running`
+        self._running: _Job[object] | None = None
         self._jobs: queue.SimpleQueue[_Job[object] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
@@ -60,8 +62,10 @@ class Worker:
                 yield item
         finally:
             if not is_over:
-                job.is_abandoned = True  # before the interrupt: see _run
-                self._interrupt()
+                with self._lock:
+                    job.is_abandoned = True
+                    if self._running is job:
+                        self._interrupt()
                 while not isinstance(job.out.get(), _End):
                     pass
 
@@ -74,9 +78,11 @@ class Worker:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             error: BaseException | None = None
-            # An interrupt that comes after this line stays set. One that came before it belongs to an earlier job, or
-            # to this one, which then is_abandoned or whose worker is closed already.
-            self._resume()
+            with self._lock:
+                # An interrupt from now on is this job's. One that came before belonged to an earlier job, or to
+                # `close`, which the job looks for.
+                self._running = job
+                self._resume()
             try:
                 if self._is_closed:
                     raise Cancelled("the worker was closed")
@@ -84,4 +90,6 @@ class Worker:
                     job.out.put(item)
             except BaseException as caught:  # noqa: BLE001 - handed to the thread that waits for it
                 error = caught
+            with self._lock:
+                self._running = None
             job.out.put(_End(error))

@@ -144,7 +144,9 @@ def _sample(
         free, in_flight, num_bytes = deque(places), deque[tuple[Handle, Place]](), 0
         begin = clock.now()
         while in_flight or not num_bytes:
-            while free and clock.now() - begin < seconds:
+            is_first = not in_flight and not num_bytes
+            while free and (is_first or clock.now() - begin < seconds):
+                is_first = False
                 place = free.popleft()
                 read = walk.next_read(_piece_bytes(combo))
                 in_flight.append((transfer.submit([read], place, "sample"), place))
