@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,8 @@ def smollm2_path() -> Path:
     if not path.is_file():
         pytest.skip("SmolLM2 is not here: run `pipo pull smollm2`")
     return path
+
+
+# a shell that runs the suite in the background has Ctrl-C ignored, and so would every `pipo` that a test interrupts
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
