@@ -62,7 +62,7 @@ def resolve_config(
     Raises UsageError for an unknown or unusable key, naming where it stands.
     """
     config = EngineConfig()
-    if file is not None and file.exists():
+    if file is not None:
         config = _apply(config, _read_toml(file), str(file))
     config = _apply(config, _from_environment(environment), "environment")
     return replace(config, **{name: value for name, value in arguments.items() if value is not None})  # type: ignore[arg-type]
@@ -95,13 +95,23 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
 
 
 def _read_toml(file: Path) -> dict[str, object]:
+    """Empty where there is no such file."""
     import tomllib
 
     try:
         with file.open("rb") as stream:
             return tomllib.load(stream)
-    except tomllib.TOMLDecodeError as error:
+    except FileNotFoundError:
+        return {}
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{file}: not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02X}",
+            hint="save it as UTF-8, the only encoding TOML has",
+        ) from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{file}: not valid TOML: {error}") from error
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read: {error.strerror}", hint="pipo reads its settings from it") from error
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
