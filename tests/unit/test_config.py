@@ -64,3 +64,20 @@ def test_a_user_without_a_home(folder: object, monkeypatch: pytest.MonkeyPatch) 
         folder({"XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": "relative"})
     absolute = {"XDG_CACHE_HOME": "/x", "XDG_CONFIG_HOME": "/x"}
     assert folder(absolute) == Path("/x/pipo")
+
+
+def test_a_misspelt_environment_setting_is_refused() -> None:
+    with pytest.raises(UsageError, match="environment: unknown setting 'PIPO_RAMM'") as caught:
+        resolve_config({}, {"PIPO_RAMM": "1GB"})
+    assert caught.value.hint is not None and "PIPO_RAM" in caught.value.hint.split(", ")
+
+
+@pytest.mark.parametrize("name", ["PIPO_TRACE", "PIPO_MAX_OUTPUTS", "PIPO_", "PIPO_ram"])
+def test_what_is_no_setting_is_refused_in_the_environment(name: str) -> None:
+    with pytest.raises(UsageError, match="environment: unknown setting"):
+        resolve_config({}, {name: "1"})
+
+
+def test_the_environment_may_hold_what_others_read() -> None:
+    environment = {"PIPO_GGML": "/x", "PIPO_TEST_MODEL": "/y", "HOME": "/z", "PIPO_THREADS": "3"}
+    assert resolve_config({}, environment).threads == 3

@@ -13,6 +13,7 @@ SCHEDULE_NAMES = ("pipelined", "sequential", "layer")
 LAYOUT_NAMES = ("auto", "plain", "repacked")
 CACHE_TYPE_NAMES = ("f16", "f32", "q8_0", "q4_0")
 ENV_PREFIX = "PIPO_"
+_ELSEWHERE = {"PIPO_GGML", "PIPO_TEST_MODEL"}  # read by compute.ggml and by the tests
 _CODE_ONLY = {"trace", "max_outputs"}  # mean nothing without a program that uses what they give
 
 
@@ -69,14 +70,16 @@ def resolve_config(
 
 
 def _apply(config: EngineConfig, values: Mapping[str, object], source: str) -> EngineConfig:
-    kinds = {field.name: field.type for field in fields(EngineConfig) if field.name not in _CODE_ONLY}
+    kinds = _settings()
     for name, value in values.items():
         if name not in kinds:
-            raise UsageError(f"{source}: unknown setting {name!r}", hint=f"known: {', '.join(sorted(kinds))}")
+            raise UsageError(f"{source}: unknown setting {name!r:.80}", hint=f"known: {', '.join(sorted(kinds))}")
         try:
-            config = replace(config, **{name: _convert(str(kinds[name]), value)})  # type: ignore[arg-type]
-        except (ValueError, UsageError) as error:
-            raise UsageError(f"{source}: {name} = {value!r}: {error}") from error
+            config = replace(config, **{name: _convert(kinds[name], value)})  # type: ignore[arg-type]
+        except UsageError as error:
+            raise UsageError(f"{source}: {name} = {value!r:.80}: {error.message}", hint=error.hint) from error
+        except ValueError as error:
+            raise UsageError(f"{source}: {name} = {value!r:.80}: {error!s:.200}") from error
     return config
 
 
@@ -87,11 +90,18 @@ def _convert(kind: str, value: object) -> object:
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
-    known = {field.name for field in fields(EngineConfig)} - _CODE_ONLY
-    named = {
-        key.removeprefix(ENV_PREFIX).lower(): value for key, value in environment.items() if key.startswith(ENV_PREFIX)
-    }
-    return {name: value for name, value in named.items() if name in known}
+    """What begins with PIPO_, by the names of EngineConfig. Raises UsageError for what is no setting."""
+    known = {ENV_PREFIX + name.upper(): name for name in _settings()}
+    named = {key: value for key, value in environment.items() if key.startswith(ENV_PREFIX) and key not in _ELSEWHERE}
+    for key in named:
+        if key not in known:
+            raise UsageError(f"environment: unknown setting {key!r:.80}", hint=f"known: {', '.join(sorted(known))}")
+    return {known[key]: value for key, value in named.items()}
+
+
+def _settings() -> dict[str, str]:
+    """Names and types of what the environment and the file can say."""
+    return {field.name: str(field.type) for field in fields(EngineConfig) if field.name not in _CODE_ONLY}
 
 
 def _read_toml(file: Path) -> dict[str, object]:
