@@ -81,3 +81,17 @@ def test_what_is_no_setting_is_refused_in_the_environment(name: str) -> None:
 def test_the_environment_may_hold_what_others_read() -> None:
     environment = {"PIPO_GGML": "/x", "PIPO_TEST_MODEL": "/y", "HOME": "/z", "PIPO_THREADS": "3"}
     assert resolve_config({}, environment).threads == 3
+
+
+@pytest.mark.parametrize("threads", [513, 20_000, 3_000_000_000])
+def test_more_threads_than_ggml_takes_are_refused_wherever_they_stand(threads: int, tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(f"threads = {threads}\n")
+    for arguments, environment, given in (
+        ({"threads": threads}, {}, None),
+        ({}, {"PIPO_THREADS": str(threads)}, None),
+        ({}, {}, file),
+    ):
+        with pytest.raises(UsageError, match=f"threads must be at most 512, found {threads}"):
+            resolve_config(arguments, environment, given)
+    assert resolve_config({"threads": 512}, {}).num_threads == 512

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from pipo.base.cores import available_cores
 from pipo.base.errors import UsageError
 
 SCHEDULE_NAMES = ("pipelined", "sequential", "layer")
 LAYOUT_NAMES = ("auto", "plain", "repacked")
 CACHE_TYPE_NAMES = ("f16", "f32", "q8_0", "q4_0")
+MAX_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h; it checks none: 20,000 hang, and 2^31 wrap around to none
 ENV_PREFIX = "PIPO_"
 _ELSEWHERE = {"PIPO_GGML", "PIPO_TEST_MODEL"}  # read by compute.ggml and by the tests
 _CODE_ONLY = {"trace", "max_outputs"}  # mean nothing without a program that uses what they give
@@ -44,15 +45,16 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, found {value}")
+        if self.threads is not None and self.threads > MAX_THREADS:
+            raise UsageError(
+                f"threads must be at most {MAX_THREADS}, found {self.threads}",
+                hint=f"this process may use {available_cores()} cores",
+            )
 
     @property
     def num_threads(self) -> int:
         """Compute threads: those asked for, else one per core this process may use."""
-        return self.threads or available_cores()
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.threads or min(available_cores(), MAX_THREADS)
 
 
 def resolve_config(
