@@ -70,9 +70,9 @@ class TensorBook:
 
 
 def refuse_unknown_keys(manifest: Manifest, harmless: Mapping[str, object]) -> None:
-    """Raises UnsupportedModel for a hyper-parameter that the family neither reads nor knows to be harmless."""
+    """Raises UnsupportedModel for a key that the family neither reads nor knows to change nothing as it is."""
     for key, value in manifest.extra.items():
-        if key in harmless and (harmless[key] is None or harmless[key] == value):
+        if key in harmless and harmless[key] == value:
             continue
         name = f"{manifest.hyper.architecture}.{key}"
         raise UnsupportedModel(
