@@ -7,6 +7,7 @@ import re
 from pipo.base.errors import UsageError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+PAGE_BYTES = 4096  # of places in RAM, and what direct reads want of offsets, lengths and addresses
 MAX_SIZE_BYTES = 1 << 63  # what a signed 64-bit count holds
 
 _FACTORS = {
