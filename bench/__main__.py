@@ -29,7 +29,7 @@ from bench.model_files import ModelSource, model_file
 from bench.output import ResultFile, make_console, print_table
 from bench.random_model import MIXES, SHAPES
 from bench.rows import Row, skipped
-from pipo.base.config import available_cores
+from pipo.base.cores import available_cores
 from pipo.store.library import KNOWN_MODELS, models_folder
 
 Measure = Callable[[Lab], Iterator[Row]]

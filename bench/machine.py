@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipo.base.config import available_cores
+from pipo.base.cores import available_cores
 from pipo.base.units import format_size
 from pipo.hardware.memory import total_memory_bytes
 

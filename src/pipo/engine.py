@@ -29,7 +29,7 @@ from pipo.hardware.cache import drive_rates
 from pipo.hardware.drive import QUICK_COMBOS, DriveRate, best_rate, measure_drive
 from pipo.hardware.memory import PeakSampler, process_memory, release_free_memory
 from pipo.kvcache.cache import ROWS_PER_CLASS, kv_rows_class
-from pipo.models.registry import stages_of
+from pipo.models.registry import check_architecture, stages_of
 from pipo.pipeline.assembly import Assembly, Blueprint, choose_layouts, demand
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
@@ -93,7 +93,7 @@ class ModelFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoint: Checkpoint = open_checkpoint(path)
+        self.checkpoint: Checkpoint = open_checkpoint(path, check_architecture)
         self.stages = stages_of(self.manifest)
         self.tokenizer = Tokenizer.from_metadata(self.checkpoint.metadata)
         release_free_memory()

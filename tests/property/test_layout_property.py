@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from pipo.base.clock import VirtualClock
 from pipo.base.manifest import Extent, FileIdx, TensorSpec
-from pipo.base.units import round_up
-from pipo.store.index import PAGE_BYTES, ROWS_PER_GROUP, UnitLayout, cut_rows, layout_unit
+from pipo.base.tensor_type import ROWS_PER_GROUP
+from pipo.base.units import PAGE_BYTES, round_up
+from pipo.store.index import UnitLayout, cut_rows, layout_unit
 from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Arena, Place
 from pipo.transfer.disk import DriveSettings

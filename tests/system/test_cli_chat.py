@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import time
 
 import pytest
 
-from tests.support.command_line import CommandLine
+from tests.support.command_line import BINARY, CommandLine
 
 SHORT = ("--temp", "0", "-n", "16")
 PROMPT = ">>> "
@@ -91,3 +92,10 @@ def test_a_chat_ends_as_its_user_wants(pipo: CommandLine, ending: str) -> None:
     assert "tok/s" in terminal.expect(PROMPT)
     terminal.type(ending)
     assert terminal.wait() == 0
+
+
+def test_a_closed_standard_input_is_refused_before_the_model_is_opened(pipo: CommandLine) -> None:
+    command = ["sh", "-c", 'exec "$0" chat no-such-model <&-', str(BINARY)]
+    done = subprocess.run(command, env=pipo.environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: standard input is closed\n")

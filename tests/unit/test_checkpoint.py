@@ -10,7 +10,10 @@ import pytest
 
 from pipo.base.errors import MalformedFile, ModelError, UnsupportedModel
 from pipo.base.manifest import HyperParameters, Manifest, Rope, RopeLayout, RopeScaling
+from pipo.engine import ModelFile
 from pipo.formats.checkpoint import open_checkpoint
+from pipo.formats.hyper_parameters import ROPE_LAYOUTS
+from pipo.models.registry import FAMILIES
 from tests.support.gguf_bytes import (
     BOOL,
     F32,
@@ -101,17 +104,17 @@ def test_where_the_vocabulary_size_comes_from(tmp_path: Path) -> None:
         open_keys(tmp_path, tokens=None)
 
 
-def test_rope_layouts(tmp_path: Path) -> None:
-    def layout(architecture: str) -> RopeLayout:
-        keys = [entry.replace(b"llama.", architecture.encode() + b".") for entry in llama_keys(architecture=None)]
-        # the replacement has the same length, so string lengths stay right
-        return open_manifest(
-            tmp_path, GgufBytes([*keys, text_key("general.architecture", architecture)])
-        ).hyper.rope.layout
+@pytest.mark.parametrize("architecture", ["mamba", "gemma", "rwkv9" * 1000])
+def test_an_architecture_of_no_family_is_refused_before_its_keys(tmp_path: Path, architecture: str) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(bytes(GgufBytes([text_key("general.architecture", architecture)])))
+    with pytest.raises(UnsupportedModel, match=f"architecture '{architecture[:60]}.* is not implemented") as caught:
+        ModelFile(path)
+    assert caught.value.hint == "pipo runs: llama" and len(caught.value.message) < 200
 
-    assert layout("arcee") is RopeLayout.NORMAL
-    assert layout("qwen2") is RopeLayout.NEOX
-    assert layout("qwen3") is RopeLayout.NEOX
+
+def test_every_family_has_a_rotary_layout() -> None:
+    assert set(ROPE_LAYOUTS) == set(FAMILIES)
 
 
 def test_linear_scaling_and_its_old_name(tmp_path: Path) -> None:
@@ -222,7 +225,12 @@ NAN, INF = float("nan"), float("inf")
     [
         ({"architecture": None}, (), MalformedFile, "'general.architecture' is missing"),
         ({"architecture": text_key("general.architecture", "")}, (), MalformedFile, "'general.architecture'"),
-        ({"architecture": text_key("general.architecture", "rwkv9")}, (), UnsupportedModel, "'rwkv9' is not impl"),
+        (
+            {"architecture": text_key("general.architecture", "rwkv9")},
+            (),
+            UnsupportedModel,
+            "'rwkv9' has no rotary layout",
+        ),
         ({"architecture": count_key("general.architecture", 1)}, (), MalformedFile, "wanted a string"),
         ({}, (text_key("general.type", "adapter"),), UnsupportedModel, "holds 'adapter', wanted a model"),
         ({"block_count": None}, (), MalformedFile, "'llama.block_count' is missing, wanted a count from 1 to 10000"),

@@ -129,3 +129,4 @@ def test_unwritable_cache_does_not_stop_the_run(model: Path, caplog: pytest.LogC
 def test_where_the_cache_is() -> None:
     assert cache_file({"XDG_CACHE_HOME": "/x"}) == Path("/x/pipo/drives.json")
     assert cache_file({}) == Path.home() / ".cache/pipo/drives.json"
+    assert cache_file({"XDG_CACHE_HOME": "somewhere"}) == cache_file({})

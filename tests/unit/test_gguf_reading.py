@@ -38,7 +38,7 @@ def test_only_the_header_is_read_and_then_forgotten(tmp_path: Path, monkeypatch:
         return read_at(file, path, offset, num_bytes)
 
     monkeypatch.setattr("pipo.formats.gguf_header.read_at", count_read)
-    monkeypatch.setattr("pipo.formats.gguf.forget_cached", lambda _, num_bytes: forgotten.append(num_bytes))
+    monkeypatch.setattr("pipo.formats.gguf.forget_cached", lambda _fd, _offset, num_bytes: forgotten.append(num_bytes))
     path = write(tmp_path, bytes(GgufBytes([], [tensor("a", (GIB // 4,))])))
     os.truncate(path, 2 * GIB)
     assert open_gguf(path).tensors["a"].num_bytes == GIB

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from pipo.base.cores import available_cores
 from pipo.base.errors import UsageError
 
 SCHEDULE_NAMES = ("pipelined", "sequential", "layer")
 LAYOUT_NAMES = ("auto", "plain", "repacked")
 CACHE_TYPE_NAMES = ("f16", "f32", "q8_0", "q4_0")
+MAX_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h; it checks none: 20,000 hang, and 2^31 wrap around to none
 ENV_PREFIX = "PIPO_"
+_ELSEWHERE = {"PIPO_GGML", "PIPO_TEST_MODEL"}  # read by compute.ggml and by the tests
 _CODE_ONLY = {"trace", "max_outputs"}  # mean nothing without a program that uses what they give
 
 
@@ -43,15 +45,16 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, found {value}")
+        if self.threads is not None and self.threads > MAX_THREADS:
+            raise UsageError(
+                f"threads must be at most {MAX_THREADS}, found {self.threads}",
+                hint=f"this process may use {available_cores()} cores",
+            )
 
     @property
     def num_threads(self) -> int:
         """Compute threads: those asked for, else one per core this process may use."""
-        return self.threads or available_cores()
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.threads or min(available_cores(), MAX_THREADS)
 
 
 def resolve_config(
@@ -62,21 +65,23 @@ def resolve_config(
     Raises UsageError for an unknown or unusable key, naming where it stands.
     """
     config = EngineConfig()
-    if file is not None and file.exists():
+    if file is not None:
         config = _apply(config, _read_toml(file), str(file))
     config = _apply(config, _from_environment(environment), "environment")
     return replace(config, **{name: value for name, value in arguments.items() if value is not None})  # type: ignore[arg-type]
 
 
 def _apply(config: EngineConfig, values: Mapping[str, object], source: str) -> EngineConfig:
-    kinds = {field.name: field.type for field in fields(EngineConfig) if field.name not in _CODE_ONLY}
+    kinds = _settings()
     for name, value in values.items():
         if name not in kinds:
-            raise UsageError(f"{source}: unknown setting {name!r}", hint=f"known: {', '.join(sorted(kinds))}")
+            raise UsageError(f"{source}: unknown setting {name!r:.80}", hint=f"known: {', '.join(sorted(kinds))}")
         try:
-            config = replace(config, **{name: _convert(str(kinds[name]), value)})  # type: ignore[arg-type]
-        except (ValueError, UsageError) as error:
-            raise UsageError(f"{source}: {name} = {value!r}: {error}") from error
+            config = replace(config, **{name: _convert(kinds[name], value)})  # type: ignore[arg-type]
+        except UsageError as error:
+            raise UsageError(f"{source}: {name} = {value!r:.80}: {error.message}", hint=error.hint) from error
+        except ValueError as error:
+            raise UsageError(f"{source}: {name} = {value!r:.80}: {error!s:.200}") from error
     return config
 
 
@@ -87,21 +92,38 @@ def _convert(kind: str, value: object) -> object:
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
-    known = {field.name for field in fields(EngineConfig)} - _CODE_ONLY
-    named = {
-        key.removeprefix(ENV_PREFIX).lower(): value for key, value in environment.items() if key.startswith(ENV_PREFIX)
-    }
-    return {name: value for name, value in named.items() if name in known}
+    """What begins with PIPO_, by the names of EngineConfig. Raises UsageError for what is no setting."""
+    known = {ENV_PREFIX + name.upper(): name for name in _settings()}
+    named = {key: value for key, value in environment.items() if key.startswith(ENV_PREFIX) and key not in _ELSEWHERE}
+    for key in named:
+        if key not in known:
+            raise UsageError(f"environment: unknown setting {key!r:.80}", hint=f"known: {', '.join(sorted(known))}")
+    return {known[key]: value for key, value in named.items()}
+
+
+def _settings() -> dict[str, str]:
+    """Names and types of what the environment and the file can say."""
+    return {field.name: str(field.type) for field in fields(EngineConfig) if field.name not in _CODE_ONLY}
 
 
 def _read_toml(file: Path) -> dict[str, object]:
+    """Empty where there is no such file."""
     import tomllib
 
     try:
         with file.open("rb") as stream:
             return tomllib.load(stream)
-    except tomllib.TOMLDecodeError as error:
+    except FileNotFoundError:
+        return {}
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{file}: not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02X}",
+            hint="save it as UTF-8, the only encoding TOML has",
+        ) from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{file}: not valid TOML: {error}") from error
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read: {error.strerror}", hint="pipo reads its settings from it") from error
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import IntEnum
 from math import prod
 
+ROWS_PER_GROUP = 8  # of a repacked tensor: the widest interleave on x86 and ARM (4, 8); a multiple suits both
+
 
 class TensorType(IntEnum):
     """A ggml element type. Gaps in the numbering are types ggml removed (4, 5, 31-33, 36-38)."""

@@ -7,6 +7,8 @@ import re
 from pipo.base.errors import UsageError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+PAGE_BYTES = 4096  # of places in RAM, and what direct reads want of offsets, lengths and addresses
+MAX_SIZE_BYTES = 1 << 63  # what a signed 64-bit count holds
 
 _FACTORS = {
     "": 1, "b": 1,
@@ -23,11 +25,13 @@ def parse_size(text: str, *, what: str = "size") -> int:
     match = _SIZE.fullmatch(text)
     factor = _FACTORS.get(match[2].lower()) if match else None
     if match is None or factor is None:
-        raise UsageError(f"{what} {text!r} is not a size", hint="write a number and a unit: 512MB, 6GB, 6GiB")
-    num_bytes = int(float(match[1]) * factor)
-    if num_bytes <= 0:
-        raise UsageError(f"{what} {text!r} must be more than zero")
-    return num_bytes
+        raise UsageError(f"{what} {text!r:.80} is not a size", hint="write a number and a unit: 512MB, 6GB, 6GiB")
+    size = float(match[1]) * factor
+    if size >= MAX_SIZE_BYTES:
+        raise UsageError(f"{what} {text!r:.80} is more than any machine has", hint="write a smaller number or unit")
+    if size < 1:
+        raise UsageError(f"{what} {text!r:.80} must be more than zero")
+    return int(size)
 
 
 def format_size(num_bytes: float) -> str:

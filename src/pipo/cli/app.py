@@ -18,7 +18,7 @@ from pipo.cli.pull import pull
 from pipo.cli.run import run
 from pipo.cli.show import show
 from pipo.cli.signals import Terminated, raising_on_sigterm
-from pipo.cli.terminal import print_error, set_up_logging, stderr
+from pipo.cli.terminal import print_error, printable, set_up_logging, stderr
 
 # click.UsageError, wherever this version of typer keeps its click
 _ParseError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
@@ -78,7 +78,7 @@ def _run(call: Call) -> int:
     except PipoError as error:
         print_error(error.message, error.hint)
         if is_verbose and error.__cause__ is not None:
-            stderr().print(f"caused by {error.__cause__!r}", style="dim")
+            stderr().print(printable(f"caused by {error.__cause__!r}"), style="dim")
         return error.exit_code
     except BrokenPipeError:
         raise

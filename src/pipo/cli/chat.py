@@ -18,7 +18,7 @@ from pipo.cli.flags import (
     SystemFlag,
     make_config,
 )
-from pipo.cli.prompt import only_model, piped_lines
+from pipo.cli.prompt import check_stdin, only_model, piped_lines
 from pipo.cli.terminal import print_error, print_note, stderr, write_answer
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def chat(
     name = only_model(model, model_flag)
     config = make_config(memory, compute)
     sampling.params(sampling.max_tokens)
+    check_stdin()
 
     from pipo.cli.session import open_model, open_session
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipo.base.config import available_cores
+from pipo.base.cores import available_cores
 from pipo.base.errors import LibraryError, ModelNotFound, TransferError
 from pipo.base.units import format_rate, format_size
 from pipo.cli.flags import JsonFlag, ModelArgument, OutputFlags

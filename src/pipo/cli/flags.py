@@ -7,12 +7,12 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Annotated, get_type_hints
 
 import typer
 
 from pipo.base.config import CACHE_TYPE_NAMES, LAYOUT_NAMES, SCHEDULE_NAMES, EngineConfig, resolve_config
+from pipo.base.folders import config_folder
 from pipo.generation.request import SamplingParams
 
 _MEMORY, _COMPUTE, _SAMPLING = "Memory", "Compute", "Sampling"
@@ -184,13 +184,7 @@ SystemFlag = Annotated[str | None, typer.Option(metavar="TEXT", help="System pro
 def make_config(memory: MemoryFlags, compute: ComputeFlags, *, trace: bool = False) -> EngineConfig:
     """argument > environment > file > default. Raises UsageError."""
     arguments = memory.arguments | compute.arguments | {"trace": trace or None}
-    return resolve_config(arguments, os.environ, config_file(os.environ))
-
-
-def config_file(environment: Mapping[str, str]) -> Path:
-    """`$XDG_CONFIG_HOME/pipo/config.toml`; a relative value is ignored, as the XDG specification asks."""
-    named = Path(environment.get("XDG_CONFIG_HOME", ""))
-    return (named if named.is_absolute() else Path.home() / ".config") / "pipo" / "config.toml"
+    return resolve_config(arguments, os.environ, config_folder() / "config.toml")
 
 
 @dataclass(frozen=True, slots=True)

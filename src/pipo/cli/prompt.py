@@ -23,6 +23,12 @@ def sort_words(words: list[str], model_flag: str | None, prompt_flag: str | None
     return model, prompt
 
 
+def check_stdin() -> None:
+    """Raises UsageError where the shell closed it."""
+    if sys.stdin is None:
+        raise UsageError("standard input is closed", hint="chat reads the messages there: a terminal, or a pipe")
+
+
 def only_model(word: str | None, flag: str | None) -> str:
     """The model of a verb that takes nothing else. Raises UsageError."""
     model = flag if flag is not None else word

@@ -132,7 +132,7 @@ def kv_bytes_per_token(model: ModelFile, config: EngineConfig) -> float:
 def tokenizer_name(model: ModelFile) -> str:
     metadata = model.checkpoint.metadata
     kind, pre = metadata.text("tokenizer.ggml.model"), metadata.text("tokenizer.ggml.pre")
-    return f"{kind} ({pre})" if pre else str(kind)
+    return f"{kind} ({pre:.80})" if pre else str(kind)
 
 
 def has_template(model: ModelFile) -> bool:

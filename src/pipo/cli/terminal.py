@@ -13,7 +13,10 @@ from rich.console import Console
 from rich.text import Text
 
 Row = tuple[str, str]
+MAX_CHARS = 4096  # of a message or a row: a path is no longer; what a model file says can be
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_SEPARATORS = re.compile(r"[\t\n\u2028\u2029]")
+_REORDERING = re.compile(r"[\u202a-\u202e\u2066-\u2069]")  # a reader would see other words than there are
 _LABEL_WIDTH = 10
 
 
@@ -32,6 +35,17 @@ def set_up_logging(*, quiet: bool, verbose: bool) -> None:
     logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s %(name)s %(message)s")
 
 
+def printable(text: str) -> str:
+    """Without what moves a cursor or turns words around, and no longer than a person reads. Lines stay."""
+    shown = _REORDERING.sub("", _CONTROLS.sub("", text[: 2 * MAX_CHARS]))
+    return shown if len(shown) <= MAX_CHARS and len(text) <= 2 * MAX_CHARS else f"{shown[:MAX_CHARS]} …"
+
+
+def on_one_line(text: str) -> str:
+    """`printable`, and no line of its own: what a model file says must not look like a row of ours."""
+    return _SEPARATORS.sub(" ", printable(text))
+
+
 def print_error(message: str, hint: str | None = None) -> None:
     _print_labelled("error:", "bold red", message)
     if hint is not None:
@@ -40,21 +54,21 @@ def print_error(message: str, hint: str | None = None) -> None:
 
 
 def _print_labelled(label: str, style: str, message: str) -> None:
-    text = Text("\n".join(_fitted(stderr(), f"{label} {message}", 0)))
+    text = Text("\n".join(_fitted(stderr(), printable(f"{label} {message}"), 0)))
     text.stylize(style, 0, len(label))
     stderr().print(text)
 
 
 def print_note(text: str) -> None:
     """An aside, for a person."""
-    stderr().print("\n".join(_fitted(stderr(), text, 0)), style="dim")
+    stderr().print("\n".join(_fitted(stderr(), printable(text), 0)), style="dim")
 
 
 def print_rows(console: Console, title: str, rows: Iterable[Row], style: str = "") -> None:
     """A title, and lines of a label and what it has."""
-    lines = list(rows)
+    lines = [(on_one_line(label), on_one_line(value)) for label, value in rows]
     label_width = max([_LABEL_WIDTH, *(len(label) for label, _ in lines)])
-    console.print(Text(title, f"{style} bold"))
+    console.print(Text(on_one_line(title), f"{style} bold"))
     for label, value in lines:
         left = f"  {label:<{label_width}} "
         for line in _fitted(console, value, len(left)):
@@ -62,8 +76,9 @@ def print_rows(console: Console, title: str, rows: Iterable[Row], style: str = "
             left = " " * len(left)
 
 
-def print_columns(console: Console, head: Sequence[str], lines: Sequence[Sequence[str]], indent: str = "") -> None:
+def print_columns(console: Console, head: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> None:
     """Lines under a head, as wide as their contents. What looks like a number stands on the right."""
+    lines = [[on_one_line(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
     is_number = [all(line[i][:1].isdigit() or not line[i] for line in lines) for i in range(len(head))]
     for line in (head, *lines):

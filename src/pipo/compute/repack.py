@@ -13,10 +13,9 @@ import threading
 from ctypes import c_int64
 
 from pipo.base.errors import LibraryError
-from pipo.base.tensor_type import TensorType
+from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
 from pipo.compute.ggml import GgmlTensor, InitParams, Library
 
-ROWS_PER_GROUP = 8  # the widest interleave on x86 and ARM (4, 8); a multiple suits both
 _BUFFER_TYPE_NAME = b"CPU_REPACK"
 
 

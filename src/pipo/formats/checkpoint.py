@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from pipo.base.manifest import Manifest
 from pipo.formats.gguf import Gguf, open_gguf
 from pipo.formats.gguf_metadata import GgufMetadata
 from pipo.formats.hyper_parameters import read_hyper_parameters
+
+CheckArchitecture = Callable[[str, str], None]  # the file and its architecture; raises where nobody runs it
 
 _MAX_NAME_CHARS = 128
 _SHARD_SUFFIX = re.compile(r"-\d{5}-of-\d{5}$")
@@ -24,22 +27,26 @@ class Checkpoint:
     metadata: GgufMetadata
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, check_architecture: CheckArchitecture = lambda file, name: None) -> Checkpoint:
     """Open a model in place; one shard stands for all. Reads headers only, and maps nothing.
 
+    `check_architecture` knows which families there are, and raises before their keys are read.
     Raises: ModelNotFound, UnsupportedModel, MalformedFile, ReadFailed.
     """
     gguf = open_gguf(path)
-    _check_is_model(gguf.metadata)
+    _check_is_model(gguf.metadata, check_architecture)
     hyper, extra = read_hyper_parameters(gguf.metadata, gguf.tensors)
     manifest = Manifest(_name_of(gguf), gguf.files, gguf.identities, hyper, gguf.tensors, extra)
     return Checkpoint(manifest, gguf.metadata)
 
 
-def _check_is_model(metadata: GgufMetadata) -> None:
+def _check_is_model(metadata: GgufMetadata, check_architecture: CheckArchitecture) -> None:
     kind = metadata.text("general.type")
     if kind not in (None, "model"):
         raise UnsupportedModel(f"{metadata.path}: holds {kind!r:.80}, wanted a model", hint="name the model's own file")
+    architecture = metadata.text("general.architecture")
+    if architecture:
+        check_architecture(metadata.path.name, architecture)
 
 
 def _name_of(gguf: Gguf) -> str:

@@ -18,11 +18,12 @@ from pathlib import Path
 from pipo.base.errors import MalformedFile, ModelNotFound, UnsupportedModel
 from pipo.base.file_identity import FileIdentity
 from pipo.base.manifest import Extent, FileIdx, TensorSpec
+from pipo.base.page_cache import forget_cached
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import MIB, round_up
 from pipo.formats.gguf_header import HeaderReader
 from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata, read_entries
-from pipo.formats.model_file import forget_cached, open_model_file, refuse_not_gguf
+from pipo.formats.model_file import open_model_file, refuse_not_gguf
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -97,7 +98,7 @@ def _read_shard(path: Path, file_idx: FileIdx | None = None) -> _Shard:
                 file_idx = FileIdx(0 if split is None else split.idx)
             tensors = _read_tensors(reader, num_tensors, _alignment_of(metadata), file_idx)
         finally:
-            forget_cached(file, reader.position + _READAHEAD_BYTES)
+            forget_cached(file.fileno(), 0, reader.position + _READAHEAD_BYTES)
     return _Shard(metadata, split, tensors)
 
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from pipo.base.errors import MalformedFile, UnsupportedModel
 from pipo.base.file_identity import FileIdentity
+from pipo.base.page_cache import forget_cached
 from pipo.formats.gguf_header import MAX_TEXT_BYTES, HeaderReader, read_at
-from pipo.formats.model_file import check_unchanged, forget_cached, open_model_file
+from pipo.formats.model_file import check_unchanged, open_model_file
 
 Scalar = int | float | bool | str
 
@@ -166,7 +167,7 @@ class GgufMetadata:
         with open_model_file(self.path) as file:
             check_unchanged(self.path, file, self.identity, offset=ref.offset, num_bytes=ref.num_bytes)
             data = read_at(file, self.path, ref.offset, ref.num_bytes)
-            forget_cached(file, ref.offset + ref.num_bytes)
+            forget_cached(file.fileno(), 0, ref.offset + ref.num_bytes)
         return data
 
     def _wrong_type(self, key: str, wanted: str) -> MalformedFile:

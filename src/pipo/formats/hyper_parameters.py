@@ -23,12 +23,7 @@ MAX_EXTRA_BYTES = 1 << 20  # of all arrays without a field together; real ones h
 ROPE_FREQS = "rope_freqs.weight"
 
 # As `llama_model_rope_type` of llama.cpp has them; converters of the NORMAL ones permute the rows of q and k.
-_NORMAL = "arcee cohere2 command-r granite granitemoe internlm2 llama mistral3 olmo smollm3"
-_NEOX = "gemma gemma2 gemma3 gpt-oss olmo2 olmoe phi2 phi3 qwen2 qwen2moe qwen3 qwen3moe stablelm starcoder2"
-_ROPE_LAYOUTS = {
-    **dict.fromkeys(_NORMAL.split(), RopeLayout.NORMAL),
-    **dict.fromkeys(_NEOX.split(), RopeLayout.NEOX),
-}
+ROPE_LAYOUTS = {"llama": RopeLayout.NORMAL}
 _ROPE_SCALINGS = {"none": RopeScaling.NONE, "linear": RopeScaling.LINEAR, "yarn": RopeScaling.YARN}
 
 
@@ -151,11 +146,8 @@ def _architecture(metadata: GgufMetadata) -> str:
     architecture = metadata.text("general.architecture")
     if not architecture:
         raise MalformedFile(f"{metadata.path}: key 'general.architecture' is missing, wanted the model's family")
-    if architecture not in _ROPE_LAYOUTS:
-        raise UnsupportedModel(
-            f"{metadata.path}: architecture {architecture!r:.80} is not implemented",
-            hint=f"known are {', '.join(sorted(_ROPE_LAYOUTS))}",
-        )
+    if architecture not in ROPE_LAYOUTS:
+        raise UnsupportedModel(f"{metadata.path}: architecture {architecture!r:.80} has no rotary layout that is known")
     return architecture
 
 
@@ -223,7 +215,7 @@ def _rope(keys: ArchKeys, head_dim: int, context_tokens: int, freqs: TensorSpec 
     rope = Rope(
         num_dims=num_dims,
         base=base,
-        layout=_ROPE_LAYOUTS[keys.architecture],
+        layout=ROPE_LAYOUTS[keys.architecture],
         scaling=scaling,
         factor=factor,
         original_context_tokens=original_tokens or context_tokens,

@@ -79,15 +79,6 @@ def check_unchanged(path: Path, file: FileIO, identity: FileIdentity, *, offset:
         )
 
 
-def forget_cached(file: FileIO, num_bytes: int) -> None:
-    """Drop the first `num_bytes` from the page cache, where the system has a call for it.
-
-    The whole file is never dropped: another process may be using the rest.
-    """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, num_bytes, os.POSIX_FADV_DONTNEED)
-
-
 def _looks_like_safetensors(head: bytes) -> bool:
     # Eight bytes of header length, then the header: a JSON object.
     return len(head) >= 10 and head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") < 1 << 32

@@ -20,5 +20,5 @@ def ram_bytes(text: str) -> int:
         return parse_size(text, what="--ram")
     share = float(percent[1])
     if not 0 < share <= 100:
-        raise UsageError(f"--ram {text!r} must be more than 0% and at most 100%")
+        raise UsageError(f"--ram {text!r:.80} must be more than 0% and at most 100%")
     return int(available_memory().limit_bytes * share / 100)

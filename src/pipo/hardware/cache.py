@@ -11,6 +11,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipo.base.folders import cache_folder
 from pipo.hardware.drive import DriveRate, measure_drive
 from pipo.transfer.files import ALIGNMENT
 
@@ -20,8 +21,7 @@ Measure = Callable[[Sequence[Path]], tuple[DriveRate, ...]]
 
 
 def cache_file(environment: Mapping[str, str] = os.environ) -> Path:
-    base = environment.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pipo" / "drives.json"
+    return cache_folder(environment) / "drives.json"
 
 
 def drive_rates(

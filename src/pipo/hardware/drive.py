@@ -12,8 +12,8 @@ from statistics import median
 from pipo.base.clock import Clock, RealClock
 from pipo.base.manifest import Extent, FileIdx
 from pipo.base.trace import NullTracer
-from pipo.base.units import MIB
-from pipo.store.index import PAGE_BYTES, Read
+from pipo.base.units import MIB, PAGE_BYTES
+from pipo.store.index import Read
 from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Place, SlotPool
 from pipo.transfer.disk import DiskTransfer, DriveSettings

@@ -7,14 +7,13 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipo.base.cgroups import CGROUPS, PROC, group_folders, read_number
 from pipo.base.units import GIB, KIB
 
-PROC = Path("/proc")
-CGROUPS = Path("/sys/fs/cgroup")
 _LEFT_FREE_BYTES = GIB  # for the rest of the machine, or a tenth of what is free where that is more
 _NO_LIMIT_BYTES = 1 << 60  # version 1 says "none" as a number near 2^63
 
@@ -100,39 +99,18 @@ class _Cgroup:
         return max(self.limit_bytes - self.used_bytes + self.reclaimable_bytes, 0)
 
 
-_ReadCgroup = Callable[[Path], _Cgroup | None]
-
-
 def _cgroups(proc: Path, root: Path) -> Iterator[_Cgroup]:
-    """The control groups with a memory limit that hold this process, innermost first. Versions 1 and 2."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            hybrid = root / "unified"
-            yield from _limited(hybrid if hybrid.is_dir() else root, path, _read_v2)
-        elif "memory" in controllers.split(","):
-            yield from _limited(root / "memory", path, _read_v1)
-
-
-def _limited(mount: Path, path: str, read: _ReadCgroup) -> Iterator[_Cgroup]:
-    """Every group from `path` up. Inside a container the path may be the host's: then only the mount itself exists."""
-    folder = mount / path.strip("/")
-    for each in [folder, *folder.parents]:
-        group = read(each)
+    """The control groups with a memory limit that hold this process, innermost first."""
+    for version, folder in group_folders("memory", proc, root):
+        group = _read_v2(folder) if version == 2 else _read_v1(folder)
         if group is not None and group.limit_bytes < _NO_LIMIT_BYTES:
             yield group
-        if each == mount:
-            return
 
 
 def _read_v2(folder: Path) -> _Cgroup | None:
     """Source: Documentation/admin-guide/cgroup-v2.rst. `memory.high` throttles, so it limits as well."""
-    limits = [_read_number(folder / name) for name in ("memory.max", "memory.high")]
-    used = _read_number(folder / "memory.current")
+    limits = [read_number(folder / name) for name in ("memory.max", "memory.high")]
+    used = read_number(folder / "memory.current")
     known = [limit for limit in limits if limit is not None]
     if not known or used is None:
         return None
@@ -142,20 +120,11 @@ def _read_v2(folder: Path) -> _Cgroup | None:
 
 def _read_v1(folder: Path) -> _Cgroup | None:
     """Source: Documentation/admin-guide/cgroup-v1/memory.rst."""
-    limit, used = (_read_number(folder / f"memory.{name}_in_bytes") for name in ("limit", "usage"))
+    limit, used = (read_number(folder / f"memory.{name}_in_bytes") for name in ("limit", "usage"))
     if limit is None or used is None:
         return None
     stat = _read_stat(folder / "memory.stat")
     return _Cgroup(folder, limit, used, stat.get("total_active_file", 0) + stat.get("total_inactive_file", 0))
-
-
-def _read_number(path: Path) -> int | None:
-    """None where there is no such file, or it says "max"."""
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 def _read_stat(path: Path) -> dict[str, int]:

@@ -56,7 +56,7 @@ class TensorBook:
             more = f" and {len(leftovers) - 3} more" if len(leftovers) > 3 else ""
             raise UnsupportedModel(
                 f"{self._manifest.name}: architecture {self._manifest.hyper.architecture} has tensors pipo does not "
-                f"run: {', '.join(leftovers[:3])}{more}"
+                f"run: {', '.join(f'{name!r:.80}' for name in leftovers[:3])}{more}"
             )
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> TensorSpec:
@@ -70,10 +70,11 @@ class TensorBook:
 
 
 def refuse_unknown_keys(manifest: Manifest, harmless: Mapping[str, object]) -> None:
-    """Raises UnsupportedModel for a hyper-parameter that the family neither reads nor knows to be harmless."""
+    """Raises UnsupportedModel for a key that the family neither reads nor knows to change nothing as it is."""
     for key, value in manifest.extra.items():
-        if key in harmless and (harmless[key] is None or harmless[key] == value):
+        if key in harmless and harmless[key] == value:
             continue
+        name = f"{manifest.hyper.architecture}.{key}"
         raise UnsupportedModel(
-            f"{manifest.name}: {manifest.hyper.architecture}.{key} = {value!r} asks for something pipo does not run"
+            f"{manifest.name}: key {name!r:.80} = {value!r:.80} asks for something pipo does not run"
         )

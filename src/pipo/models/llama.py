@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pipo.base.manifest import Manifest, RopeScaling, TensorSpec
+from pipo.base.manifest import Manifest, RopeScaling
 from pipo.models.blocks import lay_attention, lay_final_norm, lay_gated_mlp, lay_head
 from pipo.models.checks import TensorBook, refuse_unknown_keys
 from pipo.models.stage import Stage, StageKind
 
-# keys that change nothing here; value None: whatever it says, else: only this value
+# keys that change nothing here as long as they say this
 HARMLESS_KEYS: dict[str, object] = {
-    "rope.scaling.finetuned": None,
     "expert_count": 0,
     "expert_used_count": 0,
     "attention.causal": True,
@@ -46,15 +45,9 @@ def _block(book: TensorBook, manifest: Manifest, i: int) -> list[Stage]:
                        ffn_down=(h.intermediate_size, h.hidden_size))  # fmt: skip
     attention_vectors = {"attn_norm.weight": book.vector(f"blk.{i}.attn_norm.weight", h.hidden_size)}
     if h.rope.scaling is RopeScaling.FREQ_FACTORS:
-        attention_vectors["rope_freqs.weight"] = _rope_freqs(book, h.rope.num_dims // 2, i)
+        attention_vectors["rope_freqs.weight"] = book.vector("rope_freqs.weight", h.rope.num_dims // 2)
     mlp_vectors = {"ffn_norm.weight": book.vector(f"blk.{i}.ffn_norm.weight", h.hidden_size)}
     return [
         Stage(StageKind.ATTENTION, i, attention.matrices, attention_vectors | attention.biases, lay_attention),
         Stage(StageKind.MLP, i, mlp.matrices, mlp_vectors | mlp.biases, lay_gated_mlp),
     ]
-
-
-def _rope_freqs(book: TensorBook, num_factors: int, i: int) -> TensorSpec:
-    """One set for all blocks, or (older files) one per block."""
-    own = f"blk.{i}.rope_freqs.weight"
-    return book.vector(own if book.has(own) else "rope_freqs.weight", num_factors)

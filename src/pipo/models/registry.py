@@ -14,12 +14,16 @@ FAMILIES: dict[str, Callable[[Manifest], list[Stage]]] = {
 }
 
 
-def stages_of(manifest: Manifest) -> list[Stage]:
-    """The model as a flat list of stages. Raises UnsupportedModel for an unknown architecture, naming the known."""
-    family = FAMILIES.get(manifest.hyper.architecture)
-    if family is None:
+def check_architecture(model: str, architecture: str) -> None:
+    """Raises UnsupportedModel for an architecture of no family, naming those there are."""
+    if architecture not in FAMILIES:
         raise UnsupportedModel(
-            f"{manifest.name}: architecture {manifest.hyper.architecture!r} is not implemented",
+            f"{model}: architecture {architecture!r:.80} is not implemented",
             hint=f"pipo runs: {', '.join(sorted(FAMILIES))}",
         )
-    return family(manifest)
+
+
+def stages_of(manifest: Manifest) -> list[Stage]:
+    """The model as a flat list of stages. Raises UnsupportedModel, MalformedFile."""
+    check_architecture(manifest.name, manifest.hyper.architecture)
+    return FAMILIES[manifest.hyper.architecture](manifest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -82,8 +82,3 @@ class StageBuilder:
 
     def rms_norm(self, role: str, x: Tensor) -> Tensor:
         return self.ops.mul(self.ops.rms_norm(x, self.hyper.norm_epsilon), self.weight(f"{role}.weight"))
-
-
-def tensors_of(stages: Iterable[Stage]) -> set[str]:
-    """Names of every tensor some stage uses."""
-    return {s.name for stage in stages for s in (*stage.matrices.values(), *stage.vectors.values())}

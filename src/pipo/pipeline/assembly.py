@@ -11,9 +11,9 @@ from pipo.base.clock import Clock
 from pipo.base.config import EngineConfig
 from pipo.base.errors import ComputeError
 from pipo.base.manifest import Manifest
-from pipo.base.tensor_type import TensorType
+from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
 from pipo.base.trace import Tracer
-from pipo.base.units import round_up
+from pipo.base.units import PAGE_BYTES, round_up
 from pipo.compute.dequantise import Dequantiser
 from pipo.compute.repack import RepackBuffer
 from pipo.kvcache.cache import CACHE_TYPES, KvCache, KvShape, kv_rows_class, kv_shape
@@ -26,13 +26,12 @@ from pipo.pipeline.schedule import SCHEDULES, Residency, SlotId, UnitId
 from pipo.pipeline.stage_graphs import Compute, StageGraphs, graphs_bytes
 from pipo.pipeline.units import Unit, WeightLayouts, cut_head, make_units, unit_sizes
 from pipo.planner.placement import ChunkCost, Demand, Placement
-from pipo.store.index import ROWS_PER_GROUP, RepackRows
+from pipo.store.index import RepackRows
 from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Arena, Place
 from pipo.transfer.disk import DiskTransfer, DriveSettings
 
 CHUNKS = (16, 32, 64, 128, 256, 512)  # prefill chunks the planner may choose from
-PAGE = 4096
 # what Python and ggml grow by while answering: sampling arrays, token lists, thread stacks
 GROWTH_BYTES = 12 << 20
 # repacking costs more than it saves while weights stream, except where it runs at several GB/s a thread
@@ -66,7 +65,7 @@ class Blueprint:
     def bounce_bytes(self) -> int:
         """Read buffers of the transfer workers: for rows on their way through repacking, and for embeddings."""
         is_repacking = bool(self.layouts.repacked)
-        return round_up(self.drive.bounce_bytes(repacks=is_repacking, group_bytes=self.group_bytes), PAGE)
+        return round_up(self.drive.bounce_bytes(repacks=is_repacking, group_bytes=self.group_bytes), PAGE_BYTES)
 
     @property
     def group_bytes(self) -> int:
@@ -104,7 +103,7 @@ def demand(blueprint: Blueprint, context_tokens: int, limit_bytes: int, process_
     finally:
         graphs.close()
     fixed = {
-        "KV cache": round_up(blueprint.kv_shape(context_tokens).num_bytes, PAGE),
+        "KV cache": round_up(blueprint.kv_shape(context_tokens).num_bytes, PAGE_BYTES),
         "transfer buffers": blueprint.bounce_bytes,
         "norms": _vector_bytes(blueprint.stages),
         "graphs": graphs_bytes(len(blueprint.stages)),
@@ -124,7 +123,7 @@ def _chunk_bytes(blueprint: Blueprint, graphs: StageGraphs, context_tokens: int,
     measured = graphs.measure(blueprint.stages, blueprint.largest_shape(context_tokens, chunk_tokens))
     table = blueprint.manifest.tensors[EMBEDDING_TABLE]
     raw_rows = chunk_tokens * table.type.row_bytes(table.shape[0])
-    return measured + raw_rows + round_up(blueprint.buffer_shape(context_tokens, chunk_tokens).num_bytes, PAGE)
+    return measured + raw_rows + round_up(blueprint.buffer_shape(context_tokens, chunk_tokens).num_bytes, PAGE_BYTES)
 
 
 def _vectors(stages: Sequence[Stage]) -> dict[str, int]:
@@ -141,7 +140,7 @@ def _vectors(stages: Sequence[Stage]) -> dict[str, int]:
 
 def _vector_bytes(stages: Sequence[Stage]) -> int:
     sizes = {spec.name: round_up(spec.num_bytes, 128) for stage in stages for spec in stage.vectors.values()}
-    return round_up(sum(sizes.values()), PAGE)
+    return round_up(sum(sizes.values()), PAGE_BYTES)
 
 
 class Assembly:
@@ -280,7 +279,7 @@ class Assembly:
 
     def _split(self, name: str, sizes: Sequence[int]) -> list[Place]:
         """One arena cut into page-aligned places."""
-        total = sum(round_up(size, PAGE) for size in sizes)
+        total = sum(round_up(size, PAGE_BYTES) for size in sizes)
         if not total:
             return []
         arena = self._exit.enter_context(Arena(total, name=name, ledger=self.ledger))

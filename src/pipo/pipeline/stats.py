@@ -16,7 +16,7 @@ class StallCause(Enum):
 
 @dataclass(slots=True)
 class PassStats:
-    """Counters since the last `reset`; seconds of the compute thread add up to `wall_s` but for bookkeeping."""
+    """Counters since they were last taken; seconds of the compute thread add up to `wall_s` but for bookkeeping."""
 
     num_passes: int = 0
     num_tokens: int = 0

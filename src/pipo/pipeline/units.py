@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipo.compute.repack import ROWS_PER_GROUP
+from pipo.base.tensor_type import ROWS_PER_GROUP
+from pipo.base.units import PAGE_BYTES
 from pipo.models.stage import Stage, StageKind
 from pipo.pipeline.schedule import UnitId
 from pipo.planner.placement import UnitRole, UnitSize
@@ -13,7 +14,7 @@ from pipo.store.index import UnitLayout, cut_rows, layout_unit
 
 _ROLES = {StageKind.ATTENTION: UnitRole.ATTENTION, StageKind.MLP: UnitRole.MLP, StageKind.HEAD: UnitRole.HEAD}
 
-PIECE_SLACK = 2 * 4096  # a plain piece begins and ends inside a page
+PIECE_SLACK = 2 * PAGE_BYTES  # a plain piece begins and ends inside a page
 
 
 @dataclass(frozen=True, slots=True)

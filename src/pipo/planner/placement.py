@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pipo.base.errors import OverBudget
-from pipo.base.units import format_size, round_up
+from pipo.base.units import PAGE_BYTES, format_size, round_up
 
-SLOT_ROUNDING = 4096
 MAX_EXTRA_SLOTS = 15
 ENOUGH_IN_FLIGHT_BYTES = 8 << 20  # of small units; drives gave 95 % of their rate with 4 MiB
 
@@ -41,7 +40,7 @@ class UnitSize:
 
     @property
     def slot_bytes(self) -> int:
-        return round_up(self.max_piece_bytes or self.place_bytes, SLOT_ROUNDING)
+        return round_up(self.max_piece_bytes or self.place_bytes, PAGE_BYTES)
 
     @property
     def num_pieces(self) -> int:
@@ -214,7 +213,7 @@ def _with_residents(demand: Demand, chunk: ChunkCost, resident: Sequence[bool], 
         slots=slots,
         chunk=chunk,
         resident_bytes=sum(
-            round_up(u.place_bytes, SLOT_ROUNDING) for u, stays in zip(demand.units, resident, strict=True) if stays
+            round_up(u.place_bytes, PAGE_BYTES) for u, stays in zip(demand.units, resident, strict=True) if stays
         ),
         streamed_bytes=sum(u.read_bytes for u in streamed),
         fixed=demand.fixed,

@@ -6,14 +6,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipo.base.manifest import Extent, TensorSpec
-from pipo.base.tensor_type import TensorType
-from pipo.base.units import round_down, round_up
+from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
+from pipo.base.units import PAGE_BYTES, round_down, round_up
 
-PAGE_BYTES = 4096  # what O_DIRECT wants of offsets, lengths and addresses
 # Two extents this close are one read: keeping them apart would cost the place a page edge anyway.
-MAX_GAP_BYTES = 4096
+MAX_GAP_BYTES = PAGE_BYTES
 TENSOR_ALIGNMENT = 128  # of repacked tensors; CUDA's is the strictest of ggml's backends
-ROWS_PER_GROUP = 8  # the widest interleave of ggml's repacked kernels; a piece of a tensor is whole groups
 
 
 @dataclass(frozen=True, slots=True)

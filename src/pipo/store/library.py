@@ -5,11 +5,11 @@ Imports nothing that costs memory or time: the engine asks here on every start. 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipo.base.errors import ModelNotFound
+from pipo.base.folders import cache_folder
 from pipo.base.units import format_size
 
 
@@ -78,37 +78,39 @@ KNOWN_MODELS: dict[str, KnownModel] = {model.name: model for model in (_SMOLLM2,
 
 
 def models_folder() -> Path:
-    """`$XDG_CACHE_HOME/pipo/models`; may not exist yet. As the XDG specification asks, a relative value is ignored."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    cache = named if named.is_absolute() else Path.home() / ".cache"
-    return cache / "pipo" / "models"
+    """`$XDG_CACHE_HOME/pipo/models`; may not exist yet."""
+    return cache_folder() / "models"
 
 
 def find_known(name: str) -> KnownModel:
     """Look a name up, whatever its case. Raises ModelNotFound listing the names there are."""
     known = KNOWN_MODELS.get(name.lower())
     if known is None:
-        raise ModelNotFound(f"no model is called {name!r}", hint=f"known models: {', '.join(KNOWN_MODELS)}")
+        raise ModelNotFound(f"no model is called {name!r:.80}", hint=f"known models: {', '.join(KNOWN_MODELS)}")
     return known
 
 
 def resolve_model(text: str) -> Path:
     """A known or local model's name, or a path, to a path. A path need not exist: the format layer says what is wrong.
 
-    Raises: ModelNotFound for a known model that was not fetched, and for a word that is neither name nor path.
+    Raises: ModelNotFound for a known model that was not fetched, for a word that is neither name nor path, and for
+    what the system does not take as a path.
     """
     if text.lower() in KNOWN_MODELS:
         return _present_path(KNOWN_MODELS[text.lower()])
-    path = Path(text).expanduser()
-    if path.exists() or path.suffix or path.name != text:
-        return path
-    local = models_folder() / f"{text}.gguf"
-    if local.is_file():
-        return local
-    raise ModelNotFound(
-        f"no file and no model is called {text!r}",
-        hint=f"give the path of a .gguf file, or a known model: {', '.join(KNOWN_MODELS)}",
-    )
+    hint = f"give the path of a .gguf file, or a known model: {', '.join(KNOWN_MODELS)}"
+    try:
+        path = Path(text).expanduser()
+        if path.exists() or path.suffix or path.name != text:
+            return path
+        local = models_folder() / f"{text}.gguf"
+        if local.is_file():
+            return local
+    except OSError as error:  # too long, or in a folder that is closed to us
+        raise ModelNotFound(f"{text!r:.80} cannot be opened: {error.strerror}", hint=hint) from error
+    except RuntimeError as error:  # a ~user whom the system does not know
+        raise ModelNotFound(f"{text!r:.80} names no home folder", hint=hint) from error
+    raise ModelNotFound(f"no file and no model is called {text!r:.80}", hint=hint)
 
 
 def list_models() -> list[LocalModel]:

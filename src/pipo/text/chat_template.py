@@ -27,6 +27,7 @@ MAX_RENDERED_CHARS = 1 << 24  # 16 Mi; the longest contexts are about a million 
 MAX_RANGE_STEPS = 1_000_000
 MAX_REPEATED_ITEMS = 1 << 20
 MAX_POWER_BITS = 1 << 12
+MAX_QUOTED_CHARS = 400  # of what a template says in an error
 
 _RAW_HINT = "--raw sends the prompt without a template"
 
@@ -51,10 +52,10 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise MalformedFile(
-                f"the chat template is not valid Jinja, line {error.lineno}: {error.message}", hint=_RAW_HINT
+                f"the chat template is not valid Jinja, line {error.lineno}: {_said(error.message)}", hint=_RAW_HINT
             ) from error
         except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:  # nested too deep
-            raise MalformedFile(f"the chat template does not compile: {error}", hint=_RAW_HINT) from error
+            raise MalformedFile(f"the chat template does not compile: {_said(error)}", hint=_RAW_HINT) from error
 
     @classmethod
     def from_metadata(cls, metadata: TextMetadata, bos_token: str | None, eos_token: str | None) -> ChatTemplate:
@@ -91,11 +92,13 @@ class ChatTemplate:
         try:
             return self._render(context)
         except _Refusal as error:
-            raise UsageError(f"the chat template refuses the messages: {error.message}", hint=_RAW_HINT) from error
+            raise UsageError(
+                f"the chat template refuses the messages: {_said(error.message)}", hint=_RAW_HINT
+            ) from error
         except PipoError:
             raise
         except Exception as error:  # a template can raise whatever its expressions do
-            message = f"the chat template failed: {type(error).__name__}: {error}"
+            message = f"the chat template failed: {type(error).__name__}: {_said(error)}"
             raise MalformedFile(message, hint=_RAW_HINT) from error
 
     def _render(self, context: Mapping[str, object]) -> str:
@@ -107,6 +110,11 @@ class ChatTemplate:
             if num_chars > MAX_RENDERED_CHARS:
                 raise _out_of_bounds(f"text of more than {MAX_RENDERED_CHARS} characters")
         return "".join(pieces)
+
+
+def _said(words: object) -> str:
+    """A template's words in a message of ours: on one line, so that they cannot look like a hint, and not many."""
+    return f"{' '.join(str(words).split()):.{MAX_QUOTED_CHARS}}"
 
 
 class _Refusal(jinja2.TemplateError):

@@ -41,7 +41,7 @@ def find_pre_tokenizer(name: str) -> PreTokenizer:
     except KeyError:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise UnsupportedModel(
-            f"the pre-tokenizer {name!r} (key 'tokenizer.ggml.pre') is not implemented", hint=f"known are {known}"
+            f"the pre-tokenizer {name!r:.80} (key 'tokenizer.ggml.pre') is not implemented", hint=f"known are {known}"
         ) from None
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from pipo.text.prefix_texts import PrefixTexts
 from pipo.text.vocabulary import TokenizerMetadata, TokenKind, ids_of_kinds, read_text, read_token_id
 
 
@@ -154,13 +155,11 @@ class SpecialMatcher:
     """
 
     def __init__(self, token_ids: Mapping[str, int], swallowing: frozenset[int] = frozenset()) -> None:
+        self._texts = PrefixTexts(token_ids)
         self._token_ids = dict(token_ids)
         self._swallowing = swallowing
-        lengths: dict[str, set[int]] = {}
-        for text in token_ids:
-            lengths.setdefault(text[0], set()).add(len(text))
-        self._lengths = {first: sorted(sizes, reverse=True) for first, sizes in lengths.items()}
-        self._first = re.compile(f"[{''.join(map(re.escape, lengths))}]") if lengths else None
+        firsts = {text[0] for text in token_ids}
+        self._first = re.compile(f"[{''.join(map(re.escape, sorted(firsts)))}]") if firsts else None
 
     def split(self, text: str) -> Iterator[str | int]:
         """Texts and token ids in order; no empty texts."""
@@ -178,10 +177,9 @@ class SpecialMatcher:
         """The next match: where it begins, where it ends, which token it is."""
         while self._first is not None and (candidate := self._first.search(text, start)):
             start = candidate.start()
-            for length in self._lengths[text[start]]:
-                token_id = self._token_ids.get(text[start : start + length])
-                if token_id is not None:
-                    return start, start + length, token_id
+            found = self._texts.longest_at(text, start)
+            if found is not None:
+                return start, start + len(found), self._token_ids[found]
             start += 1
         return None
 

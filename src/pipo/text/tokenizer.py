@@ -205,7 +205,7 @@ def _read_model_name(metadata: TokenizerMetadata) -> str:
         raise MalformedFile(f"key {_MODEL_KEY!r} is missing")
     if name not in _DEFAULT_IDS:
         raise UnsupportedModel(
-            f"the tokenizer {name!r} (key {_MODEL_KEY!r}) is not implemented",
+            f"the tokenizer {name!r:.80} (key {_MODEL_KEY!r}) is not implemented",
             hint=f"known are {', '.join(_DEFAULT_IDS)}",
         )
     return name

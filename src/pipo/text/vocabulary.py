@@ -50,14 +50,14 @@ def read_text(metadata: TokenizerMetadata, key: str) -> str | None:
     value = metadata.get(key)
     if value is None or isinstance(value, str):
         return value
-    raise MalformedFile(f"key {key!r} is {value!r}, wanted a string")
+    raise MalformedFile(f"key {key!r} is {value!r:.80}, wanted a string")
 
 
 def read_flag(metadata: TokenizerMetadata, key: str) -> bool | None:
     value = metadata.get(key)
     if value is None or isinstance(value, bool):
         return value
-    raise MalformedFile(f"key {key!r} is {value!r}, wanted a bool")
+    raise MalformedFile(f"key {key!r} is {value!r:.80}, wanted a bool")
 
 
 def read_token_id(metadata: TokenizerMetadata, key: str, vocab_size: int) -> int | None:
@@ -66,7 +66,7 @@ def read_token_id(metadata: TokenizerMetadata, key: str, vocab_size: int) -> int
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise MalformedFile(f"key {key!r} is {value!r}, wanted a token id")
+        raise MalformedFile(f"key {key!r} is {value!r:.80}, wanted a token id")
     if not 0 <= value < vocab_size:
         raise MalformedFile(f"key {key!r} is token {value}, the vocabulary has {vocab_size} tokens")
     return value
@@ -82,7 +82,7 @@ def read_token_ids(metadata: TokenizerMetadata) -> dict[str, int]:
     if len(token_ids) != len(texts):
         names = [text or f"[EMPTY_{idx}]" for idx, text in enumerate(texts)]
         first, last = next((idx, token_ids[name]) for idx, name in enumerate(names) if token_ids[name] != idx)
-        raise MalformedFile(f"key {TOKENS_KEY!r} has {names[last]!r} twice, as token {first} and {last}")
+        raise MalformedFile(f"key {TOKENS_KEY!r} has {names[last]!r:.80} twice, as token {first} and {last}")
     return token_ids
 
 
@@ -119,7 +119,9 @@ def read_byte_tokens(token_ids: Mapping[str, int], kinds: bytearray) -> dict[int
     found: dict[int, int] = {}
     for text, token_id in ids_of_kinds(token_ids, kinds, TokenKind.BYTE).items():
         if not _BYTE_TOKEN.fullmatch(text):
-            raise MalformedFile(f"key {TOKENS_KEY!r} spells byte token {token_id} {text!r}, wanted <0x00> to <0xFF>")
+            raise MalformedFile(
+                f"key {TOKENS_KEY!r} spells byte token {token_id} {text!r:.80}, wanted <0x00> to <0xFF>"
+            )
         found[byte_of(text)] = token_id
     return found
 

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from pipo.base.units import MIB, round_down, round_up
+from pipo.base.units import MIB, PAGE_BYTES, round_down, round_up
 from pipo.tiers.ledger import Ledger
 
-PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 * MIB
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 

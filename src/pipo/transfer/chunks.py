@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipo.base.manifest import Extent, FileIdx
+from pipo.base.tensor_type import ROWS_PER_GROUP
 from pipo.base.units import round_down, round_up
-from pipo.store.index import ROWS_PER_GROUP, Read, RepackRows
+from pipo.store.index import Read, RepackRows
 from pipo.transfer.files import ALIGNMENT
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 
 from pipo.base.errors import FileChanged, ReadFailed, TransferError, UnexpectedEof
 from pipo.base.file_identity import FileIdentity
-from pipo.base.units import round_down
+from pipo.base.page_cache import forget_cached
+from pipo.base.units import PAGE_BYTES, round_down
 
 if sys.platform == "darwin":
     import fcntl
 
 log = logging.getLogger(__name__)
 
-ALIGNMENT = 4096  # of offsets, lengths and addresses; a multiple of every drive's logical block in use
+ALIGNMENT = PAGE_BYTES  # of offsets, lengths and addresses; a multiple of every drive's logical block in use
 _MAX_STALLS = 4  # reads in a row that return less than a block from the middle of a file
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]  # os.preadv, or a faulty one in tests
@@ -79,7 +80,7 @@ class UncachedFile:
                 raise self._error(ReadFailed, "the drive returns too little", offset, needed_bytes, done + got)
             done += step
         if not self.is_direct:
-            _drop_cached(self._fds[-1], offset, len(view))
+            forget_cached(self._fds[-1], offset, len(view))
         return total
 
     def check_unchanged(self) -> None:
@@ -173,11 +174,6 @@ def _open_buffered(path: Path) -> int:
         # no read-ahead: what it brings in beyond a read would stay in the page cache
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     return fd
-
-
-def _drop_cached(fd: int, offset: int, num_bytes: int) -> None:
-    if sys.platform == "linux":
-        os.posix_fadvise(fd, offset, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def _name_of(error: OSError) -> str:
