@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipo.api import LLM, Engine, SamplingParams, load
+    from pipo.api import LLM, Engine, PipoError, SamplingParams, load
 
-__all__ = ["LLM", "Engine", "SamplingParams", "load"]
+__all__ = ["LLM", "Engine", "PipoError", "SamplingParams", "load"]
 __version__ = "0.1.0"
 
 

@@ -12,20 +12,21 @@ from pathlib import Path
 from types import TracebackType
 
 from pipo.base.config import resolve_config
+from pipo.base.errors import PipoError
 from pipo.engine import Engine, ModelFile
 from pipo.generation.request import Completion, SamplingParams
 from pipo.store.library import resolve_model
 from pipo.text.chat_template import Message
 
-__all__ = ["LLM", "Engine", "SamplingParams", "load"]
+__all__ = ["LLM", "Engine", "PipoError", "SamplingParams", "load"]
 
 
-def load(model: str | Path, ram: str = "auto", **settings: object) -> Engine:
+def load(model: str | Path, ram: str | int = "auto", **settings: object) -> Engine:
     """Open a model (a path, or a name that `pipo list` shows) inside a budget, ready to answer.
 
-    `settings` are the other fields of EngineConfig. Raises PipoError's children.
+    `ram` is what `--ram` takes, or bytes; `settings` are the other fields of EngineConfig. Raises PipoError's children.
     """
-    config = resolve_config({"ram": ram, **settings}, {})
+    config = resolve_config({"ram": str(ram), **settings}, {})
     engine = Engine(ModelFile(resolve_model(str(model))), config)
     try:
         engine.start(engine.make_plan())
@@ -41,10 +42,13 @@ class LLM:
     Answers one prompt after another; prompts that begin alike share the keys and values of what they share.
     """
 
-    def __init__(self, model: str | Path, ram: str = "auto", **settings: object) -> None:
+    def __init__(self, model: str | Path, ram: str | int = "auto", **settings: object) -> None:
         self.engine = load(model, ram, **settings)
 
-    def generate(self, prompts: Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
+    def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
+        """One answer per prompt; a single string is one prompt."""
+        if isinstance(prompts, str):
+            prompts = [prompts]
         return [self.engine.complete(self.engine.model.encode(prompt), params) for prompt in prompts]
 
     def chat(

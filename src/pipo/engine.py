@@ -109,6 +109,8 @@ class ModelFile:
 
     def encode(self, prompt: str, *, parse_special: bool = True) -> list[int]:
         """Token ids of plain text. Special-token text in it is read as such, as llama.cpp's tools do."""
+        if not isinstance(prompt, str):
+            raise UsageError(f"a prompt must be a string, not {type(prompt).__name__}")
         return self.tokenizer.encode(prompt, add_special=True, parse_special=parse_special)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
@@ -139,6 +141,7 @@ class Engine:
         self._compute = Compute(self._lib, self._backend, RepackBuffer.find(self._lib))
         self._drive = _drive_rate(model.manifest.files, ram_bytes(config.ram))
         self._peak = PeakSampler()
+        self._is_closed = False
         self._assembly: Assembly | None = None
         self._generator: Generator | None = None
         self._worker = Worker(self._backend.abort.set, self._backend.abort.clear)
@@ -149,6 +152,7 @@ class Engine:
         The context (this, else the config's, else the roomiest that fits) bounds prompt plus answer.
         Raises OverBudget naming the smallest `--ram` that works; UsageError for a context the model was not made for.
         """
+        self._check_open()
         limit = ram_bytes(self.config.ram)
         context = context_tokens or self.config.context_tokens
         trained = self.model.manifest.hyper.context_tokens
@@ -161,11 +165,14 @@ class Engine:
 
     def smallest_ram_bytes(self, context_tokens: int) -> int:
         """The least budget that `make_plan` takes for this context."""
+        self._check_open()
         return smallest_bytes(demand(self._blueprint(False, NARROW_DRIVE), context_tokens, 0, self._process_bytes()))
 
     def start(self, plan: Plan) -> None:
         """Take the memory of a plan and begin to answer. Raises OverBudget, TransferError."""
-        assert self._assembly is None, "an engine starts once"
+        self._check_open()
+        if self._assembly is not None:
+            raise UsageError("the engine is running already", hint="an engine starts once; open another")
         self.plan = plan
         self._assembly = Assembly(
             plan.blueprint, plan.placement, plan.context_tokens, plan.limit_bytes, self._clock, self.tracer
@@ -229,6 +236,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop, and give every byte back. Closing again does nothing."""
+        self._is_closed = True
         self.cancel()
         if self._assembly is not None:
             self._assembly.transfer.close()  # first: compute may be waiting for a read that is stuck
@@ -245,6 +253,11 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        """What follows would hand ggml a backend that is gone: it answers that by ending the process."""
+        if self._is_closed:
+            raise UsageError("the engine is closed", hint="open another")
 
     def _running(self) -> Generator:
         if self._generator is None:

@@ -372,6 +372,8 @@ def test_a_users_own_file_has_a_name(tiny: KnownModel) -> None:
     part_path(own).write_bytes(b"GG")
     assert list_models() == [LocalModel("mine", own, 4)]
     assert resolve_model("mine") == own
+    dotted = own.rename(own.with_name("Foo-1.5B.Q4_K_M.gguf"))
+    assert resolve_model("Foo-1.5B.Q4_K_M") == dotted
 
 
 def test_a_relative_cache_folder_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pipo as package
 from pipo.base.errors import UsageError
 from pipo.cli import app
 from pipo.cli.flags import Call, OutputFlags
-from tests.support.command_line import CommandLine
+from tests.support.command_line import BINARY, CommandLine
 
 VERBS = ("run", "chat", "pull", "list", "show", "doctor")
 HEAVY = ("numpy", "tokenizers", "jinja2", "pipo.engine", "pipo.compute", "pipo.store.fetch", "ssl", "asyncio")
@@ -233,3 +233,18 @@ def test_verbose_names_the_cause_of_an_error(capsys: pytest.CaptureFixture[str])
 
     assert app._run(Call(verb, {"output": OutputFlags(verbose=True)})) == 2
     assert "caused by OSError(5" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("verb", [["list"], ["--help"]])
+def test_output_that_cannot_be_written_is_said(verb: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run([BINARY, *verb], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 1
+    assert "error: cannot write the output: No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_closed_stdout_is_one_nobody_reads() -> None:
+    result = subprocess.run(f"{BINARY} list >&-", shell=True, stderr=subprocess.PIPE, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")

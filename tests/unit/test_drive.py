@@ -27,6 +27,15 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """Large enough to tell of a drive; holds nothing."""
+    path = tmp_path / "large.gguf"
+    with path.open("wb") as stream:
+        stream.truncate(64 * MIB)
+    return path
+
+
 def test_every_combination_is_measured(model: Path) -> None:
     with deadline(10):
         rates = measure_drive([model, model], combos=COMBOS, duration_s=0.05)
@@ -80,12 +89,20 @@ class Counted:
         return RATES
 
 
-def test_measured_once_per_drive(model: Path, tmp_path: Path) -> None:
+def test_measured_once_per_drive(large: Path, tmp_path: Path) -> None:
     file, measure = tmp_path / "deep" / "er" / "drives.json", Counted()
-    assert drive_rates([model], file=file, measure=measure) == RATES
-    assert drive_rates([model], file=file, measure=measure) == RATES
+    assert drive_rates([large], file=file, measure=measure) == RATES
+    assert drive_rates([large], file=file, measure=measure) == RATES
     assert measure.calls == 1
     assert list(file.parent.iterdir()) == [file], "nothing is left beside it"
+
+
+def test_what_a_small_file_gives_is_not_kept(model: Path, tmp_path: Path) -> None:
+    """54 bytes made a drive look like one of 1 MB/s, for good."""
+    file, measure = tmp_path / "drives.json", Counted()
+    for _ in range(2):
+        assert drive_rates([model], file=file, measure=measure) == RATES
+    assert measure.calls == 2 and not file.exists()
 
 
 @pytest.mark.parametrize(
@@ -105,24 +122,24 @@ def test_measured_once_per_drive(model: Path, tmp_path: Path) -> None:
     ],
 )
 def test_broken_cache_is_measured_again(
-    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+    large: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
     file, measure = tmp_path / "drives.json", Counted()
-    file.write_text(text.replace("KEY", drive_key(model)), encoding="latin-1")
-    assert drive_rates([model], file=file, measure=measure) == RATES
+    file.write_text(text.replace("KEY", drive_key(large)), encoding="latin-1")
+    assert drive_rates([large], file=file, measure=measure) == RATES
     assert measure.calls == 1 and "action=measure" in caplog.text
-    assert drive_rates([model], file=file, measure=measure) == RATES and measure.calls == 1
+    assert drive_rates([large], file=file, measure=measure) == RATES and measure.calls == 1
 
 
-def test_other_drives_are_kept(model: Path, tmp_path: Path) -> None:
+def test_other_drives_are_kept(large: Path, tmp_path: Path) -> None:
     file = tmp_path / "drives.json"
     file.write_text('{"another": [1]}')
-    drive_rates([model], file=file, measure=Counted())
-    assert json.loads(file.read_text()).keys() == {"another", drive_key(model)}
+    drive_rates([large], file=file, measure=Counted())
+    assert json.loads(file.read_text()).keys() == {"another", drive_key(large)}
 
 
-def test_unwritable_cache_does_not_stop_the_run(model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert drive_rates([model], file=model / "drives.json", measure=Counted()) == RATES
+def test_unwritable_cache_does_not_stop_the_run(large: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert drive_rates([large], file=large / "drives.json", measure=Counted()) == RATES
     assert "drives.json" in caplog.text
 
 

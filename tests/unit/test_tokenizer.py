@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import signal
 from array import array
 from collections.abc import Callable
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipo.base.errors import MalformedFile, PipoError, UnsupportedModel, UsageError
+from pipo.text import byte_pairs
 from pipo.text.sentence_pieces import SentencePieces
 from pipo.text.tokenizer import Tokenizer
 from pipo.text.vocabulary import TokenKind
@@ -351,3 +354,30 @@ class TestHostile:
         assert all(0 <= token_id < tokenizer.vocab_size for token_id in found)
         for token_id in range(tokenizer.vocab_size):
             tokenizer.decode([token_id])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_merges_are_read_is_raised_after(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The library that asks for them would swallow it, or take it for a wrong type."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(*_: object) -> None:
+        raise Ended
+
+    halves = byte_pairs._halves
+
+    def interrupted(merge: str) -> tuple[str, str]:
+        if isinstance(signal.getsignal(number), FunctionType) and signal.getsignal(number) is not end:
+            signal.raise_signal(number)
+        return halves(merge)
+
+    monkeypatch.setattr(byte_pairs, "_halves", interrupted)
+    kept = signal.signal(number, end)
+    try:
+        with pytest.raises(Ended):
+            Tokenizer.from_metadata(byte_pair_metadata())
+        assert signal.getsignal(number) is end
+    finally:
+        signal.signal(number, kept)

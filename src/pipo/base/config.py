@@ -43,6 +43,8 @@ class EngineConfig:
         _check_choice("cache_type_v", self.cache_type_v, CACHE_TYPE_NAMES)
         for name in ("context_tokens", "threads", "prefill_chunk", "max_outputs"):
             value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise UsageError(f"{name} must be a whole number, found {value!r:.80}")
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, found {value}")
         if self.threads is not None and self.threads > MAX_THREADS:
@@ -64,6 +66,10 @@ def resolve_config(
 
     Raises UsageError for an unknown or unusable key, naming where it stands.
     """
+    unknown = arguments.keys() - {field.name for field in fields(EngineConfig)}
+    if unknown:
+        known = ", ".join(sorted(_settings()))
+        raise UsageError(f"unknown setting {min(unknown)!r:.80}", hint=f"known: {known}")
     config = EngineConfig()
     if file is not None:
         config = _apply(config, _read_toml(file), str(file))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, cast
@@ -22,6 +23,7 @@ from pipo.cli.terminal import print_error, printable, set_up_logging, stderr
 
 # click.UsageError, wherever this version of typer keeps its click
 _ParseError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
+_OUTPUT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EBADF, errno.EIO}  # of a write to no named file: our own output
 _USAGE, _FAILURE, _SIGTERM = 2, 1, 143
 
 app = typer.Typer(
@@ -81,6 +83,11 @@ def _run(call: Call) -> int:
             stderr().print(printable(f"caused by {error.__cause__!r}"), style="dim")
         return error.exit_code
     except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno not in _OUTPUT_ERRNOS or error.filename is not None:
+            _print_bug(error, is_verbose)
+            return _FAILURE
         raise
     except Exception as error:  # noqa: BLE001 - a bug of ours: say so, and keep the traceback for those who ask
         _print_bug(error, is_verbose)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipo.base.cores import available_cores
-from pipo.base.errors import LibraryError, ModelNotFound, TransferError
+from pipo.base.errors import LibraryError, TransferError
 from pipo.base.units import format_rate, format_size
 from pipo.cli.flags import JsonFlag, ModelArgument, OutputFlags
 
@@ -103,7 +103,7 @@ def doctor(model: ModelArgument = None, json: JsonFlag = False, *, output: Outpu
 
 
 def examine(model: str | None) -> Findings:
-    """Raises ModelNotFound for a model that was named and is not there."""
+    """Raises what opening a model that was named raises."""
     problems: list[str] = []
     library, others = _examine_library(problems)
     drive = _examine_drive(_file_to_read(model), problems)
@@ -165,12 +165,12 @@ def _examine_memory() -> MemoryFacts:
 
 
 def _file_to_read(model: str | None) -> Path | None:
+    from pipo.formats.gguf import open_gguf
     from pipo.store.library import list_models, resolve_model
 
     if model is not None:
         path = resolve_model(model)
-        if not path.is_file():
-            raise ModelNotFound(f"{path}: no such file")
+        open_gguf(path)  # what is no model is no measure of the drive either
         return path
     paths = [m.path for m in list_models()] or sorted(Path.cwd().glob("*.gguf"))
     return max(paths, key=lambda path: path.stat().st_size, default=None)
@@ -240,7 +240,7 @@ def _machine_rows(found: Findings) -> Iterator[Row]:
 
 
 def _drive_rows(drive: DriveFacts) -> Iterator[Row]:
-    yield "measured", f"once, with {drive.file}"
+    yield "read", f"{drive.file}, now or when this drive was first met"
     for rate in drive.rates:
         mark = ": the one pipo takes" if rate == drive.best else ""
         way = f"{rate.num_workers} reads of {format_size(rate.chunk_bytes)} at a time"

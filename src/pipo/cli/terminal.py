@@ -20,14 +20,19 @@ _REORDERING = re.compile(r"[\u202a-\u202e\u2066-\u2069]")  # a reader would see 
 _LABEL_WIDTH = 10
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would end the process itself, with an exit code of its own
+
+
 @cache
 def stdout() -> Console:
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 @cache
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return _Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def set_up_logging(*, quiet: bool, verbose: bool) -> None:

@@ -259,6 +259,7 @@ def _calm_openmp() -> None:
 
 def _load_shared(provider: Provider) -> list[ctypes.CDLL]:
     _calm_openmp()
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort would start a debugger
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
     prefix = "" if sys.platform == "win32" else "lib"
     handles = []

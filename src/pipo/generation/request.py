@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -26,7 +27,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repeat_last_n: int = 64  # tokens the penalties look back, prompt included; -1 is all of them
     seed: int | None = None  # None draws one
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()  # kept as a tuple
     logprobs: int | None = None  # alternatives to list with each token; 0 is the token alone
     ignore_eos: bool = False
 
@@ -47,6 +48,9 @@ class SamplingParams:
         _check_number("repeat_penalty", self.repeat_penalty, 0.0)
         if self.repeat_penalty == 0:
             raise UsageError("repeat_penalty must be more than 0", hint="1 is off")
+        if not isinstance(self.stop, list | tuple):
+            raise UsageError(f"stop must be strings in a list or tuple, not {self.stop!r}")
+        object.__setattr__(self, "stop", tuple(self.stop))
         _check_stop(self.stop)
 
     @property
@@ -124,8 +128,8 @@ def _check_number(field: str, value: object, low: float, high: float = math.inf)
         raise UsageError(f"{field} must be {wanted}, not {value:g}")
 
 
-def _check_stop(stop: object) -> None:
-    if not isinstance(stop, tuple) or not all(isinstance(text, str) for text in stop):
-        raise UsageError(f"stop must be a tuple of strings, not {stop!r}")
+def _check_stop(stop: Sequence[object]) -> None:
+    if not all(isinstance(text, str) for text in stop):
+        raise UsageError(f"stop must be strings, not {stop!r}")
     if "" in stop:
         raise UsageError("stop must not hold an empty string", hint="it would end every answer before it begins")

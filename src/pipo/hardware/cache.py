@@ -7,15 +7,19 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipo.base.folders import cache_folder
+from pipo.base.units import MIB
 from pipo.hardware.drive import DriveRate, measure_drive
 from pipo.transfer.files import ALIGNMENT
 
 log = logging.getLogger(__name__)
+
+LEAST_TELLING_BYTES = 64 * MIB  # the least that QUICK_COMBOS keep in flight, twice
 
 Measure = Callable[[Sequence[Path]], tuple[DriveRate, ...]]
 
@@ -31,6 +35,7 @@ def drive_rates(
 
     `kind` tells apart what was measured, where a small budget could not afford every combination.
 
+    What files of less than LEAST_TELLING_BYTES give is used, not kept: it tells of the latency of a read.
     A cache that is broken or cannot be written costs a measurement and a line in the log, never the run.
     Raises TransferError.
     """
@@ -40,6 +45,8 @@ def drive_rates(
     if (known := _parse(entries.get(key), file, key)) is not None:
         return known
     rates = measure(files)
+    if sum(path.stat().st_size for path in files) < LEAST_TELLING_BYTES:
+        return rates
     _save(file, {**entries, key: [asdict(rate) for rate in rates]})
     return rates
 
@@ -108,3 +115,5 @@ def _save(file: Path, entries: Mapping[str, object]) -> None:
         aside.replace(file)
     except OSError as error:
         log.warning("cache=%s action=keep nothing reason=%s", file, error)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)

@@ -101,11 +101,13 @@ def resolve_model(text: str) -> Path:
     hint = f"give the path of a .gguf file, or a known model: {', '.join(KNOWN_MODELS)}"
     try:
         path = Path(text).expanduser()
-        if path.exists() or path.suffix or path.name != text:
+        if path.exists() or path.name != text:
             return path
         local = models_folder() / f"{text}.gguf"
         if local.is_file():
             return local
+        if path.suffix:
+            return path
     except OSError as error:  # too long, or in a folder that is closed to us
         raise ModelNotFound(f"{text!r:.80} cannot be opened: {error.strerror}", hint=hint) from error
     except RuntimeError as error:  # a ~user whom the system does not know

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import overload
 
 from tokenizers import Regex
@@ -45,15 +48,15 @@ class BytePairs:
     def __init__(self, token_ids: dict[str, int], merges: Sequence[str], pre_tokenizer: PreTokenizer) -> None:
         _check_merges(merges, token_ids)
         self._is_byte_level = pre_tokenizer.is_byte_level
-        self._engine = Engine(
-            BPE(
+        with _signals_wait():
+            model = BPE(
                 vocab=token_ids,
                 merges=_Pairs(merges),
                 cache_capacity=_CACHED_WORDS,
                 byte_fallback=not pre_tokenizer.is_byte_level,
                 ignore_merges=pre_tokenizer.ignores_merges,
             )
-        )
+        self._engine = Engine(model)
         if not pre_tokenizer.is_byte_level:
             self._engine.normalizer = Replace(" ", "▁")
         self._engine.pre_tokenizer = PreTokenizers(list(_steps(pre_tokenizer, token_ids)))
@@ -72,6 +75,30 @@ class BytePairs:
             return bytes(_BYTES[letter] for letter in text)
         except KeyError:  # not spelled in letters for bytes: a token that was added as it is
             return text.encode()
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Keep Ctrl-C and SIGTERM until the block has ended: 0.1 s for 49k merges.
+
+    The library asks for the merges one by one, and swallows, or takes for a wrong type, what a signal's handler raises
+    in between. Only the main thread runs handlers, and only it may set them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    replaced = {number: handler for number, handler in kept.items() if callable(handler)}
+    for number in replaced:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def read_merges(metadata: TokenizerMetadata) -> list[str]:

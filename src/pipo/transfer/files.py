@@ -21,6 +21,7 @@ if sys.platform == "darwin":
 log = logging.getLogger(__name__)
 
 ALIGNMENT = PAGE_BYTES  # of offsets, lengths and addresses; a multiple of every drive's logical block in use
+_DRIVES_TOLD_OF: set[int] = set()  # that refuse direct reads
 _MAX_STALLS = 4  # reads in a row that return less than a block from the middle of a file
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]  # os.preadv, or a faulty one in tests
@@ -139,6 +140,11 @@ class UncachedFile:
                 self.is_direct = False
 
     def _log_fallback(self, reason: str) -> None:
+        """Once per drive."""
+        device = self.path.stat().st_dev
+        if device in _DRIVES_TOLD_OF:
+            return
+        _DRIVES_TOLD_OF.add(device)
         log.warning("file=%s direct_io=off reason=%s", self.path, reason)
 
     def _size_now(self) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipo.transfer import files
 from tests.support.disk_units import FILE_BYTES
 from tests.support.transfers import assert_threads_end, deadline, write_random
 
@@ -21,6 +22,11 @@ def no_hang() -> Iterator[None]:
 def no_thread_stays() -> Iterator[None]:
     yield
     assert_threads_end("pipo read", within_s=0.5)
+
+
+@pytest.fixture(autouse=True)
+def no_drive_was_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_DRIVES_TOLD_OF", set())
 
 
 @pytest.fixture

@@ -51,7 +51,9 @@ def test_direct_reads_refused(
         for i, place in enumerate(places):
             check_bytes(i, place, content)
         assert not disk.transfer.is_direct
-    assert caplog.text.count("direct_io=off") == 1, "said once, with the reason"
+    with opened([path], preadv=refuse(monkeypatch)) as again:
+        assert again.transfer.read_now(Extent(FileIdx(0), 0, 10)) == content[:10]
+    assert caplog.text.count("direct_io=off") == 1, "said once per drive, with the reason"
 
 
 def cached_pages(path: Path) -> int:
