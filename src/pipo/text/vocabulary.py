@@ -23,11 +23,15 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class TokenizerMetadata(Protocol):
     """A model file's keys and values.
 
-    `get` is None exactly where the key is absent; for an array it may be any object. `strings` and `array` raise
-    MalformedFile where the key is of another type.
+    `get`, `text` and `flag` are None exactly where the key is absent; for an array `get` may be any object. The others
+    raise MalformedFile where the key is of another type.
     """
 
     def get(self, key: str) -> object | None: ...
+
+    def text(self, key: str) -> str | None: ...
+
+    def flag(self, key: str) -> bool | None: ...
 
     def strings(self, key: str) -> list[str]: ...
 
@@ -44,20 +48,6 @@ class TokenKind(IntEnum):
     USER_DEFINED = 4  # text that is one token wherever it stands
     UNUSED = 5
     BYTE = 6  # one byte, spelled <0x0A>
-
-
-def read_text(metadata: TokenizerMetadata, key: str) -> str | None:
-    value = metadata.get(key)
-    if value is None or isinstance(value, str):
-        return value
-    raise MalformedFile(f"key {key!r} is {value!r:.80}, wanted a string")
-
-
-def read_flag(metadata: TokenizerMetadata, key: str) -> bool | None:
-    value = metadata.get(key)
-    if value is None or isinstance(value, bool):
-        return value
-    raise MalformedFile(f"key {key!r} is {value!r:.80}, wanted a bool")
 
 
 def read_token_id(metadata: TokenizerMetadata, key: str, vocab_size: int) -> int | None:
