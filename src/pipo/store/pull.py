@@ -49,7 +49,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """Two that write the same parts would spoil each other's. Raises DownloadError when another is at work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".pull.lock").open("w")
+        lock = (folder.parent / "pull.lock").open("w")
     except OSError as error:
         raise _cannot_write(folder, error) from error
     with lock:

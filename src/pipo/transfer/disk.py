@@ -17,7 +17,7 @@ from pipo.base.errors import Cancelled, FileChanged, PipoError
 from pipo.base.file_identity import FileIdentity
 from pipo.base.manifest import Extent
 from pipo.base.trace import Tracer
-from pipo.base.units import KIB
+from pipo.base.units import KIB, round_up
 from pipo.store.index import Read, RepackRows
 from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Arena, Place
@@ -48,7 +48,7 @@ class DriveSettings:
         chunk, or the largest group of rows that is repacked at once, where that is more.
         """
         largest = max(self.chunk_bytes, group_bytes) if repacks else _COPY_BYTES
-        return self.num_workers * (largest + 2 * ALIGNMENT)
+        return self.num_workers * round_up(largest + 2 * ALIGNMENT, ALIGNMENT)
 
 
 @dataclass(frozen=True, slots=True)
