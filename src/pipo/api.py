@@ -45,12 +45,12 @@ class LLM:
         self.engine = load(model, ram, **settings)
 
     def generate(self, prompts: Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
-        return [self.engine.complete(self.engine.model.encode(prompt), params) for prompt in prompts]
+        return [self.engine.complete(self.engine.encode(prompt), params) for prompt in prompts]
 
     def chat(
         self, conversations: Sequence[Sequence[Message]], params: SamplingParams | None = None
     ) -> list[Completion]:
-        return [self.engine.complete(self.engine.model.encode_chat(c), params) for c in conversations]
+        return [self.engine.complete(self.engine.encode_chat(c), params) for c in conversations]
 
     def close(self) -> None:
         self.engine.close()

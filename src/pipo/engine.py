@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from pipo.base.clock import RealClock
 from pipo.base.config import EngineConfig
-from pipo.base.errors import OverBudget, UnsupportedModel, UsageError
+from pipo.base.errors import ContextOverflow, OverBudget, UnsupportedModel, UsageError
 from pipo.base.manifest import Manifest
 from pipo.base.trace import NullTracer, Tracer
-from pipo.base.units import MIB, round_up
+from pipo.base.units import MIB, format_size, round_up
 from pipo.compute import ggml
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
@@ -42,6 +42,7 @@ from pipo.transfer.disk import DriveSettings
 # smallest budget is the same number on every run; a process that measures more is charged what it measures.
 PROCESS_BYTES = 48 * MIB
 PROCESS_STEP = 8 * MIB
+LONG_TEXT_TOKENS = 4096
 KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget for its keys and values
 WIDE_SHARE = 16  # the transfer's own buffers may take this fraction of the budget
 NARROW_DRIVE = DriveSettings(chunk_bytes=MIB // 2, num_workers=4)
@@ -107,16 +108,34 @@ class ModelFile:
     def manifest(self) -> Manifest:
         return self.checkpoint.manifest
 
-    def encode(self, prompt: str, *, parse_special: bool = True) -> list[int]:
-        """Token ids of plain text. Special-token text in it is read as such, as llama.cpp's tools do."""
-        return self.tokenizer.encode(prompt, add_special=True, parse_special=parse_special)
+    def most_bytes(self, num_tokens: int) -> int:
+        """No text of more UTF-8 bytes fits into `num_tokens` tokens."""
+        return num_tokens * self.tokenizer.longest_token_bytes
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation. Raises UsageError when the model has no chat template."""
+    def encode(self, prompt: str, max_tokens: int | None = None, *, parse_special: bool = True) -> list[int]:
+        """Token ids of plain text. Special-token text in it is read as such, as llama.cpp's tools do.
+
+        Raises ContextOverflow, before it takes memory for them, where there are many more than `max_tokens`.
+        """
+        self._refuse_longer(prompt, max_tokens, parse_special=parse_special)
+        ids = self.tokenizer.encode(prompt, add_special=True, parse_special=parse_special)
+        return _after_encoding(ids)
+
+    def encode_chat(self, messages: Sequence[Message], max_tokens: int | None = None) -> list[int]:
+        """Token ids of a conversation. Raises UsageError when the model has no chat template, else as `encode`."""
         ids = self.tokenizer.special_ids
         names = [None if i is None else self.tokenizer.token_text(i) for i in (ids.bos, ids.eos)]
         template = ChatTemplate.from_metadata(self.checkpoint.metadata, names[0], names[1])
-        return self.tokenizer.encode_chat(template.render(messages))
+        rendered = template.render(messages)
+        self._refuse_longer(rendered, max_tokens, parse_special=True)
+        return _after_encoding(self.tokenizer.encode_chat(rendered))
+
+    def _refuse_longer(self, text: str, max_tokens: int | None, *, parse_special: bool) -> None:
+        if max_tokens is not None and self.tokenizer.is_longer(text, max_tokens, parse_special=parse_special):
+            raise ContextOverflow(
+                f"a prompt of {format_size(len(text))} of text does not fit the context of {max_tokens} tokens",
+                hint="a shorter prompt, or a larger context where the model has one",
+            )
 
 
 class Engine:
@@ -180,11 +199,23 @@ class Engine:
 
     def generate(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
         """The answer to plain text, piece by piece, no chat template."""
-        return (p.text for p in self.stream(self.model.encode(prompt), params) if p.text)
+        return (p.text for p in self.stream(self.encode(prompt), params) if p.text)
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
         """The answer to a conversation, piece by piece. Earlier turns still in the KV cache are not computed again."""
-        return (p.text for p in self.stream(self.model.encode_chat(messages), params) if p.text)
+        return (p.text for p in self.stream(self.encode_chat(messages), params) if p.text)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of plain text. Raises ContextOverflow where the plan has no memory to encode it."""
+        return self.model.encode(prompt, self._context_tokens)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation. Raises UsageError, ContextOverflow."""
+        return self.model.encode_chat(messages, self._context_tokens)
+
+    @property
+    def _context_tokens(self) -> int | None:
+        return None if self.plan is None else self.plan.context_tokens
 
     def complete(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Completion:
         """The whole answer at once."""
@@ -343,6 +374,13 @@ class Engine:
                     f"{self._lib.version_text} does not compute",
                     hint="pip install 'pipo[native]' brings a newer libggml" if is_new else None,
                 )
+
+
+def _after_encoding(ids: list[int]) -> list[int]:
+    """Token ids as they are; what encoding a long text has taken goes back: 20 MiB after 32k tokens."""
+    if len(ids) >= LONG_TEXT_TOKENS:
+        release_free_memory()
+    return ids
 
 
 def _drive_rate(files: Sequence[Path], limit_bytes: int) -> DriveRate:

@@ -66,6 +66,31 @@ def test_the_process_stays_under_its_budget(pipo: CommandLine, ram: str) -> None
     assert 0 < peak <= limit
 
 
+@pytest.mark.parametrize("megabytes", [0.5, 20.0])
+def test_a_piped_prompt_that_cannot_fit_is_refused_before_it_takes_memory(
+    pipo: CommandLine, tmp_path: Path, megabytes: float
+) -> None:
+    text = tmp_path / "prompt.txt"
+    text.write_bytes(b"hey " * int(megabytes * 250_000))
+    with text.open("rb") as stdin:
+        process = pipo.start("run", "smollm2", "--raw", "--ram", "110MB", stdin=stdin)
+        peak = _peak(process)
+    assert process.returncode == 2
+    assert process.stderr and b"context" in process.stderr.read()
+    assert peak <= 80_000_000
+
+
+def test_a_line_of_chat_that_cannot_fit_is_refused(pipo: CommandLine) -> None:
+    ended = pipo("chat", "smollm2", "--ram", "150MB", "-c", "300", stdin="hey " * 50_000)
+    assert ended.code == 2
+    assert "more text than the context can hold" in ended.err
+
+
+def test_a_plan_has_memory_to_encode_its_context(pipo: CommandLine) -> None:
+    breakdown = pipo("show", "smollm2", "--ram", "1GB", "-c", "4096", "--json").json["plan"]["breakdown_bytes"]
+    assert breakdown["encoding"] >= 4096 * 800
+
+
 def test_chat_stays_under_its_budget(pipo: CommandLine) -> None:
     process = pipo.start("chat", "smollm2", "--ram", "150MB", "-n", "24")
     assert process.stdin

@@ -19,7 +19,7 @@ from pipo.cli.flags import (
     SystemFlag,
     make_config,
 )
-from pipo.cli.prompt import check_not_empty, piped_prompt, sort_words
+from pipo.cli.prompt import check_is_piped, check_not_empty, piped_prompt, sort_words
 
 if TYPE_CHECKING:
     from pipo.cli.answer import Answer
@@ -68,14 +68,18 @@ def run(
     sampling.params(sampling.max_tokens, logprobs)  # refuse bad values before anything is opened
     if trace is not None:
         _check_writable(trace)
-    text = text if text is not None else piped_prompt()
-    check_not_empty(text, is_raw=raw)
+    if text is None:
+        check_is_piped()
+    else:
+        check_not_empty(text, is_raw=raw)
 
     from pipo.cli.session import open_model, open_session
 
     opened = open_model(name)
-    ids = opened.encode(text) if raw else opened.encode_chat(_messages(text, system))
     trained = opened.manifest.hyper.context_tokens
+    longest = min(config.context_tokens or trained, trained)
+    ids = _prompt_ids(opened, text, system, longest, is_raw=raw)
+    del text  # of a long prompt, megabytes
     context, max_tokens = fit_answer(len(ids), sampling.max_tokens, config.context_tokens, trained)
     with open_session(opened, config, context, output) as session:
         answer = _answer(session, ids, sampling.params(max_tokens, logprobs), json)
@@ -104,6 +108,14 @@ def fit_answer(num_prompt: int, wanted: int | None, context: int | None, trained
         raise ContextOverflow(f"a prompt of {num_prompt} tokens and {answer} do not fit {whose} {most}", hint=hint)
     answer_tokens = wanted or min(DEFAULT_ANSWER_TOKENS, room)
     return context or num_prompt + answer_tokens, answer_tokens
+
+
+def _prompt_ids(model: ModelFile, text: str | None, system: str | None, longest: int, *, is_raw: bool) -> list[int]:
+    """Token ids of the prompt, piped in where `text` is None. Raises ContextOverflow: `longest` is in tokens."""
+    if text is None:
+        text = piped_prompt(model.most_bytes(longest))
+        check_not_empty(text, is_raw=is_raw)
+    return model.encode(text, longest) if is_raw else model.encode_chat(_messages(text, system), longest)
 
 
 def _messages(text: str, system: str | None) -> list[dict[str, object]]:

@@ -35,6 +35,10 @@ CHUNKS = (16, 32, 64, 128, 256, 512)  # prefill chunks the planner may choose fr
 PAGE = 4096
 # what Python and ggml grow by while answering: sampling arrays, token lists, thread stacks
 GROWTH_BYTES = 12 << 20
+# of the context: turns are encoded while all else is taken. The tokenizers library takes up to 800 bytes a token of
+# prose meanwhile, and a text that is refused only once it is encoded may have a quarter too many (Tokenizer.is_longer)
+ENCODING_BYTES_PER_TOKEN = 1000
+_HELD_BY_PARTS = frozenset({"KV cache", "transfer buffers", "norms"})  # these reserve their own bytes
 # repacking costs more than it saves while weights stream, except where it runs at several GB/s a thread
 FAST_TO_REPACK = frozenset({TensorType.Q4_0, TensorType.IQ4_NL})
 
@@ -101,6 +105,7 @@ def demand(blueprint: Blueprint, context_tokens: int, limit_bytes: int, process_
         "transfer buffers": blueprint.bounce_bytes,
         "norms": _vector_bytes(blueprint.stages),
         "graphs": graphs_bytes(len(blueprint.stages)),
+        "encoding": round_up(context_tokens * ENCODING_BYTES_PER_TOKEN, PAGE),
         "process": process_bytes + GROWTH_BYTES,
     }
     in_flight = blueprint.drive.chunk_bytes * blueprint.drive.num_workers
@@ -160,7 +165,7 @@ class Assembly:
     def _build(
         self, blueprint: Blueprint, placement: Placement, context_tokens: int, clock: Clock, tracer: Tracer
     ) -> tuple[DiskTransfer, Forward]:
-        for name in ("process", "graphs"):
+        for name in placement.fixed.keys() - _HELD_BY_PARTS:
             self._exit.enter_context(self.ledger.reserve(name, placement.fixed[name]))
         stages = self._stages(blueprint, placement)
         units = make_units(stages, blueprint.layouts)
