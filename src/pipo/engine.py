@@ -33,7 +33,7 @@ from pipo.models.registry import stages_of
 from pipo.pipeline.assembly import Assembly, Blueprint, choose_layouts, demand
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
-from pipo.planner.placement import Placement, place, smallest_bytes
+from pipo.planner.placement import Demand, Placement, place, smallest_bytes
 from pipo.text.chat_template import ChatTemplate, Message
 from pipo.text.tokenizer import Tokenizer
 from pipo.transfer.disk import DriveSettings
@@ -158,17 +158,20 @@ class Engine:
         self._compute = Compute(self._lib, self._backend, RepackBuffer.find(self._lib))
         self._drive = _drive_rate(model.manifest.files, ram_bytes(config.ram))
         self._peak = PeakSampler()
+        self._kept_bytes: dict[str, int] = {}  # that a plan charges besides what the model needs
         self._assembly: Assembly | None = None
         self._generator: Generator | None = None
         self._worker = Worker(self._backend.abort.set, self._backend.abort.clear)
 
-    def make_plan(self, context_tokens: int | None = None) -> Plan:
+    def make_plan(self, context_tokens: int | None = None, logprobs_bytes: int = 0) -> Plan:
         """Decide who lives where, without taking memory.
 
-        The context (this, else the config's, else the roomiest that fits) bounds prompt plus answer.
+        The context (this, else the config's, else the roomiest that fits) bounds prompt plus answer. Log-probabilities
+        that the caller keeps take `logprobs_bytes` (see `logprobs_bytes`).
         Raises OverBudget naming the smallest `--ram` that works; UsageError for a context the model was not made for.
         """
         limit = ram_bytes(self.config.ram)
+        self._kept_bytes |= {"log-probabilities": logprobs_bytes} if logprobs_bytes else {}
         context = context_tokens or self.config.context_tokens
         trained = self.model.manifest.hyper.context_tokens
         if context is not None and context > trained:
@@ -180,7 +183,7 @@ class Engine:
 
     def smallest_ram_bytes(self, context_tokens: int) -> int:
         """The least budget that `make_plan` takes for this context."""
-        return smallest_bytes(demand(self._blueprint(False, NARROW_DRIVE), context_tokens, 0, self._process_bytes()))
+        return smallest_bytes(self._demand(self._blueprint(False, NARROW_DRIVE), context_tokens, 0))
 
     def start(self, plan: Plan) -> None:
         """Take the memory of a plan and begin to answer. Raises OverBudget, TransferError."""
@@ -329,7 +332,7 @@ class Engine:
                 return self._plan_of(blueprint, placement, context_tokens, limit)
         blueprint = self._blueprint(False, NARROW_DRIVE)
         try:
-            placement = place(demand(blueprint, context_tokens, limit, self._process_bytes()))
+            placement = place(self._demand(blueprint, context_tokens, limit))
         except OverBudget as error:
             raise self._with_context_hint(error, blueprint, context_tokens, limit) from None
         return self._plan_of(blueprint, placement, context_tokens, limit)
@@ -348,9 +351,12 @@ class Engine:
 
     def _try(self, blueprint: Blueprint, context_tokens: int, limit: int) -> Placement | None:
         try:
-            return place(demand(blueprint, context_tokens, limit, self._process_bytes()))
+            return place(self._demand(blueprint, context_tokens, limit))
         except OverBudget:
             return None
+
+    def _demand(self, blueprint: Blueprint, context_tokens: int, limit: int) -> Demand:
+        return demand(blueprint, context_tokens, limit, self._process_bytes(), self._kept_bytes)
 
     def _blueprint(self, all_resident: bool, drive: DriveSettings) -> Blueprint:
         layouts = choose_layouts(self.model.stages, self._compute.repack, self.config.layout, all_resident)

@@ -71,10 +71,12 @@ class CommandLine:
         )
         return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
 
-    def start(self, *arguments: str, stdin: int | IO[bytes] = subprocess.PIPE) -> subprocess.Popen[bytes]:
+    def start(
+        self, *arguments: str, stdin: int | IO[bytes] = subprocess.PIPE, stdout: int | IO[bytes] = subprocess.PIPE
+    ) -> subprocess.Popen[bytes]:
         """Start with pipes and let it run."""
-        pipe = subprocess.PIPE
-        return subprocess.Popen([BINARY, *arguments], stdin=stdin, stdout=pipe, stderr=pipe, env=self.environment)
+        pipe, command = subprocess.PIPE, [BINARY, *arguments]
+        return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=pipe, env=self.environment)
 
     def on_terminal(self, *arguments: str, **environment: str) -> Terminal:
         return Terminal([str(BINARY), *arguments], {**self.environment, **environment})

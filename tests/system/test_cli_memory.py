@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import subprocess
 import time
 from pathlib import Path
@@ -84,6 +85,20 @@ def test_a_line_of_chat_that_cannot_fit_is_refused(pipo: CommandLine) -> None:
     ended = pipo("chat", "smollm2", "--ram", "150MB", "-c", "300", stdin="hey " * 50_000)
     assert ended.code == 2
     assert "more text than the context can hold" in ended.err
+
+
+def test_log_probabilities_stay_in_the_budget(pipo: CommandLine, tmp_path: Path) -> None:
+    json = ("-c", "620", "-n", "512", "--ignore-eos", "--json", "--logprobs")
+    with (tmp_path / "answer.json").open("wb") as stdout:
+        process = pipo.start("run", "smollm2", "A ship.", "--ram", "100MB", *json, "20", stdout=stdout)
+        peak = _peak(process)
+    assert process.returncode == 0
+    plan = jsonlib.loads((tmp_path / "answer.json").read_text())["plan"]
+    assert plan["breakdown_bytes"]["log-probabilities"] >= 512 * 21 * 128
+    assert peak <= 100_000_000
+    too_many = pipo("run", "smollm2", "A ship.", *json, "21")
+    assert (too_many.code, too_many.out) == (2, "")
+    assert "--logprobs 21 is more than 20" in too_many.err
 
 
 def test_a_plan_has_memory_to_encode_its_context(pipo: CommandLine) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipo.generation.request import Sampled, SamplingParams
 
 DEFAULT_ANSWER_TOKENS = 256
+MAX_LOGPROBS = 20  # of alternatives: each takes memory as long as the answer is kept
 
 
 def run(
@@ -62,6 +63,8 @@ def run(
     name, text = sort_words([*([] if model is None else [model]), *(prompt or [])], model_flag, prompt_flag)
     if logprobs is not None and not json:
         raise UsageError("--logprobs needs --json", hint="text has no place for them")
+    if logprobs is not None and logprobs > MAX_LOGPROBS:
+        raise UsageError(f"--logprobs {logprobs} is more than {MAX_LOGPROBS}", hint="as many as OpenAI's API gives")
     if system is not None and raw:
         raise UsageError("--system needs the chat template, which --raw leaves out")
     config = make_config(memory, compute, trace=trace is not None)
@@ -74,6 +77,7 @@ def run(
         check_not_empty(text, is_raw=raw)
 
     from pipo.cli.session import open_model, open_session
+    from pipo.generation.request import logprobs_bytes
 
     opened = open_model(name)
     trained = opened.manifest.hyper.context_tokens
@@ -81,7 +85,8 @@ def run(
     ids = _prompt_ids(opened, text, system, longest, is_raw=raw)
     del text  # of a long prompt, megabytes
     context, max_tokens = fit_answer(len(ids), sampling.max_tokens, config.context_tokens, trained)
-    with open_session(opened, config, context, output) as session:
+    kept_bytes = 0 if logprobs is None else logprobs_bytes(max_tokens, logprobs)
+    with open_session(opened, config, context, output, kept_bytes) as session:
         answer = _answer(session, ids, sampling.params(max_tokens, logprobs), json)
         if trace is not None:
             session.engine.tracer.write_perfetto(trace)
@@ -135,7 +140,7 @@ def _answer(session: Session, ids: list[int], params: SamplingParams, json: bool
 
 def _write_json(model: ModelFile, session: Session, answer: Answer, num_prompt: int, has_logprobs: bool) -> None:
     from pipo.cli.report import plan_dict, report_dict
-    from pipo.cli.terminal import write_json
+    from pipo.cli.terminal import write_json_object
 
     report = session.engine.report
     assert report is not None
@@ -150,10 +155,10 @@ def _write_json(model: ModelFile, session: Session, answer: Answer, num_prompt: 
         },
     }
     if has_logprobs:
-        result["tokens"] = [_token_dict(model, token) for token in answer.tokens]
+        result["tokens"] = (_token_dict(model, token) for token in answer.tokens)
     result["plan"] = plan_dict(session.plan)
     result["cost"] = report_dict(session.plan, report, session.engine.seconds_per_pass)
-    write_json(result)
+    write_json_object(result)
 
 
 def _token_dict(model: ModelFile, token: Sampled) -> dict[str, object]:

@@ -48,13 +48,17 @@ def open_model(name: str) -> ModelFile:
 
 @contextmanager
 def open_session(
-    model: ModelFile, config: EngineConfig, context_tokens: int | None, output: OutputFlags
+    model: ModelFile,
+    config: EngineConfig,
+    context_tokens: int | None,
+    output: OutputFlags,
+    logprobs_bytes: int = 0,
 ) -> Iterator[Session]:
     """Plan, print the plan, start. Raises OverBudget before it takes any memory."""
     with starting(output):
         engine = Engine(model, config)
     with engine:
-        plan = engine.make_plan(context_tokens)
+        plan = engine.make_plan(context_tokens, logprobs_bytes)
         with starting(output):
             engine.start(plan)
         if not output.quiet:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from pipo.base.clock import Clock
 from pipo.base.config import EngineConfig
@@ -38,6 +39,7 @@ GROWTH_BYTES = 12 << 20
 # of the context: turns are encoded while all else is taken. The tokenizers library takes up to 800 bytes a token of
 # prose meanwhile, and a text that is refused only once it is encoded may have a quarter too many (Tokenizer.is_longer)
 ENCODING_BYTES_PER_TOKEN = 1000
+ANSWER_BYTES_PER_TOKEN = 256  # of the context: each token of an answer, its text and its places in lists
 _HELD_BY_PARTS = frozenset({"KV cache", "transfer buffers", "norms"})  # these reserve their own bytes
 # repacking costs more than it saves while weights stream, except where it runs at several GB/s a thread
 FAST_TO_REPACK = frozenset({TensorType.Q4_0, TensorType.IQ4_NL})
@@ -91,8 +93,14 @@ def choose_layouts(
     return WeightLayouts(frozenset(names))
 
 
-def demand(blueprint: Blueprint, context_tokens: int, limit_bytes: int, process_bytes: int) -> Demand:
-    """What the model needs at this context, for the planner."""
+def demand(
+    blueprint: Blueprint,
+    context_tokens: int,
+    limit_bytes: int,
+    process_bytes: int,
+    kept_bytes: Mapping[str, int] = MappingProxyType({}),
+) -> Demand:
+    """What the model needs at this context, for the planner. `kept_bytes` is what a caller wants kept besides."""
     graphs = StageGraphs(blueprint.compute, blueprint.manifest.hyper, blueprint.layouts)
     try:
         chunks = [
@@ -106,7 +114,9 @@ def demand(blueprint: Blueprint, context_tokens: int, limit_bytes: int, process_
         "norms": _vector_bytes(blueprint.stages),
         "graphs": graphs_bytes(len(blueprint.stages)),
         "encoding": round_up(context_tokens * ENCODING_BYTES_PER_TOKEN, PAGE),
+        "answer": round_up(context_tokens * ANSWER_BYTES_PER_TOKEN, PAGE),
         "process": process_bytes + GROWTH_BYTES,
+        **kept_bytes,
     }
     in_flight = blueprint.drive.chunk_bytes * blueprint.drive.num_workers
     return Demand(unit_sizes(blueprint.stages, blueprint.layouts), fixed, chunks, limit_bytes, in_flight)
