@@ -15,7 +15,7 @@ from pipo.base.clock import RealClock
 from pipo.base.config import EngineConfig
 from pipo.base.errors import ContextOverflow, OverBudget, UnsupportedModel, UsageError
 from pipo.base.manifest import Manifest
-from pipo.base.trace import NullTracer, Tracer
+from pipo.base.trace import MAX_ZONES, ZONE_BYTES, NullTracer, Tracer
 from pipo.base.units import MIB, format_size, round_up
 from pipo.compute import ggml
 from pipo.compute.devices import CpuBackend
@@ -44,6 +44,7 @@ PROCESS_BYTES = 48 * MIB
 PROCESS_STEP = 8 * MIB
 LONG_TEXT_TOKENS = 4096
 KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget for its keys and values
+TRACE_SHARE = 16  # the zones of a trace may take this fraction of the budget
 WIDE_SHARE = 16  # the transfer's own buffers may take this fraction of the budget
 NARROW_DRIVE = DriveSettings(chunk_bytes=MIB // 2, num_workers=4)
 
@@ -147,7 +148,7 @@ class Engine:
     def __init__(self, model: ModelFile, config: EngineConfig) -> None:
         self.model = model
         self.config = config
-        self.tracer = Tracer() if config.trace else NullTracer()
+        self.tracer = _tracer(ram_bytes(config.ram)) if config.trace else NullTracer()
         self.plan: Plan | None = None
         self.report: Report | None = None
         self.seconds_per_pass = 0.0  # predicted; known after `start`
@@ -158,7 +159,8 @@ class Engine:
         self._compute = Compute(self._lib, self._backend, RepackBuffer.find(self._lib))
         self._drive = _drive_rate(model.manifest.files, ram_bytes(config.ram))
         self._peak = PeakSampler()
-        self._kept_bytes: dict[str, int] = {}  # that a plan charges besides what the model needs
+        # what a plan charges besides what the model needs
+        self._kept_bytes = {"trace": self.tracer.most_bytes} if config.trace else {}
         self._assembly: Assembly | None = None
         self._generator: Generator | None = None
         self._worker = Worker(self._backend.abort.set, self._backend.abort.clear)
@@ -387,6 +389,11 @@ def _after_encoding(ids: list[int]) -> list[int]:
     if len(ids) >= LONG_TEXT_TOKENS:
         release_free_memory()
     return ids
+
+
+def _tracer(limit_bytes: int) -> Tracer:
+    """Keeps as many zones as their share of the budget holds."""
+    return Tracer(min(limit_bytes // TRACE_SHARE // ZONE_BYTES, MAX_ZONES))
 
 
 def _drive_rate(files: Sequence[Path], limit_bytes: int) -> DriveRate:

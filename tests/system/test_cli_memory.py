@@ -101,6 +101,20 @@ def test_log_probabilities_stay_in_the_budget(pipo: CommandLine, tmp_path: Path)
     assert "--logprobs 21 is more than 20" in too_many.err
 
 
+def test_a_trace_stays_in_the_budget(pipo: CommandLine, tmp_path: Path) -> None:
+    json = tmp_path / "answer.json"
+    command = ("run", "smollm2", "A ship.", "--ram", "100MB", "-n", "300", "--ignore-eos", "--json")
+    with json.open("wb") as stdout:
+        process = pipo.start(*command, "--trace", str(tmp_path / "trace.json"), stdout=stdout)
+        peak = _peak(process)
+    assert process.returncode == 0
+    assert process.stderr and b"older zones were dropped" in process.stderr.read()
+    breakdown = jsonlib.loads(json.read_text())["plan"]["breakdown_bytes"]
+    assert 0 < breakdown["trace"] <= 100_000_000 // 16
+    assert peak <= 100_000_000
+    assert len(jsonlib.loads((tmp_path / "trace.json").read_text())["traceEvents"]) > 1000
+
+
 def test_a_plan_has_memory_to_encode_its_context(pipo: CommandLine) -> None:
     breakdown = pipo("show", "smollm2", "--ram", "1GB", "-c", "4096", "--json").json["plan"]["breakdown_bytes"]
     assert breakdown["encoding"] >= 4096 * 800
