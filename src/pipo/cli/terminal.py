@@ -40,6 +40,10 @@ def print_error(message: str, hint: str | None = None) -> None:
         _print_labelled("hint:", "bold cyan", hint)
 
 
+def print_warning(message: str) -> None:
+    _print_labelled("warning:", "bold yellow", message)
+
+
 def _print_labelled(label: str, style: str, message: str) -> None:
     text = Text("\n".join(_fitted(stderr(), f"{label} {message}", 0)))
     text.stylize(style, 0, len(label))
