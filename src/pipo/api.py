@@ -14,6 +14,7 @@ from types import TracebackType
 from pipo.base.config import resolve_config
 from pipo.engine import Engine, ModelFile
 from pipo.generation.request import Completion, SamplingParams
+from pipo.hardware.budget import ram_bytes
 from pipo.store.library import resolve_model
 from pipo.text.chat_template import Message
 
@@ -26,7 +27,7 @@ def load(model: str | Path, ram: str = "auto", **settings: object) -> Engine:
     `settings` are the other fields of EngineConfig. Raises PipoError's children.
     """
     config = resolve_config({"ram": ram, **settings}, {})
-    engine = Engine(ModelFile(resolve_model(str(model))), config)
+    engine = Engine(ModelFile(resolve_model(str(model)), ram_bytes(config.ram)), config)
     try:
         engine.start(engine.make_plan())
     except BaseException:

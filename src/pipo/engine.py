@@ -21,6 +21,7 @@ from pipo.compute import ggml
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.formats.checkpoint import Checkpoint, open_checkpoint
+from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata
 from pipo.generation.loop import Generator, Piece, Timing
 from pipo.generation.request import Completion, FinishReason, SamplingParams, Usage
 from pipo.generation.worker import Stream, Worker
@@ -30,18 +31,21 @@ from pipo.hardware.drive import QUICK_COMBOS, DriveRate, best_rate, measure_driv
 from pipo.hardware.memory import PeakSampler, process_memory, release_free_memory
 from pipo.kvcache.cache import ROWS_PER_CLASS, kv_rows_class
 from pipo.models.registry import stages_of
-from pipo.pipeline.assembly import Assembly, Blueprint, choose_layouts, demand
+from pipo.pipeline.assembly import GROWTH_BYTES, Assembly, Blueprint, choose_layouts, demand
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
-from pipo.planner.placement import Demand, Placement, place, smallest_bytes
+from pipo.planner.placement import Demand, Placement, place, smallest_bytes, smallest_ram_text
+from pipo.text.byte_pairs import MERGES_KEY
 from pipo.text.chat_template import ChatTemplate, Message
 from pipo.text.tokenizer import Tokenizer
+from pipo.text.vocabulary import TOKENS_KEY
 from pipo.transfer.disk import DriveSettings
 
 # Anonymous memory of the process once everything is imported and the tokenizer is built, by declaration, so that the
 # smallest budget is the same number on every run; a process that measures more is charged what it measures.
 PROCESS_BYTES = 48 * MIB
 PROCESS_STEP = 8 * MIB
+IMPORTED_BYTES = 28 * MIB  # before the tokenizer is built; 23 to 26 measured
 LONG_TEXT_TOKENS = 4096
 KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget for its keys and values
 TRACE_SHARE = 16  # the zones of a trace may take this fraction of the budget
@@ -90,20 +94,38 @@ class Report:
 class ModelFile:
     """A model's header and tokenizer, without weights: what is needed to count a prompt before planning for it.
 
-    Raises ModelNotFound, MalformedFile, UnsupportedModel.
+    Raises ModelNotFound, MalformedFile, UnsupportedModel; OverBudget where building the tokenizer would take more than
+    `limit_bytes`, None being no limit.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limit_bytes: int | None = None) -> None:
         self.path = path
         self.checkpoint: Checkpoint = open_checkpoint(path)
         self.stages = stages_of(self.manifest)
+        self._check_vocabulary(limit_bytes)
         self.tokenizer = Tokenizer.from_metadata(self.checkpoint.metadata)
         release_free_memory()
-        if self.tokenizer.vocab_size > self.manifest.hyper.vocab_size:
+
+    def _check_vocabulary(self, limit_bytes: int | None) -> None:
+        """Before the tokenizer is built: a file of 62 MB can hold one that takes 600 MiB meanwhile."""
+        tokens = self.checkpoint.metadata.get(TOKENS_KEY)
+        num_tokens = tokens.count if isinstance(tokens, ArrayRef) else 0
+        if num_tokens > self.manifest.hyper.vocab_size:
             raise UnsupportedModel(
-                f"{self.manifest.name}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
+                f"{self.manifest.name}: the tokenizer has {num_tokens} tokens, the model "
                 f"{self.manifest.hyper.vocab_size}"
             )
+        needed = IMPORTED_BYTES + tokenizer_build_bytes(self.checkpoint.metadata)
+        # less than any plan needs is left to the plan, which names the smallest budget of all
+        if limit_bytes is None or needed <= max(limit_bytes, PROCESS_BYTES + GROWTH_BYTES):
+            return
+        raise OverBudget(
+            f"needs {format_size(needed)} of RAM at least, the limit is {format_size(limit_bytes)}\n"
+            f"  building a tokenizer of {num_tokens} tokens takes {format_size(needed - IMPORTED_BYTES)} · "
+            f"process {format_size(IMPORTED_BYTES)}",
+            smallest_bytes=needed,
+            hint=f"the smallest --ram that builds it is {smallest_ram_text(needed)}",
+        )
 
     @property
     def manifest(self) -> Manifest:
@@ -389,6 +411,17 @@ def _after_encoding(ids: list[int]) -> list[int]:
     if len(ids) >= LONG_TEXT_TOKENS:
         release_free_memory()
     return ids
+
+
+def tokenizer_build_bytes(metadata: GgufMetadata) -> int:
+    """The most that building a tokenizer takes, from the sizes of its arrays alone.
+
+    Measured 640 to 1030 bytes for a token with its merge (49k to 1M of them, 8 to 70 bytes long), where this says 670
+    to 1100; 250 to 330 for a sentence piece, where this says 360 to 560.
+    """
+    arrays = [metadata.get(key) for key in (TOKENS_KEY, MERGES_KEY)]
+    refs = [ref for ref in arrays if isinstance(ref, ArrayRef)]
+    return sum(280 * ref.count + 10 * ref.num_bytes // 3 for ref in refs)
 
 
 def _tracer(limit_bytes: int) -> Tracer:

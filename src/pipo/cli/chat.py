@@ -56,7 +56,7 @@ def chat(
 
     from pipo.cli.session import open_model, open_session
 
-    opened = open_model(name)
+    opened = open_model(name, config.ram)
     opened.encode_chat([{"role": "user", "content": "hello"}])  # refuse a model without template now
     with open_session(opened, config, None, output) as session:
         conversation = Conversation(session, sampling, system)

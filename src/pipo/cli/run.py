@@ -79,7 +79,7 @@ def run(
     from pipo.cli.session import open_model, open_session
     from pipo.generation.request import logprobs_bytes
 
-    opened = open_model(name)
+    opened = open_model(name, config.ram)
     trained = opened.manifest.hyper.context_tokens
     longest = min(config.context_tokens or trained, trained)
     ids = _prompt_ids(opened, text, system, longest, is_raw=raw)

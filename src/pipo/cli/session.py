@@ -12,6 +12,7 @@ from pipo.cli import report
 from pipo.cli.flags import OutputFlags
 from pipo.cli.terminal import print_note, print_rows, print_warning, stderr
 from pipo.engine import Engine, ModelFile, Plan
+from pipo.hardware.budget import ram_bytes
 from pipo.store.library import resolve_model
 
 
@@ -50,9 +51,9 @@ class Session:
         print_rows(stderr(), "memory", report.breakdown_rows(self.engine.ledger_breakdown))
 
 
-def open_model(name: str) -> ModelFile:
-    """Raises ModelError."""
-    return ModelFile(resolve_model(name))
+def open_model(name: str, ram: str | None) -> ModelFile:
+    """`ram` is the budget its tokenizer must be built in; None: whatever it takes. Raises ModelError, OverBudget."""
+    return ModelFile(resolve_model(name), None if ram is None else ram_bytes(ram))
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def show(
     from pipo.cli.session import open_model
     from pipo.cli.terminal import write_json
 
-    opened = open_model(name)
+    opened = open_model(name, config.ram if memory.is_given else None)
     if json:
         fit = _fit_dict(_fit(opened, config, output)) if memory.is_given else None
         write_json(_model_dict(opened) | {"plan": fit})
