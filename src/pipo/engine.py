@@ -49,6 +49,7 @@ IMPORTED_BYTES = 28 * MIB  # before the tokenizer is built; 23 to 26 measured
 LONG_TEXT_TOKENS = 4096
 KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget for its keys and values
 TRACE_SHARE = 16  # the zones of a trace may take this fraction of the budget
+LEAST_CONTEXT_TOKENS = 256  # that is taken where nobody asked for one
 WIDE_SHARE = 16  # the transfer's own buffers may take this fraction of the budget
 NARROW_DRIVE = DriveSettings(chunk_bytes=MIB // 2, num_workers=4)
 
@@ -203,7 +204,7 @@ class Engine:
                 f"a context of {context} tokens exceeds the {trained} the model was trained for",
                 hint=f"-c {trained} is the most",
             )
-        return self._plan_at(context or self._roomiest_context(limit, trained), limit)
+        return self._plan_at(context, limit) if context is not None else self._plan_roomiest(limit, trained)
 
     def smallest_ram_bytes(self, context_tokens: int) -> int:
         """The least budget that `make_plan` takes for this context."""
@@ -336,10 +337,19 @@ class Engine:
             decode = rest if prefill else PassStats()
             self.report = Report(generator.timing, prefill or rest, decode, num_generated, self._peak.peak_bytes)
 
+    def _plan_roomiest(self, limit: int, trained: int) -> Plan:
+        """Halve a context that nobody asked for until the rest fits beside it. Raises OverBudget for the least one."""
+        context, least = self._roomiest_context(limit, trained), min(LEAST_CONTEXT_TOKENS, trained)
+        while context > least:
+            if self.smallest_ram_bytes(context) <= limit:
+                break
+            context = max(context // 2, least)
+        return self._plan_at(context, limit)
+
     def _roomiest_context(self, limit: int, trained: int) -> int:
-        """The largest power of two whose keys and values take at most a quarter of the budget, 256 at least."""
+        """The largest power of two whose keys and values take at most a quarter of the budget, or the least one."""
         blueprint = self._blueprint(all_resident=False, drive=NARROW_DRIVE)
-        context = min(256, trained)
+        context = min(LEAST_CONTEXT_TOKENS, trained)
         while context * 2 <= trained and blueprint.kv_shape(context * 2).num_bytes * KV_SHARE <= limit:
             context *= 2
         return context

@@ -115,6 +115,19 @@ def test_a_trace_stays_in_the_budget(pipo: CommandLine, tmp_path: Path) -> None:
     assert len(jsonlib.loads((tmp_path / "trace.json").read_text())["traceEvents"]) > 1000
 
 
+def test_a_context_nobody_asked_for_shrinks_until_the_rest_fits(pipo: CommandLine) -> None:
+    refused = pipo("chat", "smollm2", "--ram", "62MiB")
+    assert refused.code == 2
+    smallest = refused.err.split("the smallest --ram that works is ")[1].split()[0]
+    least = pipo("show", "smollm2", "--ram", smallest, "--json").json["plan"]
+    assert least["context_tokens"] == 256
+    assert least["smallest_ram"] == smallest
+    limits = [float(smallest.removesuffix("MiB")) + more for more in (0.5, 2, 4, 8, 16, 32)]
+    plans = [pipo("show", "smollm2", "--ram", f"{limit:.1f}MiB", "--json").json["plan"] for limit in limits]
+    contexts = [plan["context_tokens"] for plan in plans]
+    assert contexts == sorted(contexts)
+
+
 def test_a_plan_has_memory_to_encode_its_context(pipo: CommandLine) -> None:
     breakdown = pipo("show", "smollm2", "--ram", "1GB", "-c", "4096", "--json").json["plan"]["breakdown_bytes"]
     assert breakdown["encoding"] >= 4096 * 800
