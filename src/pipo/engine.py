@@ -171,7 +171,8 @@ class Engine:
     def __init__(self, model: ModelFile, config: EngineConfig) -> None:
         self.model = model
         self.config = config
-        self.tracer = _tracer(ram_bytes(config.ram)) if config.trace else NullTracer()
+        limit = ram_bytes(config.ram)  # first: a budget that cannot be read must leave nothing behind
+        self.tracer = _tracer(limit) if config.trace else NullTracer()
         self.plan: Plan | None = None
         self.report: Report | None = None
         self.seconds_per_pass = 0.0  # predicted; known after `start`
@@ -179,8 +180,12 @@ class Engine:
         self._lib = ggml.load()
         self._check_types()
         self._backend = CpuBackend(self._lib, config.num_threads)
-        self._compute = Compute(self._lib, self._backend, RepackBuffer.find(self._lib))
-        self._drive = _drive_rate(model.manifest.files, ram_bytes(config.ram))
+        try:
+            self._compute = Compute(self._lib, self._backend, RepackBuffer.find(self._lib))
+        except BaseException:
+            self._backend.close()
+            raise
+        self._drive: DriveRate | None = None  # measured for the first plan
         self._peak = PeakSampler()
         # what a plan charges besides what the model needs
         self._kept_bytes = {"trace": self.tracer.most_bytes} if config.trace else {}
@@ -192,10 +197,12 @@ class Engine:
         """Decide who lives where, without taking memory.
 
         The context (this, else the config's, else the roomiest that fits) bounds prompt plus answer. Log-probabilities
-        that the caller keeps take `logprobs_bytes` (see `logprobs_bytes`).
+        that the caller keeps take `logprobs_bytes`, which `generation.request` counts.
         Raises OverBudget naming the smallest `--ram` that works; UsageError for a context the model was not made for.
         """
         limit = ram_bytes(self.config.ram)
+        if self._drive is None:
+            self._drive = _drive_rate(self.model.manifest.files, limit)
         self._kept_bytes |= {"log-probabilities": logprobs_bytes} if logprobs_bytes else {}
         context = context_tokens or self.config.context_tokens
         trained = self.model.manifest.hyper.context_tokens
@@ -356,6 +363,7 @@ class Engine:
 
     def _plan_at(self, context_tokens: int, limit: int) -> Plan:
         """Try the faster set-ups first; the last, the narrowest, is the one that names the smallest budget."""
+        assert self._drive is not None
         wide = self._drive.settings
         for all_resident, drive in ((True, wide), (False, wide), (True, NARROW_DRIVE)):
             blueprint = self._blueprint(all_resident, drive)
@@ -397,6 +405,7 @@ class Engine:
         return Blueprint(self.model.manifest, self.model.stages, layouts, self._compute, self.config, drive)
 
     def _plan_of(self, blueprint: Blueprint, placement: Placement, context_tokens: int, limit: int) -> Plan:
+        assert self._drive is not None
         tensors = self.model.manifest.tensors
         repacked = {tensors[name].type.name for name in blueprint.layouts.repacked}
         weights = sum(spec.num_bytes for stage in self.model.stages for spec in stage.matrices.values())

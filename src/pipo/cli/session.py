@@ -65,11 +65,9 @@ def open_session(
     logprobs_bytes: int = 0,
 ) -> Iterator[Session]:
     """Plan, print the plan, start. Raises OverBudget before it takes any memory."""
-    with starting(output):
-        engine = Engine(model, config)
-    with engine:
-        plan = engine.make_plan(context_tokens, logprobs_bytes)
+    with Engine(model, config) as engine:
         with starting(output):
+            plan = engine.make_plan(context_tokens, logprobs_bytes)
             engine.start(plan)
         if not output.quiet:
             rows = [*report.plan_rows(plan), report.prediction_row(plan, engine.seconds_per_pass)]

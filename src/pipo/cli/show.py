@@ -83,10 +83,9 @@ def _fit(model: ModelFile, config: EngineConfig, output: OutputFlags) -> Fit:
     from pipo.cli.session import starting
     from pipo.engine import Engine
 
-    with starting(output):
-        engine = Engine(model, config)
-    with engine:
-        plan = engine.make_plan()
+    with Engine(model, config) as engine:
+        with starting(output):
+            plan = engine.make_plan()
         return Fit(plan, engine.smallest_ram_bytes(plan.context_tokens))
 
 
