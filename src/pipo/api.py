@@ -15,6 +15,7 @@ from pipo.base.config import resolve_config
 from pipo.base.errors import PipoError
 from pipo.engine import Engine, ModelFile
 from pipo.generation.request import Completion, SamplingParams
+from pipo.hardware.budget import ram_bytes
 from pipo.store.library import resolve_model
 from pipo.text.chat_template import Message
 
@@ -27,7 +28,7 @@ def load(model: str | Path, ram: str | int = "auto", **settings: object) -> Engi
     `ram` is what `--ram` takes, or bytes; `settings` are the other fields of EngineConfig. Raises PipoError's children.
     """
     config = resolve_config({"ram": str(ram), **settings}, {})
-    engine = Engine(ModelFile(resolve_model(str(model))), config)
+    engine = Engine(ModelFile(resolve_model(str(model)), ram_bytes(config.ram)), config)
     try:
         engine.start(engine.make_plan())
     except BaseException:
@@ -49,12 +50,12 @@ class LLM:
         """One answer per prompt; a single string is one prompt."""
         if isinstance(prompts, str):
             prompts = [prompts]
-        return [self.engine.complete(self.engine.model.encode(prompt), params) for prompt in prompts]
+        return [self.engine.complete(self.engine.encode(prompt), params) for prompt in prompts]
 
     def chat(
         self, conversations: Sequence[Sequence[Message]], params: SamplingParams | None = None
     ) -> list[Completion]:
-        return [self.engine.complete(self.engine.model.encode_chat(c), params) for c in conversations]
+        return [self.engine.complete(self.engine.encode_chat(c), params) for c in conversations]
 
     def close(self) -> None:
         self.engine.close()

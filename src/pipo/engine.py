@@ -13,14 +13,15 @@ import numpy.typing as npt
 
 from pipo.base.clock import RealClock
 from pipo.base.config import EngineConfig
-from pipo.base.errors import OverBudget, UnsupportedModel, UsageError
+from pipo.base.errors import ContextOverflow, OverBudget, UnsupportedModel, UsageError
 from pipo.base.manifest import Manifest
-from pipo.base.trace import NullTracer, Tracer
-from pipo.base.units import MIB, round_up
+from pipo.base.trace import MAX_ZONES, ZONE_BYTES, NullTracer, Tracer
+from pipo.base.units import MIB, format_size, round_up
 from pipo.compute import ggml
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.formats.checkpoint import Checkpoint, open_checkpoint
+from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata
 from pipo.generation.loop import Generator, Piece, Timing
 from pipo.generation.request import Completion, FinishReason, SamplingParams, Usage
 from pipo.generation.worker import Stream, Worker
@@ -30,19 +31,25 @@ from pipo.hardware.drive import QUICK_COMBOS, DriveRate, best_rate, measure_driv
 from pipo.hardware.memory import PeakSampler, process_memory, release_free_memory
 from pipo.kvcache.cache import ROWS_PER_CLASS, kv_rows_class
 from pipo.models.registry import check_architecture, stages_of
-from pipo.pipeline.assembly import Assembly, Blueprint, choose_layouts, demand
+from pipo.pipeline.assembly import GROWTH_BYTES, Assembly, Blueprint, choose_layouts, demand
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
-from pipo.planner.placement import Placement, place, smallest_bytes
+from pipo.planner.placement import Demand, Placement, place, smallest_bytes, smallest_ram_text
+from pipo.text.byte_pairs import MERGES_KEY
 from pipo.text.chat_template import ChatTemplate, Message
 from pipo.text.tokenizer import Tokenizer
+from pipo.text.vocabulary import TOKENS_KEY
 from pipo.transfer.disk import DriveSettings
 
 # Anonymous memory of the process once everything is imported and the tokenizer is built, by declaration, so that the
 # smallest budget is the same number on every run; a process that measures more is charged what it measures.
 PROCESS_BYTES = 48 * MIB
 PROCESS_STEP = 8 * MIB
+IMPORTED_BYTES = 28 * MIB  # before the tokenizer is built; 23 to 26 measured
+LONG_TEXT_TOKENS = 4096
 KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget for its keys and values
+TRACE_SHARE = 16  # the zones of a trace may take this fraction of the budget
+LEAST_CONTEXT_TOKENS = 256  # that is taken where nobody asked for one
 WIDE_SHARE = 16  # the transfer's own buffers may take this fraction of the budget
 NARROW_DRIVE = DriveSettings(chunk_bytes=MIB // 2, num_workers=4)
 
@@ -88,37 +95,73 @@ class Report:
 class ModelFile:
     """A model's header and tokenizer, without weights: what is needed to count a prompt before planning for it.
 
-    Raises ModelNotFound, MalformedFile, UnsupportedModel.
+    Raises ModelNotFound, MalformedFile, UnsupportedModel; OverBudget where building the tokenizer would take more than
+    `limit_bytes`, None being no limit.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limit_bytes: int | None = None) -> None:
         self.path = path
         self.checkpoint: Checkpoint = open_checkpoint(path, check_architecture)
         self.stages = stages_of(self.manifest)
+        self._check_vocabulary(limit_bytes)
         self.tokenizer = Tokenizer.from_metadata(self.checkpoint.metadata)
         release_free_memory()
-        if self.tokenizer.vocab_size > self.manifest.hyper.vocab_size:
+
+    def _check_vocabulary(self, limit_bytes: int | None) -> None:
+        """Before the tokenizer is built: a file of 62 MB can hold one that takes 600 MiB meanwhile."""
+        tokens = self.checkpoint.metadata.get(TOKENS_KEY)
+        num_tokens = tokens.count if isinstance(tokens, ArrayRef) else 0
+        if num_tokens > self.manifest.hyper.vocab_size:
             raise UnsupportedModel(
-                f"{self.manifest.name}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
+                f"{self.manifest.name}: the tokenizer has {num_tokens} tokens, the model "
                 f"{self.manifest.hyper.vocab_size}"
             )
+        needed = IMPORTED_BYTES + tokenizer_build_bytes(self.checkpoint.metadata)
+        # less than any plan needs is left to the plan, which names the smallest budget of all
+        if limit_bytes is None or needed <= max(limit_bytes, PROCESS_BYTES + GROWTH_BYTES):
+            return
+        raise OverBudget(
+            f"needs {format_size(needed)} of RAM at least, the limit is {format_size(limit_bytes)}\n"
+            f"  building a tokenizer of {num_tokens} tokens takes {format_size(needed - IMPORTED_BYTES)} · "
+            f"process {format_size(IMPORTED_BYTES)}",
+            smallest_bytes=needed,
+            hint=f"the smallest --ram that builds it is {smallest_ram_text(needed)}",
+        )
 
     @property
     def manifest(self) -> Manifest:
         return self.checkpoint.manifest
 
-    def encode(self, prompt: str, *, parse_special: bool = True) -> list[int]:
-        """Token ids of plain text. Special-token text in it is read as such, as llama.cpp's tools do."""
+    def most_bytes(self, num_tokens: int) -> int:
+        """No text of more UTF-8 bytes fits into `num_tokens` tokens."""
+        return num_tokens * self.tokenizer.longest_token_bytes
+
+    def encode(self, prompt: str, max_tokens: int | None = None, *, parse_special: bool = True) -> list[int]:
+        """Token ids of plain text. Special-token text in it is read as such, as llama.cpp's tools do.
+
+        Raises ContextOverflow, before it takes memory for them, where there are many more than `max_tokens`.
+        """
         if not isinstance(prompt, str):
             raise UsageError(f"a prompt must be a string, not {type(prompt).__name__}")
-        return self.tokenizer.encode(prompt, add_special=True, parse_special=parse_special)
+        self._refuse_longer(prompt, max_tokens, parse_special=parse_special)
+        ids = self.tokenizer.encode(prompt, add_special=True, parse_special=parse_special)
+        return _after_encoding(ids)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation. Raises UsageError when the model has no chat template."""
+    def encode_chat(self, messages: Sequence[Message], max_tokens: int | None = None) -> list[int]:
+        """Token ids of a conversation. Raises UsageError when the model has no chat template, else as `encode`."""
         ids = self.tokenizer.special_ids
         names = [None if i is None else self.tokenizer.token_text(i) for i in (ids.bos, ids.eos)]
         template = ChatTemplate.from_metadata(self.checkpoint.metadata, names[0], names[1])
-        return self.tokenizer.encode_chat(template.render(messages))
+        rendered = template.render(messages)
+        self._refuse_longer(rendered, max_tokens, parse_special=True)
+        return _after_encoding(self.tokenizer.encode_chat(rendered))
+
+    def _refuse_longer(self, text: str, max_tokens: int | None, *, parse_special: bool) -> None:
+        if max_tokens is not None and self.tokenizer.is_longer(text, max_tokens, parse_special=parse_special):
+            raise ContextOverflow(
+                f"a prompt of {format_size(len(text))} of text does not fit the context of {max_tokens} tokens",
+                hint="a shorter prompt, or a larger context where the model has one",
+            )
 
 
 class Engine:
@@ -130,7 +173,8 @@ class Engine:
     def __init__(self, model: ModelFile, config: EngineConfig) -> None:
         self.model = model
         self.config = config
-        self.tracer = Tracer() if config.trace else NullTracer()
+        limit = ram_bytes(config.ram)  # first: a budget that cannot be read must leave nothing behind
+        self.tracer = _tracer(limit) if config.trace else NullTracer()
         self.plan: Plan | None = None
         self.report: Report | None = None
         self.seconds_per_pass = 0.0  # predicted; known after `start`
@@ -138,22 +182,32 @@ class Engine:
         self._lib = ggml.load()
         self._check_types()
         self._backend = CpuBackend(self._lib, config.num_threads)
-        self._compute = Compute(self._lib, self._backend, RepackBuffer.find(self._lib))
-        self._drive = _drive_rate(model.manifest.files, ram_bytes(config.ram))
+        try:
+            self._compute = Compute(self._lib, self._backend, RepackBuffer.find(self._lib))
+        except BaseException:
+            self._backend.close()
+            raise
+        self._drive: DriveRate | None = None  # measured for the first plan
         self._peak = PeakSampler()
         self._is_closed = False
+        # what a plan charges besides what the model needs
+        self._kept_bytes = {"trace": self.tracer.most_bytes} if config.trace else {}
         self._assembly: Assembly | None = None
         self._generator: Generator | None = None
         self._worker = Worker(self._backend.abort.set, self._backend.abort.clear)
 
-    def make_plan(self, context_tokens: int | None = None) -> Plan:
+    def make_plan(self, context_tokens: int | None = None, logprobs_bytes: int = 0) -> Plan:
         """Decide who lives where, without taking memory.
 
-        The context (this, else the config's, else the roomiest that fits) bounds prompt plus answer.
+        The context (this, else the config's, else the roomiest that fits) bounds prompt plus answer. Log-probabilities
+        that the caller keeps take `logprobs_bytes`, which `generation.request` counts.
         Raises OverBudget naming the smallest `--ram` that works; UsageError for a context the model was not made for.
         """
         self._check_open()
         limit = ram_bytes(self.config.ram)
+        if self._drive is None:
+            self._drive = _drive_rate(self.model.manifest.files, limit)
+        self._kept_bytes |= {"log-probabilities": logprobs_bytes} if logprobs_bytes else {}
         context = context_tokens or self.config.context_tokens
         trained = self.model.manifest.hyper.context_tokens
         if context is not None and context > trained:
@@ -161,12 +215,12 @@ class Engine:
                 f"a context of {context} tokens exceeds the {trained} the model was trained for",
                 hint=f"-c {trained} is the most",
             )
-        return self._plan_at(context or self._roomiest_context(limit, trained), limit)
+        return self._plan_at(context, limit) if context is not None else self._plan_roomiest(limit, trained)
 
     def smallest_ram_bytes(self, context_tokens: int) -> int:
         """The least budget that `make_plan` takes for this context."""
         self._check_open()
-        return smallest_bytes(demand(self._blueprint(False, NARROW_DRIVE), context_tokens, 0, self._process_bytes()))
+        return smallest_bytes(self._demand(self._blueprint(False, NARROW_DRIVE), context_tokens, 0))
 
     def start(self, plan: Plan) -> None:
         """Take the memory of a plan and begin to answer. Raises OverBudget, TransferError."""
@@ -187,11 +241,23 @@ class Engine:
 
     def generate(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
         """The answer to plain text, piece by piece, no chat template."""
-        return (p.text for p in self.stream(self.model.encode(prompt), params) if p.text)
+        return (p.text for p in self.stream(self.encode(prompt), params) if p.text)
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
         """The answer to a conversation, piece by piece. Earlier turns still in the KV cache are not computed again."""
-        return (p.text for p in self.stream(self.model.encode_chat(messages), params) if p.text)
+        return (p.text for p in self.stream(self.encode_chat(messages), params) if p.text)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of plain text. Raises ContextOverflow where the plan has no memory to encode it."""
+        return self.model.encode(prompt, self._context_tokens)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation. Raises UsageError, ContextOverflow."""
+        return self.model.encode_chat(messages, self._context_tokens)
+
+    @property
+    def _context_tokens(self) -> int | None:
+        return None if self.plan is None else self.plan.context_tokens
 
     def complete(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Completion:
         """The whole answer at once."""
@@ -296,16 +362,26 @@ class Engine:
             decode = rest if prefill else PassStats()
             self.report = Report(generator.timing, prefill or rest, decode, num_generated, self._peak.peak_bytes)
 
+    def _plan_roomiest(self, limit: int, trained: int) -> Plan:
+        """Halve a context that nobody asked for until the rest fits beside it. Raises OverBudget for the least one."""
+        context, least = self._roomiest_context(limit, trained), min(LEAST_CONTEXT_TOKENS, trained)
+        while context > least:
+            if self.smallest_ram_bytes(context) <= limit:
+                break
+            context = max(context // 2, least)
+        return self._plan_at(context, limit)
+
     def _roomiest_context(self, limit: int, trained: int) -> int:
-        """The largest power of two whose keys and values take at most a quarter of the budget, 256 at least."""
+        """The largest power of two whose keys and values take at most a quarter of the budget, or the least one."""
         blueprint = self._blueprint(all_resident=False, drive=NARROW_DRIVE)
-        context = min(256, trained)
+        context = min(LEAST_CONTEXT_TOKENS, trained)
         while context * 2 <= trained and blueprint.kv_shape(context * 2).num_bytes * KV_SHARE <= limit:
             context *= 2
         return context
 
     def _plan_at(self, context_tokens: int, limit: int) -> Plan:
         """Try the faster set-ups first; the last, the narrowest, is the one that names the smallest budget."""
+        assert self._drive is not None
         wide = self._drive.settings
         for all_resident, drive in ((True, wide), (False, wide), (True, NARROW_DRIVE)):
             blueprint = self._blueprint(all_resident, drive)
@@ -316,7 +392,7 @@ class Engine:
                 return self._plan_of(blueprint, placement, context_tokens, limit)
         blueprint = self._blueprint(False, NARROW_DRIVE)
         try:
-            placement = place(demand(blueprint, context_tokens, limit, self._process_bytes()))
+            placement = place(self._demand(blueprint, context_tokens, limit))
         except OverBudget as error:
             raise self._with_context_hint(error, blueprint, context_tokens, limit) from None
         return self._plan_of(blueprint, placement, context_tokens, limit)
@@ -335,15 +411,19 @@ class Engine:
 
     def _try(self, blueprint: Blueprint, context_tokens: int, limit: int) -> Placement | None:
         try:
-            return place(demand(blueprint, context_tokens, limit, self._process_bytes()))
+            return place(self._demand(blueprint, context_tokens, limit))
         except OverBudget:
             return None
+
+    def _demand(self, blueprint: Blueprint, context_tokens: int, limit: int) -> Demand:
+        return demand(blueprint, context_tokens, limit, self._process_bytes(), self._kept_bytes)
 
     def _blueprint(self, all_resident: bool, drive: DriveSettings) -> Blueprint:
         layouts = choose_layouts(self.model.stages, self._compute.repack, self.config.layout, all_resident)
         return Blueprint(self.model.manifest, self.model.stages, layouts, self._compute, self.config, drive)
 
     def _plan_of(self, blueprint: Blueprint, placement: Placement, context_tokens: int, limit: int) -> Plan:
+        assert self._drive is not None
         tensors = self.model.manifest.tensors
         repacked = {tensors[name].type.name for name in blueprint.layouts.repacked}
         weights = sum(spec.num_bytes for stage in self.model.stages for spec in stage.matrices.values())
@@ -361,6 +441,29 @@ class Engine:
                     f"{self._lib.version_text} does not compute",
                     hint="pip install 'pipo[native]' brings a newer libggml" if is_new else None,
                 )
+
+
+def _after_encoding(ids: list[int]) -> list[int]:
+    """Token ids as they are; what encoding a long text has taken goes back: 20 MiB after 32k tokens."""
+    if len(ids) >= LONG_TEXT_TOKENS:
+        release_free_memory()
+    return ids
+
+
+def tokenizer_build_bytes(metadata: GgufMetadata) -> int:
+    """The most that building a tokenizer takes, from the sizes of its arrays alone.
+
+    Measured 640 to 1030 bytes for a token with its merge (49k to 1M of them, 8 to 70 bytes long), where this says 670
+    to 1100; 250 to 330 for a sentence piece, where this says 360 to 560.
+    """
+    arrays = [metadata.get(key) for key in (TOKENS_KEY, MERGES_KEY)]
+    refs = [ref for ref in arrays if isinstance(ref, ArrayRef)]
+    return sum(280 * ref.count + 10 * ref.num_bytes // 3 for ref in refs)
+
+
+def _tracer(limit_bytes: int) -> Tracer:
+    """Keeps as many zones as their share of the budget holds."""
+    return Tracer(min(limit_bytes // TRACE_SHARE // ZONE_BYTES, MAX_ZONES))
 
 
 def _drive_rate(files: Sequence[Path], limit_bytes: int) -> DriveRate:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipo.base.errors import OverBudget
 from pipo.planner.placement import (
+    ENOUGH_CHUNK_TOKENS,
     ChunkCost,
     Demand,
     Placement,
@@ -99,6 +100,24 @@ def test_all_is_resident_when_it_fits(demand: Demand) -> None:
     assert all(placement.resident) and placement.streamed_bytes == 0
     assert sum(s.num_bytes for s in placement.slots) == 0
     assert placement.chunk == demand.chunks[-1]
+
+
+@given(demands(), st.integers(0, 4))
+def test_all_is_resident_where_a_chunk_of_64_tokens_fits_beside_it(demand: Demand, idx: int) -> None:
+    chunk = demand.chunks[min(idx, len(demand.chunks) - 1)]
+    placement = place(at(demand, whole_bytes(demand) - demand.chunks[-1].num_bytes + chunk.num_bytes))
+    if chunk.num_tokens >= min(ENOUGH_CHUNK_TOKENS, demand.chunks[-1].num_tokens):
+        assert all(placement.resident)
+        assert placement.chunk.num_tokens >= chunk.num_tokens
+
+
+@given(demands(), shares)
+def test_a_resident_model_leaves_no_larger_chunk_that_fits(demand: Demand, share: int) -> None:
+    limit = limit_at(demand, share)
+    placement = place(at(demand, limit))
+    if all(placement.resident):
+        left = limit - placement.num_bytes + placement.chunk.num_bytes
+        assert all(c.num_bytes > left for c in demand.chunks if c.num_tokens > placement.chunk.num_tokens)
 
 
 @given(demands(), shares)

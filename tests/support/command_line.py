@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 BINARY = Path(sys.executable).with_name("pipo")
 TIMEOUT_S = 120.0  # for machines that are busy with something else
@@ -71,10 +71,12 @@ class CommandLine:
         )
         return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def start(
+        self, *arguments: str, stdin: int | IO[bytes] = subprocess.PIPE, stdout: int | IO[bytes] = subprocess.PIPE
+    ) -> subprocess.Popen[bytes]:
         """Start with pipes and let it run."""
-        pipe = subprocess.PIPE
-        return subprocess.Popen([BINARY, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, env=self.environment)
+        pipe, command = subprocess.PIPE, [BINARY, *arguments]
+        return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=pipe, env=self.environment)
 
     def on_terminal(self, *arguments: str, **environment: str) -> Terminal:
         return Terminal([str(BINARY), *arguments], {**self.environment, **environment})

@@ -95,6 +95,15 @@ class TestSpecialTokens:
             ids = tokenizer.encode("<user><user", add_special=False, parse_special=parse_special)
             assert ids[0] == user and ids.count(user) == 1
 
+    @pytest.mark.parametrize("tokenizer", [BYTE_PAIRS, SENTENCE_PIECES], ids=["gpt2", "llama"])
+    @pytest.mark.parametrize("text", ["the tide rises and falls. ", "aaaa", "日本", "   ", "<user>"])
+    def test_a_text_is_longer_only_if_it_is(self, tokenizer: Tokenizer, text: str) -> None:
+        text *= 20_000
+        count = len(tokenizer.encode(text, add_special=False, parse_special=True))
+        assert not tokenizer.is_longer(text, count, parse_special=True)
+        assert tokenizer.is_longer(text, count * 2 // 3 - 64, parse_special=True)
+        assert len(text.encode()) <= count * tokenizer.longest_token_bytes
+
     def test_bytes_written_out_stay_text(self) -> None:
         byte = ids_of(SENTENCE_PIECES, "<0x41>")[0]
         assert byte not in SENTENCE_PIECES.encode("<0x41>", add_special=False, parse_special=True)

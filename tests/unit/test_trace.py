@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,19 @@ def test_the_newest_zones_stay_and_the_loss_is_said(tmp_path: Path, caplog: pyte
     assert [zone.name for zone in tracer.zones] == ["2", "3", "4"]
     tracer.write_perfetto(tmp_path / "t.json")
     assert "older zones were dropped" in caplog.text
+
+
+def test_zones_take_no_more_than_is_charged_for_them_written_or_kept(tmp_path: Path) -> None:
+    tracer = Tracer(max_zones=20_000)
+    tracemalloc.start()
+    try:
+        for i in range(25_000):
+            tracer.zone("compute", f"wait for mlp {i % 60}", i * 1e-3, i * 1e-3 + 1e-4)
+        tracer.write_perfetto(tmp_path / "t.json")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak <= tracer.most_bytes + (1 << 19)
 
 
 def test_null_tracer_keeps_nothing() -> None:

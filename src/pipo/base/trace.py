@@ -6,13 +6,14 @@ import json
 import logging
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
-MAX_ZONES = 200_000  # about 40 MB; the oldest go first
+MAX_ZONES = 200_000  # the oldest go first
+ZONE_BYTES = 280  # 233 measured while zones are kept, and what sorting them takes
 _PROCESS_ID = 1
 
 
@@ -35,6 +36,11 @@ class Tracer:
     def __init__(self, max_zones: int = MAX_ZONES) -> None:
         self._zones: deque[Zone] = deque(maxlen=max_zones)
 
+    @property
+    def most_bytes(self) -> int:
+        """Memory of as many zones as are ever kept, and of writing them."""
+        return (self._zones.maxlen or 0) * ZONE_BYTES
+
     def zone(self, row: str, name: str, start_s: float, end_s: float, args: Mapping[str, object] | None = None) -> None:
         """Record what `row` did. Times are of one Clock."""
         self._zones.append(Zone(row, name, start_s, end_s, args))
@@ -53,7 +59,10 @@ class Tracer:
             log.warning("trace=%s zones=%d reason=older zones were dropped", path, len(zones))
         with path.open("w", encoding="utf-8") as stream:
             stream.write('{"displayTimeUnit":"ms","traceEvents":[\n')
-            stream.write(",\n".join(json.dumps(event) for event in _events(zones)))
+            separator = ""
+            for event in _events(zones):
+                stream.write(separator + json.dumps(event))
+                separator = ",\n"
             stream.write("\n]}\n")
 
 
@@ -67,8 +76,8 @@ class NullTracer(Tracer):
         pass
 
 
-def _events(zones: Iterable[Zone]) -> Iterator[dict[str, object]]:
-    zones = sorted(zones, key=lambda zone: zone.start_s)
+def _events(zones: list[Zone]) -> Iterator[dict[str, object]]:
+    zones.sort(key=lambda zone: zone.start_s)
     rows = {row: i for i, row in enumerate(sorted({zone.row for zone in zones}, key=_natural_key), start=1)}
     for row, thread_id in rows.items():
         yield _metadata("thread_name", thread_id, {"name": row})

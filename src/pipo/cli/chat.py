@@ -57,13 +57,13 @@ def chat(
 
     from pipo.cli.session import open_model, open_session
 
-    opened = open_model(name)
+    opened = open_model(name, config.ram)
     opened.encode_chat([{"role": "user", "content": "hello"}])  # refuse a model without template now
     with open_session(opened, config, None, output) as session:
         conversation = Conversation(session, sampling, system)
         if sys.stdin.isatty() and not output.quiet:
             print_note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
-        for line in _lines():
+        for line in _lines(opened.most_bytes(session.plan.context_tokens)):
             if not conversation.take(line):
                 return
 
@@ -127,7 +127,7 @@ class Conversation:
         from pipo.generation.request import FinishReason
 
         engine, context = self._session.engine, self._session.plan.context_tokens
-        ids = engine.model.encode_chat(self._messages)
+        ids = engine.encode_chat(self._messages)
         room = context - len(ids)
         if room < 1:
             raise ContextOverflow(
@@ -171,10 +171,10 @@ class Conversation:
         return [{"role": "system", "content": self._system}, *self._turns]
 
 
-def _lines() -> Iterator[str]:
+def _lines(max_bytes: int) -> Iterator[str]:
     """What is typed, or piped in, until it ends."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        yield from piped_lines()
+        yield from piped_lines(max_bytes)
         return
     with suppress(ImportError):  # Windows has none, and edits lines itself
         import readline  # noqa: F401 - gives `input` editing and history

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from pipo.base.errors import UsageError
+from pipo.base.errors import ContextOverflow, UsageError
+from pipo.base.units import format_size
 
 
 def sort_words(words: list[str], model_flag: str | None, prompt_flag: str | None) -> tuple[str, str | None]:
@@ -39,23 +40,38 @@ def only_model(word: str | None, flag: str | None) -> str:
     return model
 
 
-def piped_prompt() -> str:
-    """All of stdin, without the newline at its end. Raises UsageError at a terminal: nobody would know to type."""
+def check_is_piped() -> None:
+    """Raises UsageError at a terminal: nobody would know to type."""
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("there is no prompt", hint='pipo run MODEL "a prompt", or `pipo chat MODEL` to talk')
-    return _decoded(sys.stdin.buffer.read()).removesuffix("\n")
 
 
-def piped_lines() -> Iterator[str]:
-    """The lines of stdin as they come, without their ends."""
-    for line in iter(sys.stdin.buffer.readline, b""):
-        yield _decoded(line).rstrip("\r\n")
+def piped_prompt(max_bytes: int) -> str:
+    """All of stdin, without the newline at its end. Raises ContextOverflow after reading `max_bytes`."""
+    data = sys.stdin.buffer.read(max_bytes + 1)
+    _check_size(data, max_bytes)
+    return _decoded(data).removesuffix("\n")
+
+
+def piped_lines(max_bytes: int) -> Iterator[str]:
+    """The lines of stdin as they come, without their ends. Raises ContextOverflow for one over `max_bytes`."""
+    while data := sys.stdin.buffer.readline(max_bytes + 1):
+        _check_size(data, max_bytes)
+        yield _decoded(data).rstrip("\r\n")
 
 
 def check_not_empty(prompt: str, *, is_raw: bool) -> None:
     """Raises UsageError. A raw prompt may be white space."""
     if not (prompt if is_raw else prompt.strip()):
         raise UsageError("the prompt is empty", hint="give some text")
+
+
+def _check_size(data: bytes, max_bytes: int) -> None:
+    if len(data) > max_bytes:
+        raise ContextOverflow(
+            f"standard input has more text than the context can hold: over {format_size(max_bytes)}",
+            hint="a shorter prompt, or -c N for a larger context if one was set",
+        )
 
 
 def _decoded(data: bytes) -> str:

@@ -19,7 +19,7 @@ from pipo.cli.flags import (
     SystemFlag,
     make_config,
 )
-from pipo.cli.prompt import check_not_empty, piped_prompt, sort_words
+from pipo.cli.prompt import check_is_piped, check_not_empty, piped_prompt, sort_words
 
 if TYPE_CHECKING:
     from pipo.cli.answer import Answer
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipo.generation.request import Sampled, SamplingParams
 
 DEFAULT_ANSWER_TOKENS = 256
+MAX_LOGPROBS = 20  # of alternatives: each takes memory as long as the answer is kept
 
 
 def run(
@@ -62,22 +63,30 @@ def run(
     name, text = sort_words([*([] if model is None else [model]), *(prompt or [])], model_flag, prompt_flag)
     if logprobs is not None and not json:
         raise UsageError("--logprobs needs --json", hint="text has no place for them")
+    if logprobs is not None and logprobs > MAX_LOGPROBS:
+        raise UsageError(f"--logprobs {logprobs} is more than {MAX_LOGPROBS}", hint="as many as OpenAI's API gives")
     if system is not None and raw:
         raise UsageError("--system needs the chat template, which --raw leaves out")
     config = make_config(memory, compute, trace=trace is not None)
     sampling.params(sampling.max_tokens, logprobs)  # refuse bad values before anything is opened
     if trace is not None:
         _check_writable(trace)
-    text = text if text is not None else piped_prompt()
-    check_not_empty(text, is_raw=raw)
+    if text is None:
+        check_is_piped()
+    else:
+        check_not_empty(text, is_raw=raw)
 
     from pipo.cli.session import open_model, open_session
+    from pipo.generation.request import logprobs_bytes
 
-    opened = open_model(name)
-    ids = opened.encode(text) if raw else opened.encode_chat(_messages(text, system))
+    opened = open_model(name, config.ram)
     trained = opened.manifest.hyper.context_tokens
+    longest = min(config.context_tokens or trained, trained)
+    ids = _prompt_ids(opened, text, system, longest, is_raw=raw)
+    del text  # of a long prompt, megabytes
     context, max_tokens = fit_answer(len(ids), sampling.max_tokens, config.context_tokens, trained)
-    with open_session(opened, config, context, output) as session:
+    kept_bytes = 0 if logprobs is None else logprobs_bytes(max_tokens, logprobs)
+    with open_session(opened, config, context, output, kept_bytes) as session:
         answer = _answer(session, ids, sampling.params(max_tokens, logprobs), json)
         if trace is not None:
             session.engine.tracer.write_perfetto(trace)
@@ -106,6 +115,14 @@ def fit_answer(num_prompt: int, wanted: int | None, context: int | None, trained
     return context or num_prompt + answer_tokens, answer_tokens
 
 
+def _prompt_ids(model: ModelFile, text: str | None, system: str | None, longest: int, *, is_raw: bool) -> list[int]:
+    """Token ids of the prompt, piped in where `text` is None. Raises ContextOverflow: `longest` is in tokens."""
+    if text is None:
+        text = piped_prompt(model.most_bytes(longest))
+        check_not_empty(text, is_raw=is_raw)
+    return model.encode(text, longest) if is_raw else model.encode_chat(_messages(text, system), longest)
+
+
 def _messages(text: str, system: str | None) -> list[dict[str, object]]:
     user: dict[str, object] = {"role": "user", "content": text}
     return [user] if system is None else [{"role": "system", "content": system}, user]
@@ -123,7 +140,7 @@ def _answer(session: Session, ids: list[int], params: SamplingParams, json: bool
 
 def _write_json(model: ModelFile, session: Session, answer: Answer, num_prompt: int, has_logprobs: bool) -> None:
     from pipo.cli.report import plan_dict, report_dict
-    from pipo.cli.terminal import write_json
+    from pipo.cli.terminal import write_json_object
 
     report = session.engine.report
     assert report is not None
@@ -138,10 +155,10 @@ def _write_json(model: ModelFile, session: Session, answer: Answer, num_prompt: 
         },
     }
     if has_logprobs:
-        result["tokens"] = [_token_dict(model, token) for token in answer.tokens]
+        result["tokens"] = (_token_dict(model, token) for token in answer.tokens)
     result["plan"] = plan_dict(session.plan)
     result["cost"] = report_dict(session.plan, report, session.engine.seconds_per_pass)
-    write_json(result)
+    write_json_object(result)
 
 
 def _token_dict(model: ModelFile, token: Sampled) -> dict[str, object]:

@@ -10,8 +10,9 @@ from pipo.base.config import EngineConfig
 from pipo.base.units import format_size
 from pipo.cli import report
 from pipo.cli.flags import OutputFlags
-from pipo.cli.terminal import print_note, print_rows, stderr
+from pipo.cli.terminal import print_note, print_rows, print_warning, stderr
 from pipo.engine import Engine, ModelFile, Plan
+from pipo.hardware.budget import ram_bytes
 from pipo.store.library import resolve_model
 
 
@@ -26,13 +27,22 @@ class Session:
     def print_cost(self, *more: str) -> None:
         """The status line of the last answer and `more` on it, with the causes under --verbose."""
         last = self.engine.report
-        if last is None or self.output.quiet:
+        if last is None:
+            return
+        self._warn_of_excess(last.peak_anonymous_bytes)
+        if self.output.quiet:
             return
         if stderr().is_terminal:
             stderr().print()
         print_note(" · ".join([report.status_line(self.plan, last, self.engine.seconds_per_pass), *more]))
         if self.output.verbose:
             self.print_details()
+
+    def _warn_of_excess(self, peak_bytes: int) -> None:
+        """A broken promise is said, quiet or not."""
+        if peak_bytes > self.plan.limit_bytes:
+            peak, limit = format_size(peak_bytes), format_size(self.plan.limit_bytes)
+            print_warning(f"the process had {peak} of anonymous memory, more than the limit of {limit}")
 
     def print_details(self) -> None:
         """Seconds by cause, and who holds the memory."""
@@ -41,21 +51,23 @@ class Session:
         print_rows(stderr(), "memory", report.breakdown_rows(self.engine.ledger_breakdown))
 
 
-def open_model(name: str) -> ModelFile:
-    """Raises ModelError."""
-    return ModelFile(resolve_model(name))
+def open_model(name: str, ram: str | None) -> ModelFile:
+    """`ram` is the budget its tokenizer must be built in; None: whatever it takes. Raises ModelError, OverBudget."""
+    return ModelFile(resolve_model(name), None if ram is None else ram_bytes(ram))
 
 
 @contextmanager
 def open_session(
-    model: ModelFile, config: EngineConfig, context_tokens: int | None, output: OutputFlags
+    model: ModelFile,
+    config: EngineConfig,
+    context_tokens: int | None,
+    output: OutputFlags,
+    logprobs_bytes: int = 0,
 ) -> Iterator[Session]:
     """Plan, print the plan, start. Raises OverBudget before it takes any memory."""
-    with starting(output):
-        engine = Engine(model, config)
-    with engine:
-        plan = engine.make_plan(context_tokens)
+    with Engine(model, config) as engine:
         with starting(output):
+            plan = engine.make_plan(context_tokens, logprobs_bytes)
             engine.start(plan)
         if not output.quiet:
             rows = [*report.plan_rows(plan), report.prediction_row(plan, engine.seconds_per_pass)]

@@ -52,7 +52,7 @@ def show(
     from pipo.cli.session import open_model
     from pipo.cli.terminal import write_json
 
-    opened = open_model(name)
+    opened = open_model(name, config.ram if memory.is_given else None)
     if json:
         fit = _fit_dict(_fit(opened, config, output)) if memory.is_given else None
         write_json(_model_dict(opened) | {"plan": fit})
@@ -83,10 +83,9 @@ def _fit(model: ModelFile, config: EngineConfig, output: OutputFlags) -> Fit:
     from pipo.cli.session import starting
     from pipo.engine import Engine
 
-    with starting(output):
-        engine = Engine(model, config)
-    with engine:
-        plan = engine.make_plan()
+    with Engine(model, config) as engine:
+        with starting(output):
+            plan = engine.make_plan()
         return Fit(plan, engine.smallest_ram_bytes(plan.context_tokens))
 
 

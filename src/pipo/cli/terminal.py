@@ -6,8 +6,9 @@ import logging
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
+from itertools import chain, repeat
 
 from rich.console import Console
 from rich.text import Text
@@ -56,6 +57,10 @@ def print_error(message: str, hint: str | None = None) -> None:
     if hint is not None:
         stderr().print()
         _print_labelled("hint:", "bold cyan", hint)
+
+
+def print_warning(message: str) -> None:
+    _print_labelled("warning:", "bold yellow", message)
 
 
 def _print_labelled(label: str, style: str, message: str) -> None:
@@ -107,6 +112,29 @@ def write_answer(text: str) -> None:
 
 
 def write_json(value: object) -> None:
+    sys.stdout.write(_json_text(value) + "\n")
+
+
+def write_json_object(values: Mapping[str, object]) -> None:
+    """As `write_json`, value by value; an iterator becomes a list, item by item, so that a long one takes no memory."""
+    for is_first, (name, value) in zip(chain([True], repeat(False)), values.items(), strict=False):
+        sys.stdout.write(f"{'{' if is_first else ','}\n  {_json_text(name)}: ")
+        if isinstance(value, Iterator):
+            _write_json_list(value)
+        else:
+            sys.stdout.write(_json_text(value, indent=2))
+    sys.stdout.write("\n}\n")
+
+
+def _write_json_list(items: Iterator[object]) -> None:
+    separator = "[\n    "
+    for item in items:
+        sys.stdout.write(separator + _json_text(item, indent=4))
+        separator = ",\n    "
+    sys.stdout.write("[]" if separator.startswith("[") else "\n  ]")
+
+
+def _json_text(value: object, indent: int = 0) -> str:
     import json
 
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    return json.dumps(value, indent=2, ensure_ascii=False).replace("\n", "\n" + " " * indent)

@@ -71,6 +71,14 @@ class FinishReason(Enum):
     CANCELLED = "cancelled"
 
 
+LOGPROB_BYTES = 160  # a pair of token id and number as Python keeps it; measured 130
+
+
+def logprobs_bytes(num_tokens: int, num_alternatives: int) -> int:
+    """Memory that the log-probabilities of an answer take while it is kept."""
+    return num_tokens * (num_alternatives + 1) * LOGPROB_BYTES
+
+
 TopLogprobs = tuple[tuple[int, float], ...]
 
 

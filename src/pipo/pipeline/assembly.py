@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from pipo.base.clock import Clock
 from pipo.base.config import EngineConfig
@@ -34,6 +35,11 @@ from pipo.transfer.disk import DiskTransfer, DriveSettings
 CHUNKS = (16, 32, 64, 128, 256, 512)  # prefill chunks the planner may choose from
 # what Python and ggml grow by while answering: sampling arrays, token lists, thread stacks
 GROWTH_BYTES = 12 << 20
+# of the context: turns are encoded while all else is taken. The tokenizers library takes up to 800 bytes a token of
+# prose meanwhile, and a text that is refused only once it is encoded may have a quarter too many (Tokenizer.is_longer)
+ENCODING_BYTES_PER_TOKEN = 1000
+ANSWER_BYTES_PER_TOKEN = 256  # of the context: each token of an answer, its text and its places in lists
+_HELD_BY_PARTS = frozenset({"KV cache", "transfer buffers", "norms"})  # these reserve their own bytes
 # repacking costs more than it saves while weights stream, except where it runs at several GB/s a thread
 FAST_TO_REPACK = frozenset({TensorType.Q4_0, TensorType.IQ4_NL})
 
@@ -93,8 +99,14 @@ def choose_layouts(
     return WeightLayouts(frozenset(names))
 
 
-def demand(blueprint: Blueprint, context_tokens: int, limit_bytes: int, process_bytes: int) -> Demand:
-    """What the model needs at this context, for the planner."""
+def demand(
+    blueprint: Blueprint,
+    context_tokens: int,
+    limit_bytes: int,
+    process_bytes: int,
+    kept_bytes: Mapping[str, int] = MappingProxyType({}),
+) -> Demand:
+    """What the model needs at this context, for the planner. `kept_bytes` is what a caller wants kept besides."""
     graphs = StageGraphs(blueprint.compute, blueprint.manifest.hyper, blueprint.layouts)
     try:
         chunks = [
@@ -107,7 +119,10 @@ def demand(blueprint: Blueprint, context_tokens: int, limit_bytes: int, process_
         "transfer buffers": blueprint.bounce_bytes,
         "norms": _vector_bytes(blueprint.stages),
         "graphs": graphs_bytes(len(blueprint.stages)),
+        "encoding": round_up(context_tokens * ENCODING_BYTES_PER_TOKEN, PAGE_BYTES),
+        "answer": round_up(context_tokens * ANSWER_BYTES_PER_TOKEN, PAGE_BYTES),
         "process": process_bytes + GROWTH_BYTES,
+        **kept_bytes,
     }
     in_flight = blueprint.drive.chunk_bytes * blueprint.drive.num_workers
     return Demand(unit_sizes(blueprint.stages, blueprint.layouts), fixed, chunks, limit_bytes, in_flight)
@@ -166,7 +181,7 @@ class Assembly:
     def _build(
         self, blueprint: Blueprint, placement: Placement, context_tokens: int, clock: Clock, tracer: Tracer
     ) -> tuple[DiskTransfer, Forward]:
-        for name in ("process", "graphs"):
+        for name in placement.fixed.keys() - _HELD_BY_PARTS:
             self._exit.enter_context(self.ledger.reserve(name, placement.fixed[name]))
         stages = self._stages(blueprint, placement)
         units = make_units(stages, blueprint.layouts)

@@ -45,6 +45,7 @@ _DEFAULT_IDS = {  # by tokenizer model; these are all that are implemented
     "gpt2": DefaultIds(),
     "gemma4": DefaultIds(),
 }
+_PIECE_CHARS = 8192  # of a long text, encoded apart to count its tokens
 _HIDDEN = frozenset({TokenKind.CONTROL, TokenKind.UNKNOWN, TokenKind.UNUSED, TokenKind.UNDEFINED})
 
 
@@ -88,6 +89,7 @@ class Tokenizer:
         self._special_ids = special_ids
         self._user_defined, self._special = matchers
         self._wrapping = wrapping
+        self._longest_token_bytes = max(len(model.token_text(i).encode()) for i in range(len(kinds)))
 
     @classmethod
     def from_metadata(cls, metadata: TokenizerMetadata) -> Tokenizer:
@@ -117,6 +119,11 @@ class Tokenizer:
         return len(self._kinds)
 
     @property
+    def longest_token_bytes(self) -> int:
+        """No token stands for more bytes of text than this."""
+        return self._longest_token_bytes
+
+    @property
     def special_ids(self) -> SpecialIds:
         return self._special_ids
 
@@ -144,6 +151,23 @@ class Tokenizer:
         ids = self._id_if(adds_bos, self._special_ids.bos)
         ids += self._encode_parts((self._special if parse_special else self._user_defined).split(text))
         return ids + self._id_if(adds_eos, self._special_ids.eos)
+
+    def is_longer(self, text: str, num_tokens: int, *, parse_special: bool) -> bool:
+        """Whether `text` certainly has more than `num_tokens` tokens, found without the memory to encode all of it.
+
+        Pieces are counted until there are a quarter too many: a cut changes the tokens beside it, never every fourth.
+        False may be wrong by that quarter.
+        """
+        if len(text) * 4 <= num_tokens:  # a character is four bytes at most, and a token at least one
+            return False
+        num_found, limit = 0, num_tokens + num_tokens // 4 + 64
+        for part in (self._special if parse_special else self._user_defined).split(text):
+            size = 1 if isinstance(part, int) else len(part)
+            for start in range(0, size, _PIECE_CHARS):
+                num_found += 1 if isinstance(part, int) else self._num_tokens(part[start : start + _PIECE_CHARS])
+                if num_found > limit:
+                    return True
+        return False
 
     def encode_chat(self, rendered: str) -> list[int]:
         """Token ids of a rendered chat template: special tokens are read, the begin token is there exactly once."""
@@ -179,6 +203,9 @@ class Tokenizer:
     def is_hidden(self, token_id: int) -> bool:
         """Whether a token is not shown as text: control, unknown and unused ones, and ids the vocabulary lacks."""
         return not 0 <= token_id < self.vocab_size or self._kinds[token_id] in _HIDDEN
+
+    def _num_tokens(self, text: str) -> int:
+        return len(self._model.encode(text))
 
     def _encode_parts(self, parts: Iterator[str | int]) -> list[int]:
         ids: list[int] = []
