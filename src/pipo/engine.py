@@ -49,6 +49,7 @@ IMPORTED_BYTES = 28 * MIB  # before the tokenizer is built; 23 to 26 measured
 LONG_TEXT_TOKENS = 4096
 KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget for its keys and values
 TRACE_SHARE = 16  # the zones of a trace may take this fraction of the budget
+LEAST_TRACE_BYTES = 4 * MIB  # or this much: some 70 tokens of 30 blocks
 LEAST_CONTEXT_TOKENS = 256  # that is taken where nobody asked for one
 WIDE_SHARE = 16  # the transfer's own buffers may take this fraction of the budget
 NARROW_DRIVE = DriveSettings(chunk_bytes=MIB // 2, num_workers=4)
@@ -215,7 +216,12 @@ class Engine:
                 f"a context of {context} tokens exceeds the {trained} the model was trained for",
                 hint=f"-c {trained} is the most",
             )
-        return self._plan_at(context, limit) if context is not None else self._plan_roomiest(limit, trained)
+        try:
+            return self._plan(context, limit)
+        except OverBudget:
+            if not self._shrink_trace():
+                raise
+            return self._plan(context, limit)
 
     def smallest_ram_bytes(self, context_tokens: int) -> int:
         """The least budget that `make_plan` takes for this context."""
@@ -362,6 +368,18 @@ class Engine:
             decode = rest if prefill else PassStats()
             self.report = Report(generator.timing, prefill or rest, decode, num_generated, self._peak.peak_bytes)
 
+    def _plan(self, context: int | None, limit: int) -> Plan:
+        trained = self.model.manifest.hyper.context_tokens
+        return self._plan_at(context, limit) if context is not None else self._plan_roomiest(limit, trained)
+
+    def _shrink_trace(self) -> bool:
+        """To a size that does not depend on the budget: else the smallest budget named would grow with itself."""
+        if self._kept_bytes.get("trace", 0) <= LEAST_TRACE_BYTES:
+            return False
+        self.tracer = _tracer(0)
+        self._kept_bytes["trace"] = self.tracer.most_bytes
+        return True
+
     def _plan_roomiest(self, limit: int, trained: int) -> Plan:
         """Halve a context that nobody asked for until the rest fits beside it. Raises OverBudget for the least one."""
         context, least = self._roomiest_context(limit, trained), min(LEAST_CONTEXT_TOKENS, trained)
@@ -463,7 +481,7 @@ def tokenizer_build_bytes(metadata: GgufMetadata) -> int:
 
 def _tracer(limit_bytes: int) -> Tracer:
     """Keeps as many zones as their share of the budget holds."""
-    return Tracer(min(limit_bytes // TRACE_SHARE // ZONE_BYTES, MAX_ZONES))
+    return Tracer(min(max(limit_bytes // TRACE_SHARE, LEAST_TRACE_BYTES) // ZONE_BYTES, MAX_ZONES))
 
 
 def _drive_rate(files: Sequence[Path], limit_bytes: int) -> DriveRate:

@@ -115,6 +115,13 @@ def test_a_trace_stays_in_the_budget(pipo: CommandLine, tmp_path: Path) -> None:
     assert len(jsonlib.loads((tmp_path / "trace.json").read_text())["traceEvents"]) > 1000
 
 
+def test_the_smallest_budget_for_a_trace_works(pipo: CommandLine, tmp_path: Path) -> None:
+    command = ("run", "smollm2", "A ship.", *CONTEXT, "-n", "1", "--trace", str(tmp_path / "trace.json"), "--ram")
+    refused = pipo(*command, "62MiB")
+    smallest = refused.err.split("the smallest --ram that works is ")[1].split()[0]
+    assert pipo(*command, smallest).code == 0
+
+
 def test_a_context_nobody_asked_for_shrinks_until_the_rest_fits(pipo: CommandLine) -> None:
     refused = pipo("chat", "smollm2", "--ram", "62MiB")
     assert refused.code == 2
