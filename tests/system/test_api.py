@@ -16,7 +16,7 @@ GREEDY = pipo.SamplingParams(max_tokens=4, temperature=0)
 
 @pytest.fixture(scope="module")
 def llm(smollm2_path: Path) -> Iterator[pipo.LLM]:
-    with pipo.LLM(smollm2_path, ram=300_000_000, context_tokens=256) as llm:
+    with pipo.LLM(smollm2_path, ram=8_000_000_000, context_tokens=256) as llm:
         yield llm
 
 
@@ -58,7 +58,7 @@ def test_settings_that_are_none(smollm2_path: Path, settings: dict[str, Any], wh
 )
 def test_a_closed_engine_says_so(smollm2_path: Path, use: Callable[[pipo.Engine], object]) -> None:
     """ggml would end the process."""
-    engine = pipo.load(smollm2_path, ram="300MB", context_tokens=256)
+    engine = pipo.load(smollm2_path, ram="8GB", context_tokens=256)
     plan = engine.plan
     assert plan is not None
     with pytest.raises(UsageError, match="running already"):
