@@ -186,3 +186,9 @@ def test_a_terminal_gets_no_control_characters_of_the_model() -> None:
     import pipo.cli.terminal as terminal
 
     assert terminal._CONTROLS.sub("", "a\x1b[2Jb\r\x07\n\tc\x9b") == "a[2Jb\n\tc"
+
+
+def test_what_cut_an_answer_is_named(pipo: CommandLine) -> None:
+    full = pipo("run", "smollm2", "hi", "--raw", "-c", "20", "--ignore-eos")
+    assert "the context of 20 is full" in full.err and "by -n" not in full.err
+    assert "cut at 5 tokens by -n" in pipo("run", "smollm2", "hi", "--raw", "-n", "5", "--ignore-eos").err

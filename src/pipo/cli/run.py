@@ -93,7 +93,15 @@ def run(
         if json:
             _write_json(opened, session, answer, len(ids), has_logprobs=logprobs is not None)
         is_cut = answer.finish.value == "length"
-        session.print_cost(*([f"cut at {len(answer.tokens)} tokens by -n"] if is_cut else []))
+        session.print_cost(*([_say_cut(len(answer.tokens), sampling.max_tokens, context)] if is_cut else []))
+
+
+def _say_cut(num_tokens: int, wanted: int | None, context_tokens: int) -> str:
+    if wanted is not None:
+        return f"cut at {num_tokens} tokens by -n"
+    if num_tokens == DEFAULT_ANSWER_TOKENS:
+        return f"cut at {num_tokens} tokens: -n takes more"
+    return f"cut at {num_tokens} tokens: the context of {context_tokens} is full"
 
 
 def fit_answer(num_prompt: int, wanted: int | None, context: int | None, trained: int) -> tuple[int, int]:
