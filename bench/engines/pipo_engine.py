@@ -14,9 +14,10 @@ from pipo.base.errors import OverBudget
 from pipo.base.manifest import Extent
 from pipo.compute import ggml
 from pipo.compute.devices import cpu_features
-from pipo.engine import Engine, ModelFile, Report
+from pipo.engine import Engine, Report
 from pipo.engine import Plan as EnginePlan
 from pipo.generation.request import SamplingParams
+from pipo.model_file import ModelFile
 from pipo.pipeline.units import make_units
 
 _TELLING_FEATURES = frozenset({"AVX2", "AVX512", "AVX512_BF16", "AMX_INT8", "NEON", "SVE", "LLAMAFILE", "REPACK"})

@@ -13,9 +13,10 @@ from types import TracebackType
 
 from pipo.base.config import resolve_config
 from pipo.base.errors import PipoError
-from pipo.engine import Engine, ModelFile
+from pipo.engine import Engine
 from pipo.generation.request import Completion, SamplingParams
 from pipo.hardware.budget import ram_bytes
+from pipo.model_file import ModelFile
 from pipo.store.library import resolve_model
 from pipo.text.chat_template import Message
 

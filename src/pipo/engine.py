@@ -13,40 +13,29 @@ import numpy.typing as npt
 
 from pipo.base.clock import RealClock
 from pipo.base.config import EngineConfig
-from pipo.base.errors import ContextOverflow, OverBudget, UnsupportedModel, UsageError
-from pipo.base.manifest import Manifest
+from pipo.base.errors import OverBudget, UnsupportedModel, UsageError
 from pipo.base.trace import MAX_ZONES, ZONE_BYTES, NullTracer, Tracer
-from pipo.base.units import MIB, format_size, round_up
+from pipo.base.units import MIB, round_up
 from pipo.compute import ggml
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
-from pipo.formats.checkpoint import Checkpoint, open_checkpoint
-from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata
 from pipo.generation.loop import Generator, Piece, Timing
 from pipo.generation.request import Completion, FinishReason, SamplingParams, Usage
 from pipo.generation.worker import Stream, Worker
 from pipo.hardware.budget import ram_bytes
 from pipo.hardware.cache import drive_rates
 from pipo.hardware.drive import QUICK_COMBOS, DriveRate, best_rate, measure_drive
-from pipo.hardware.memory import PeakSampler, process_memory, release_free_memory
+from pipo.hardware.memory import PeakSampler, process_memory
 from pipo.kvcache.cache import ROWS_PER_CLASS, kv_rows_class
-from pipo.models.registry import check_architecture, stages_of
-from pipo.pipeline.assembly import GROWTH_BYTES, Assembly, Blueprint, choose_layouts, demand
+from pipo.model_file import PROCESS_BYTES, ModelFile
+from pipo.pipeline.assembly import Assembly, Blueprint, choose_layouts, demand
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
-from pipo.planner.placement import Demand, Placement, place, smallest_bytes, smallest_ram_text
-from pipo.text.byte_pairs import MERGES_KEY
-from pipo.text.chat_template import ChatTemplate, Message
-from pipo.text.tokenizer import Tokenizer
-from pipo.text.vocabulary import TOKENS_KEY
+from pipo.planner.placement import Demand, Placement, place, smallest_bytes
+from pipo.text.chat_template import Message
 from pipo.transfer.disk import DriveSettings
 
-# Anonymous memory of the process once everything is imported and the tokenizer is built, by declaration, so that the
-# smallest budget is the same number on every run; a process that measures more is charged what it measures.
-PROCESS_BYTES = 48 * MIB
 PROCESS_STEP = 8 * MIB
-IMPORTED_BYTES = 28 * MIB  # before the tokenizer is built; 23 to 26 measured
-LONG_TEXT_TOKENS = 4096
 KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget for its keys and values
 TRACE_SHARE = 16  # the zones of a trace may take this fraction of the budget
 LEAST_TRACE_BYTES = 4 * MIB  # or this much: some 70 tokens of 30 blocks
@@ -91,78 +80,6 @@ class Report:
     def tokens_per_s(self) -> float:
         """Of decode, as the caller sees it: tokens after the first. 0 when there were none."""
         return self.timing.num_decoded / self.timing.decode_s if self.timing.decode_s else 0.0
-
-
-class ModelFile:
-    """A model's header and tokenizer, without weights: what is needed to count a prompt before planning for it.
-
-    Raises ModelNotFound, MalformedFile, UnsupportedModel; OverBudget where building the tokenizer would take more than
-    `limit_bytes`, None being no limit.
-    """
-
-    def __init__(self, path: Path, limit_bytes: int | None = None) -> None:
-        self.path = path
-        self.checkpoint: Checkpoint = open_checkpoint(path, check_architecture)
-        self.stages = stages_of(self.manifest)
-        self._check_vocabulary(limit_bytes)
-        self.tokenizer = Tokenizer.from_metadata(self.checkpoint.metadata)
-        release_free_memory()
-
-    def _check_vocabulary(self, limit_bytes: int | None) -> None:
-        """Before the tokenizer is built: a file of 62 MB can hold one that takes 600 MiB meanwhile."""
-        tokens = self.checkpoint.metadata.get(TOKENS_KEY)
-        num_tokens = tokens.count if isinstance(tokens, ArrayRef) else 0
-        if num_tokens > self.manifest.hyper.vocab_size:
-            raise UnsupportedModel(
-                f"{self.manifest.name}: the tokenizer has {num_tokens} tokens, the model "
-                f"{self.manifest.hyper.vocab_size}"
-            )
-        needed = IMPORTED_BYTES + tokenizer_build_bytes(self.checkpoint.metadata)
-        # less than any plan needs is left to the plan, which names the smallest budget of all
-        if limit_bytes is None or needed <= max(limit_bytes, PROCESS_BYTES + GROWTH_BYTES):
-            return
-        raise OverBudget(
-            f"needs {format_size(needed)} of RAM at least, the limit is {format_size(limit_bytes)}\n"
-            f"  building a tokenizer of {num_tokens} tokens takes {format_size(needed - IMPORTED_BYTES)} · "
-            f"process {format_size(IMPORTED_BYTES)}",
-            smallest_bytes=needed,
-            hint=f"the smallest --ram that builds it is {smallest_ram_text(needed)}",
-        )
-
-    @property
-    def manifest(self) -> Manifest:
-        return self.checkpoint.manifest
-
-    def most_bytes(self, num_tokens: int) -> int:
-        """No text of more UTF-8 bytes fits into `num_tokens` tokens."""
-        return num_tokens * self.tokenizer.longest_token_bytes
-
-    def encode(self, prompt: str, max_tokens: int | None = None, *, parse_special: bool = True) -> list[int]:
-        """Token ids of plain text. Special-token text in it is read as such, as llama.cpp's tools do.
-
-        Raises ContextOverflow, before it takes memory for them, where there are many more than `max_tokens`.
-        """
-        if not isinstance(prompt, str):
-            raise UsageError(f"a prompt must be a string, not {type(prompt).__name__}")
-        self._refuse_longer(prompt, max_tokens, parse_special=parse_special)
-        ids = self.tokenizer.encode(prompt, add_special=True, parse_special=parse_special)
-        return _after_encoding(ids)
-
-    def encode_chat(self, messages: Sequence[Message], max_tokens: int | None = None) -> list[int]:
-        """Token ids of a conversation. Raises UsageError when the model has no chat template, else as `encode`."""
-        ids = self.tokenizer.special_ids
-        names = [None if i is None else self.tokenizer.token_text(i) for i in (ids.bos, ids.eos)]
-        template = ChatTemplate.from_metadata(self.checkpoint.metadata, names[0], names[1])
-        rendered = template.render(messages)
-        self._refuse_longer(rendered, max_tokens, parse_special=True)
-        return _after_encoding(self.tokenizer.encode_chat(rendered))
-
-    def _refuse_longer(self, text: str, max_tokens: int | None, *, parse_special: bool) -> None:
-        if max_tokens is not None and self.tokenizer.is_longer(text, max_tokens, parse_special=parse_special):
-            raise ContextOverflow(
-                f"a prompt of {format_size(len(text))} of text does not fit the context of {max_tokens} tokens",
-                hint="a shorter prompt, or a larger context where the model has one",
-            )
 
 
 class Engine:
@@ -459,24 +376,6 @@ class Engine:
                     f"{self._lib.version_text} does not compute",
                     hint="pip install 'pipo[native]' brings a newer libggml" if is_new else None,
                 )
-
-
-def _after_encoding(ids: list[int]) -> list[int]:
-    """Token ids as they are; what encoding a long text has taken goes back: 20 MiB after 32k tokens."""
-    if len(ids) >= LONG_TEXT_TOKENS:
-        release_free_memory()
-    return ids
-
-
-def tokenizer_build_bytes(metadata: GgufMetadata) -> int:
-    """The most that building a tokenizer takes, from the sizes of its arrays alone.
-
-    Measured 640 to 1030 bytes for a token with its merge (49k to 1M of them, 8 to 70 bytes long), where this says 670
-    to 1100; 250 to 330 for a sentence piece, where this says 360 to 560.
-    """
-    arrays = [metadata.get(key) for key in (TOKENS_KEY, MERGES_KEY)]
-    refs = [ref for ref in arrays if isinstance(ref, ArrayRef)]
-    return sum(280 * ref.count + 10 * ref.num_bytes // 3 for ref in refs)
 
 
 def _tracer(limit_bytes: int) -> Tracer:

@@ -10,8 +10,9 @@ import pytest
 
 from pipo import engine as engine_module
 from pipo.base.config import EngineConfig
-from pipo.engine import Engine, ModelFile
+from pipo.engine import Engine
 from pipo.hardware.drive import DriveRate
+from pipo.model_file import ModelFile
 from pipo.pipeline import assembly
 from pipo.pipeline.assembly import demand
 from pipo.pipeline.forward import Forward

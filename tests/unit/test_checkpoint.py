@@ -10,9 +10,9 @@ import pytest
 
 from pipo.base.errors import MalformedFile, ModelError, UnsupportedModel
 from pipo.base.manifest import HyperParameters, Manifest, Rope, RopeLayout, RopeScaling
-from pipo.engine import ModelFile
 from pipo.formats.checkpoint import open_checkpoint
 from pipo.formats.hyper_parameters import ROPE_LAYOUTS
+from pipo.model_file import ModelFile
 from pipo.models.registry import FAMILIES
 from tests.support.gguf_bytes import (
     BOOL,

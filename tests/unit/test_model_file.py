@@ -10,8 +10,8 @@ import pytest
 
 from pipo.base.errors import OverBudget, UnsupportedModel
 from pipo.base.units import MIB
-from pipo.engine import ModelFile, tokenizer_build_bytes
 from pipo.formats.checkpoint import open_checkpoint
+from pipo.model_file import ModelFile, tokenizer_build_bytes
 from pipo.text.tokenizer import Tokenizer
 from tests.support.vocabularies import byte_pair_metadata, write_model
 
@@ -47,8 +47,8 @@ def test_a_tokenizer_over_the_budget_is_refused_and_the_number_named_is_enough(p
 def test_more_tokens_than_the_model_has_rows_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(path)
     object.__setattr__(checkpoint.manifest.hyper, "vocab_size", NUM_TOKENS - 1)
-    monkeypatch.setattr("pipo.engine.open_checkpoint", lambda path, check: checkpoint)
-    monkeypatch.setattr("pipo.engine.stages_of", lambda manifest: [])
+    monkeypatch.setattr("pipo.model_file.open_checkpoint", lambda path, check: checkpoint)
+    monkeypatch.setattr("pipo.model_file.stages_of", lambda manifest: [])
     with pytest.raises(UnsupportedModel, match=f"the tokenizer has {NUM_TOKENS} tokens, the model {NUM_TOKENS - 1}"):
         ModelFile(path)
 
@@ -56,7 +56,7 @@ def test_more_tokens_than_the_model_has_rows_are_refused(path: Path, monkeypatch
 _CHILD = """
 import sys
 from pathlib import Path
-from pipo.engine import ModelFile
+from pipo.model_file import ModelFile
 from pipo.hardware.memory import process_memory
 Path("/proc/self/clear_refs").write_text("5")
 before = process_memory().resident_bytes

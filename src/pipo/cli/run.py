@@ -24,8 +24,8 @@ from pipo.cli.prompt import check_is_piped, check_not_empty, piped_prompt, sort_
 if TYPE_CHECKING:
     from pipo.cli.answer import Answer
     from pipo.cli.session import Session
-    from pipo.engine import ModelFile
     from pipo.generation.request import Sampled, SamplingParams
+    from pipo.model_file import ModelFile
 
 DEFAULT_ANSWER_TOKENS = 256
 MAX_LOGPROBS = 20  # of alternatives: each takes memory as long as the answer is kept

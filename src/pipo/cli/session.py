@@ -11,8 +11,10 @@ from pipo.base.units import format_size
 from pipo.cli import report
 from pipo.cli.flags import OutputFlags
 from pipo.cli.terminal import print_note, print_rows, print_warning, stderr
-from pipo.engine import Engine, ModelFile, Plan
+from pipo.engine import Engine, Plan
 from pipo.hardware.budget import ram_bytes
+from pipo.hardware.memory import available_memory, process_memory
+from pipo.model_file import ModelFile
 from pipo.store.library import resolve_model
 
 
@@ -68,12 +70,22 @@ def open_session(
     with Engine(model, config) as engine:
         with starting(output):
             plan = engine.make_plan(context_tokens, logprobs_bytes)
+            _warn_of_scarcity(plan)
             engine.start(plan)
         if not output.quiet:
             rows = [*report.plan_rows(plan), report.prediction_row(plan, engine.seconds_per_pass)]
             print_rows(stderr(), model_title(model), rows, style="dim")
             stderr().print()
         yield Session(engine, plan, output)
+
+
+def _warn_of_scarcity(plan: Plan) -> None:
+    """A budget is the user's word, also where the machine has less: then the system may end the process."""
+    more = plan.placement.num_bytes - process_memory().anonymous_bytes
+    available = available_memory()
+    if more > available.limit_bytes:
+        left = f"{format_size(available.limit_bytes)} left ({available.source})"
+        print_warning(f"the plan takes {format_size(more)} more, and there are {left}; --ram auto keeps within that")
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import pytest
 from pipo import engine as engine_module
 from pipo.base.config import EngineConfig
 from pipo.base.errors import FileChanged, PipoError, ReadFailed, UnexpectedEof
-from pipo.engine import Engine, ModelFile
+from pipo.engine import Engine
+from pipo.model_file import ModelFile
 from tests.support.engines import KNOWN_DRIVE, PLENTY
 from tests.support.file_changes import cut, exchange, overwrite, remove
 from tests.support.small_engine import LONG, PROMPT, SETTINGS, answer, start

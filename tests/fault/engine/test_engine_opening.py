@@ -11,7 +11,8 @@ from pipo.base.config import EngineConfig
 from pipo.base.errors import ReadFailed, UsageError
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
-from pipo.engine import Engine, ModelFile
+from pipo.engine import Engine
+from pipo.model_file import ModelFile
 
 
 @pytest.fixture
