@@ -16,7 +16,7 @@ from pipo.base.units import PAGE_BYTES, format_size, round_up
 MAX_EXTRA_SLOTS = 15
 # all weights stay in RAM sooner than a chunk of more tokens than this is taken: streaming is paid for every token of an
 # answer, a smaller chunk only where a prompt is long. SmolLM2, 650 tokens on two busy cores: 1.5 s in chunks of 16,
-# 1.3 s of 32 and of 64, 1.1 s of 128; larger models lost ten times with 16
+# 1.3 s of 32 and of 64, 1.1 s of 128
 ENOUGH_CHUNK_TOKENS = 64
 ENOUGH_IN_FLIGHT_BYTES = 8 << 20  # of small units; drives gave 95 % of their rate with 4 MiB
 
