@@ -20,7 +20,7 @@ from pipo.compute.repack import RepackBuffer
 from pipo.kvcache.cache import CACHE_TYPES, KvCache, KvShape, kv_rows_class, kv_shape
 from pipo.models.stage import ShapeClass, Stage, StageKind
 from pipo.pipeline.buffers import BufferShape, PassBuffers
-from pipo.pipeline.embedding import Embedding
+from pipo.pipeline.embedding import Embedding, embedding_bytes
 from pipo.pipeline.executor import Executor
 from pipo.pipeline.forward import EMBEDDING_TABLE, Forward, Model
 from pipo.pipeline.schedule import SCHEDULES, Residency, SlotId, UnitId
@@ -136,9 +136,8 @@ def _chunks(blueprint: Blueprint, context_tokens: int) -> list[int]:
 
 def _chunk_bytes(blueprint: Blueprint, graphs: StageGraphs, context_tokens: int, chunk_tokens: int) -> int:
     measured = graphs.measure(blueprint.stages, blueprint.largest_shape(context_tokens, chunk_tokens))
-    table = blueprint.manifest.tensors[EMBEDDING_TABLE]
-    raw_rows = chunk_tokens * table.type.row_bytes(table.shape[0])
-    return measured + raw_rows + round_up(blueprint.buffer_shape(context_tokens, chunk_tokens).num_bytes, PAGE_BYTES)
+    rows = embedding_bytes(blueprint.manifest.tensors[EMBEDDING_TABLE], chunk_tokens)
+    return measured + rows + round_up(blueprint.buffer_shape(context_tokens, chunk_tokens).num_bytes, PAGE_BYTES)
 
 
 def _vectors(stages: Sequence[Stage]) -> dict[str, int]:
@@ -285,9 +284,8 @@ class Assembly:
     def _embedding(self, blueprint: Blueprint, transfer: DiskTransfer, executor: Executor, chunk: int) -> Embedding:
         table = blueprint.manifest.tensors[EMBEDDING_TABLE]
         dequantiser = Dequantiser(blueprint.compute.lib, table.type)
-        embedding = Embedding(table, transfer, executor.wait_for, dequantiser, chunk)
-        self._exit.enter_context(self.ledger.reserve("activations", embedding.num_bytes))
-        return embedding
+        self._exit.enter_context(self.ledger.reserve("activations", embedding_bytes(table, chunk)))
+        return Embedding(table, transfer, executor.wait_for, dequantiser, chunk)
 
     def _arena(self, name: str, num_bytes: int) -> Place:
         return self._split(name, [num_bytes])[0]
