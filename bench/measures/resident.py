@@ -13,6 +13,7 @@ from bench.rows import Row, Target, at_least, row, skipped
 from pipo.hardware.memory import available_memory
 
 LEAST_OF_PEER = 0.95  # as fast, but for noise
+LEAST_PREFILL_OF_NATIVE = 0.9  # of a llama.cpp built for this machine
 _PASSES_PER_ROUND = 4  # times the setting: a resident pass is short
 _COPIES = 1.15  # memory of one engine, by the size of the file
 
@@ -71,10 +72,13 @@ def _rows(what: str, rates: _Rates) -> Iterator[Row]:
     for name in ours:
         for peer in (name for name in rates if name not in ours):
             ratios = [own / their for own, their in zip(rates[name], rates[peer], strict=True)]
-            yield row(f"{what} ÷ {peer}", name, "×", ratios, _target(name, peer))
+            yield row(f"{what} ÷ {peer}", name, "×", ratios, _target(what, name, peer))
 
 
-def _target(own: str, peer: str) -> Target | None:
+def _target(what: str, own: str, peer: str) -> Target | None:
     """None where the peer has a newer libggml than pipo was given: its kernels would be compared, not pipo."""
     is_fair = "llama-cpp-python" in own or "llama-cpp-python" not in peer
-    return at_least(LEAST_OF_PEER) if is_fair else None
+    if not is_fair:
+        return None
+    is_native_prefill = what.startswith("prefill") and "llama-cpp-python" in peer
+    return at_least(LEAST_PREFILL_OF_NATIVE if is_native_prefill else LEAST_OF_PEER)
