@@ -12,7 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipo.pipeline.schedule import SCHEDULES, Need, Residency, SlotId, Step, StepKind, UnitId
+from pipo.planner.residency import Need, Pool, Residency, SlotId, Step, StepKind, UnitId
+from pipo.planner.schedule import SCHEDULES
 from tests.support.simulated_drive import SimulatedDrive
 
 NOT_CUT = 1 << 30
@@ -45,7 +46,7 @@ class Model:
         for num in self.num_slots:
             free.append(deque(SlotId(first + i) for i in range(num)))
             first += num
-        return Residency(self.classes, free, {u for u in self.units if u not in self.classes})
+        return Residency(Pool(self.classes, free, {u for u in self.units if u not in self.classes}))
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ def apply_all(steps: Sequence[Step], residency: Residency) -> None:
 
 def check_list(model: Model, needs: Sequence[Need], before: Residency, steps: Sequence[Step]) -> None:
     """Replays a list against rules of its own: slots with one owner, units in their place when computed."""
-    owners = {slot: unit for unit, slot in before.held.items()}
-    there = {u for u in model.units if u not in model.classes} - before.unread
+    owners = {slot: unit for unit, slot in before.ram.held.items()}
+    there = {u for u in model.units if u not in model.classes} - before.ram.missing
     first_of_class = [sum(model.num_slots[:i]) for i in range(len(model.num_slots))]
     computed = []
     for step in steps:
@@ -158,9 +159,9 @@ def test_residency_and_steps_agree(schedule: str, model: Model, passes: list[Pas
         needs = model.needs if each.has_outputs else model.body
         steps = SCHEDULES[schedule](needs, model.units, ahead)
         apply_all(steps, residency)
-        assert (residency.held, residency.unread, residency.free) == (ahead.held, ahead.unread, ahead.free)
-        assert residency.num_slots == list(model.num_slots)
-        assert sorted([*residency.held.values(), *(s for free in residency.free for s in free)]) == list(
+        assert residency == ahead
+        assert residency.ram.num_slots == list(model.num_slots)
+        assert sorted([*residency.ram.held.values(), *(s for free in residency.ram.free for s in free)]) == list(
             range(sum(model.num_slots))
         )
 
@@ -175,7 +176,7 @@ def test_every_read_is_computed_released_or_kept(schedule: str, model: Model, pa
         after = before.copy()
         apply_all(steps, after)
         for unit in model.classes:
-            assert (unit in before.held) + reads[unit] == releases[unit] + (unit in after.held)
+            assert (unit in before.ram.held) + reads[unit] == releases[unit] + (unit in after.ram.held)
 
 
 @schedules
@@ -203,7 +204,7 @@ def test_pipelined_reads_as_far_ahead_as_slots_allow(model: Model, passes: list[
             # a unit that this pass still computes ends the look-ahead of the next: it will keep its slot
             stop = next((i for i, u in enumerate(following) if u in pending), len(following))
             unread = [u for u in [*pending, *following[:stop]] if state.wants_read(u)]
-            assert not unread or not state.has_place(unread[0])
+            assert not unread or not state.ram.has_place(unread[0])
             num_computed += 1
 
 
@@ -229,11 +230,11 @@ def test_layer_looks_one_unit_ahead_and_waits_for_all(model: Model, passes: list
             apply_all([step], state)
             if step.kind is StepKind.COMPUTE:
                 own = model.unit_of_stage.get(step.stage_idx)
-                assert len(set(state.held) - {own}) <= 1, "more than one unit ahead"
-                unread_at_compute.append(set(state.unread))
+                assert len(set(state.ram.held) - {own}) <= 1, "more than one unit ahead"
+                unread_at_compute.append(set(state.ram.missing))
         for i, unread in enumerate(unread_at_compute):
             later = _units(needs[i + 2 :])
-            assert {u for u in later if u in before.unread} <= unread, "a resident unit two layers ahead"
+            assert {u for u in later if u in before.ram.missing} <= unread, "a resident unit two layers ahead"
 
 
 @given(models(), passes)
@@ -244,7 +245,7 @@ def test_sequential_holds_one_unit_at_a_time(model: Model, passes: list[Pass]) -
             apply_all([step], state)
             reads += step.kind is StepKind.READ
             if step.kind is StepKind.COMPUTE:
-                assert reads <= 1 and set(state.held) <= {model.unit_of_stage.get(step.stage_idx)}
+                assert reads <= 1 and set(state.ram.held) <= {model.unit_of_stage.get(step.stage_idx)}
                 reads = 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipo.base.clock import VirtualClock
-from pipo.pipeline.schedule import Step, StepKind, UnitId
+from pipo.planner.residency import Step, StepKind, UnitId
 
 
 class SimulatedDrive:

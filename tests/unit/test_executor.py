@@ -14,9 +14,10 @@ from pipo.base.errors import Cancelled, ComputeError, FileChanged, ReadFailed
 from pipo.base.manifest import TensorSpec
 from pipo.base.trace import Tracer
 from pipo.pipeline.executor import Executor
-from pipo.pipeline.schedule import SCHEDULES, Need, Residency, SlotId, Step, StepKind, UnitId
 from pipo.pipeline.stats import StallCause
 from pipo.pipeline.units import Unit
+from pipo.planner.residency import Need, Pool, Residency, SlotId, Step, StepKind, UnitId
+from pipo.planner.schedule import SCHEDULES
 from pipo.store.index import layout_unit
 from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Place, SlotPool
@@ -65,7 +66,7 @@ class Line:
         homes = {UnitId(i): place for i, place in enumerate(pool.places[:NUM_UNITS])}
         slots = {SlotId(i): place for i, place in enumerate(pool.places[NUM_UNITS:])}
         free = [deque([SlotId(0)]), deque([SlotId(1), SlotId(2)])]
-        residency = Residency(STREAMED, free, {u.unit_id for u in self.units} - STREAMED.keys())
+        residency = Residency(Pool(STREAMED, free, {u.unit_id for u in self.units} - STREAMED.keys()))
         self.executor = Executor(
             self.units, homes, slots, residency, self.transfer, self.clock, self.tracer, self.is_aborted
         )
@@ -101,7 +102,7 @@ def test_stages_find_their_bytes_in_whatever_order_they_arrive(schedule: str, se
         line.run(schedule)
     assert line.computed == [need.stage_idx for need in NEEDS] * 3, f"{seed=}"
     first, later = NUM_UNITS - len(STREAMED), 3 * len(STREAMED)
-    assert line.executor.stats.num_reads == first + later + len(line.executor.residency.held)
+    assert line.executor.stats.num_reads == first + later + len(line.executor.residency.ram.held)
     assert line.executor.stats.bytes_read == line.executor.stats.num_reads * UNIT_BYTES
 
 
@@ -188,8 +189,8 @@ def test_nth_read_fails(schedule: str, nth: int) -> None:
 def test_nth_read_fails_of_a_model_that_stays_in_ram() -> None:
     """Asked whether everything is there, it never says yes."""
     line = Line(NullDrive(BYTES_PER_S, fail_nth=5))
-    line.executor.residency.classes = {}
-    line.executor.residency.unread = {unit.unit_id for unit in line.units}
+    line.executor.residency.ram.classes = {}
+    line.executor.residency.ram.missing = {unit.unit_id for unit in line.units}
     with pytest.raises(ReadFailed):
         line.run()
     for _ in range(3):
@@ -199,8 +200,8 @@ def test_nth_read_fails_of_a_model_that_stays_in_ram() -> None:
 
 def test_settled_when_everything_has_arrived() -> None:
     line = Line()
-    line.executor.residency.classes = {}
-    line.executor.residency.unread = {unit.unit_id for unit in line.units}
+    line.executor.residency.ram.classes = {}
+    line.executor.residency.ram.missing = {unit.unit_id for unit in line.units}
     assert not line.executor.is_settled
     line.run()
     assert line.executor.is_settled
@@ -209,8 +210,8 @@ def test_settled_when_everything_has_arrived() -> None:
 
 def test_not_settled_while_reads_of_an_interrupted_pass_are_under_way() -> None:
     line = Line(abort_after_s=2.5 * READ_S)
-    line.executor.residency.classes = {}
-    line.executor.residency.unread = {unit.unit_id for unit in line.units}
+    line.executor.residency.ram.classes = {}
+    line.executor.residency.ram.missing = {unit.unit_id for unit in line.units}
     with pytest.raises(Cancelled):
         line.run()
     assert line.executor.residency.is_settled and not line.executor.is_settled
@@ -246,10 +247,10 @@ def test_slot_stays_held_when_its_release_is_cancelled() -> None:
     read, release = Step(READ, unit_id=UnitId(0), slot_id=SlotId(0)), Step(RELEASE, unit_id=UnitId(0))
     with pytest.raises(Cancelled):
         line.executor.run([read, release], line.compute)
-    assert line.executor.residency.held == {UnitId(0): SlotId(0)}
+    assert line.executor.residency.ram.held == {UnitId(0): SlotId(0)}
     line.abort_after_s = None
     line.executor.run([Step(COMPUTE, 0), release], line.compute)
-    assert line.computed == [0] and not line.executor.residency.held
+    assert line.computed == [0] and not line.executor.residency.ram.held
 
 
 def test_failing_stage_ends_the_pass_and_leaves_the_units() -> None:
@@ -262,7 +263,7 @@ def test_failing_stage_ends_the_pass_and_leaves_the_units() -> None:
     steps = SCHEDULES["pipelined"](NEEDS, [u.unit_id for u in line.units], line.executor.residency.copy())
     with pytest.raises(ComputeError):
         line.executor.run(steps, compute)
-    assert UnitId(3) in line.executor.residency.held
+    assert UnitId(3) in line.executor.residency.ram.held
     line.run()
     assert line.computed == [need.stage_idx for need in NEEDS]
 

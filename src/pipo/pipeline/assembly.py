@@ -23,10 +23,11 @@ from pipo.pipeline.buffers import BufferShape, PassBuffers
 from pipo.pipeline.embedding import Embedding, embedding_bytes
 from pipo.pipeline.executor import Executor
 from pipo.pipeline.forward import EMBEDDING_TABLE, Forward, Model
-from pipo.pipeline.schedule import SCHEDULES, Residency, SlotId, UnitId
 from pipo.pipeline.stage_graphs import Compute, StageGraphs, graphs_bytes
 from pipo.pipeline.units import Unit, WeightLayouts, cut_head, make_units, unit_sizes
 from pipo.planner.placement import ChunkCost, Demand, Placement
+from pipo.planner.residency import Pool, Residency, SlotId, UnitId
+from pipo.planner.schedule import SCHEDULES
 from pipo.store.index import RepackRows
 from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Arena, Place
@@ -258,7 +259,7 @@ class Assembly:
             slots |= dict(zip(ids, places, strict=True))
             free.append(deque(ids))
         classes = {u.unit_id: placement.slot_class[min(u.unit_id, last)] for u in streamed}
-        return homes, slots, Residency(classes, free, {u.unit_id for u in resident})
+        return homes, slots, Residency(Pool(classes, free, {u.unit_id for u in resident}))
 
     def _make_homes(self, resident: Sequence[Unit]) -> dict[UnitId, Place]:
         places = self._split("resident weights", [u.layout.num_bytes for u in resident])

@@ -8,9 +8,9 @@ from typing import Protocol
 from pipo.base.clock import Clock
 from pipo.base.errors import Cancelled
 from pipo.base.trace import Tracer
-from pipo.pipeline.schedule import Residency, SlotId, Step, StepKind, UnitId
 from pipo.pipeline.stats import PassStats, StallCause
 from pipo.pipeline.units import Unit
+from pipo.planner.residency import Residency, SlotId, Step, StepKind, UnitId
 from pipo.store.index import Read
 from pipo.tiers.ram import Place
 from pipo.transfer.handle import Handle

@@ -17,10 +17,11 @@ from pipo.models.stage import ShapeClass, Stage, StageKind
 from pipo.pipeline.buffers import PassBuffers
 from pipo.pipeline.embedding import Embedding
 from pipo.pipeline.executor import Executor
-from pipo.pipeline.schedule import Need, Schedule, Step, StepKind
 from pipo.pipeline.stage_graphs import Compute, StageGraphs
 from pipo.pipeline.stats import PassStats
 from pipo.pipeline.units import Unit, head_pieces
+from pipo.planner.residency import Need, Step, StepKind
+from pipo.planner.schedule import Schedule
 from pipo.tiers.ram import Place
 
 EMBEDDING_TABLE = "token_embd.weight"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pipo.base.tensor_type import ROWS_PER_GROUP
 from pipo.base.units import PAGE_BYTES
 from pipo.models.stage import Stage, StageKind
-from pipo.pipeline.schedule import UnitId
 from pipo.planner.placement import UnitRole, UnitSize
+from pipo.planner.residency import UnitId
 from pipo.store.index import UnitLayout, cut_rows, layout_unit
 
 _ROLES = {StageKind.ATTENTION: UnitRole.ATTENTION, StageKind.MLP: UnitRole.MLP, StageKind.HEAD: UnitRole.HEAD}

@@ -1,0 +1,163 @@
+"""What is where, and the steps that change it.
+
+A unit moves disk → RAM → device as far as the place where its stage computes. In each tier it either stays for good
+or passes through a slot. A schedule works ahead on a copy of the `Residency`; the executor and the simulator apply
+each step to their own as it happens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple, NewType
+
+UnitId = NewType("UnitId", int)
+SlotId = NewType("SlotId", int)
+
+
+class Tier(Enum):
+    RAM = "ram"
+    DEVICE = "device"
+
+
+class StepKind(Enum):
+    READ = "read"  # disk → RAM
+    COPY = "copy"  # RAM → device
+    COMPUTE = "compute"
+    RELEASE = "release"
+    KV_LOAD = "kv load"  # keys and values of a stage, RAM → device
+    KV_SAVE = "kv save"  # the new ones, device → RAM
+    BARRIER = "barrier"
+
+
+class Step(NamedTuple):
+    """`stage_idx` is set for COMPUTE and the KV steps; `unit_id` for READ, COPY and RELEASE; `slot_id` where the unit
+    has a slot in the tier that the step is about.
+    """
+
+    kind: StepKind
+    stage_idx: int = -1
+    unit_id: UnitId = UnitId(-1)
+    slot_id: SlotId = SlotId(-1)
+    tier: Tier = Tier.RAM
+
+
+class Need(NamedTuple):
+    """One stage of the pass, and the unit it cannot compute without (None: its weights are always there).
+
+    `moves_kv`: its keys and values live in RAM and are wanted on the device.
+    """
+
+    stage_idx: int
+    unit_id: UnitId | None
+    moves_kv: bool = False
+
+
+@dataclass(slots=True)
+class Pool:
+    """The places of one tier.
+
+    `classes` gives the slots that a unit passing through may use, as an index into `free`. `missing` are the units
+    that will stay here for good and have not been asked for yet.
+    """
+
+    classes: Mapping[UnitId, int]
+    free: list[deque[SlotId]]
+    missing: set[UnitId]
+    held: dict[UnitId, SlotId] = field(default_factory=dict)
+
+    @property
+    def num_slots(self) -> list[int]:
+        """Of each class, whether free or held."""
+        held = [self.classes[unit] for unit in self.held]
+        return [len(slots) + held.count(i) for i, slots in enumerate(self.free)]
+
+    def wants(self, unit: UnitId) -> bool:
+        return unit not in self.held if unit in self.classes else unit in self.missing
+
+    def has_place(self, unit: UnitId) -> bool:
+        return unit not in self.classes or bool(self.free[self.classes[unit]])
+
+    def next_slot(self, unit: UnitId) -> SlotId:
+        """That `unit` would take; -1 when it stays for good."""
+        return self.free[self.classes[unit]][0] if unit in self.classes else SlotId(-1)
+
+    def take(self, unit: UnitId, slot: SlotId) -> None:
+        if unit in self.classes:
+            self.free[self.classes[unit]].remove(slot)
+            self.held[unit] = slot
+        else:
+            self.missing.discard(unit)
+
+    def give_back(self, unit: UnitId) -> None:
+        self.free[self.classes[unit]].append(self.held.pop(unit))
+
+    def copy(self) -> Pool:
+        return Pool(self.classes, [deque(slots) for slots in self.free], set(self.missing), dict(self.held))
+
+
+def empty_pool() -> Pool:
+    return Pool({}, [], set())
+
+
+@dataclass(slots=True)
+class Residency:
+    """Which unit is where in RAM and on the device. `on_device` are the units whose stages compute there."""
+
+    ram: Pool
+    device: Pool = field(default_factory=empty_pool)
+    on_device: frozenset[UnitId] = frozenset()
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing moves any more: every unit stays where it computes, and was asked for."""
+        pools = (self.ram, self.device)
+        moves = any(self.is_streamed(unit) for pool in pools for unit in pool.classes)
+        return not moves and not any(pool.missing for pool in pools)
+
+    def pool(self, tier: Tier) -> Pool:
+        return self.device if tier is Tier.DEVICE else self.ram
+
+    def tier_of(self, unit: UnitId) -> Tier:
+        """Where its stage computes."""
+        return Tier.DEVICE if unit in self.on_device else Tier.RAM
+
+    def is_streamed(self, unit: UnitId) -> bool:
+        """It has to move in every pass."""
+        return unit in self.pool(self.tier_of(unit)).classes
+
+    def wants_read(self, unit: UnitId) -> bool:
+        is_needed = unit not in self.on_device or self.device.wants(unit)
+        return is_needed and self.ram.wants(unit)
+
+    def wants_copy(self, unit: UnitId) -> bool:
+        return unit in self.on_device and self.device.wants(unit)
+
+    def can_copy(self, unit: UnitId) -> bool:
+        """It was asked for in RAM, and has a place on the device."""
+        return not self.ram.wants(unit) and self.device.has_place(unit)
+
+    def read(self, unit: UnitId) -> Step:
+        return self.apply(Step(StepKind.READ, unit_id=unit, slot_id=self.ram.next_slot(unit)))
+
+    def copy_up(self, unit: UnitId) -> Step:
+        return self.apply(Step(StepKind.COPY, unit_id=unit, slot_id=self.device.next_slot(unit), tier=Tier.DEVICE))
+
+    def release(self, unit: UnitId, tier: Tier) -> Step:
+        slot = self.pool(tier).held[unit]
+        return self.apply(Step(StepKind.RELEASE, unit_id=unit, slot_id=slot, tier=tier))
+
+    def apply(self, step: Step) -> Step:
+        """Make this what it is after the step, and return the step."""
+        if step.kind is StepKind.READ:
+            self.ram.take(step.unit_id, step.slot_id)
+        elif step.kind is StepKind.COPY:
+            self.device.take(step.unit_id, step.slot_id)
+        elif step.kind is StepKind.RELEASE:
+            self.pool(step.tier).give_back(step.unit_id)
+        return step
+
+    def copy(self) -> Residency:
+        return Residency(self.ram.copy(), self.device.copy(), self.on_device)
