@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from pipo.planner.residency import Need, Pool, Residency, SlotId, Step, StepKind, UnitId
+from pipo.planner.residency import Need, Pool, Residency, SlotId, Step, StepKind, Tier, UnitId
 from pipo.planner.schedule import SCHEDULES
-from tests.support.simulated_drive import SimulatedDrive
+from pipo.planner.simulate import Lane, Simulator, StepCosts
 
 NOT_CUT = 1 << 30
 
@@ -25,8 +25,11 @@ class Model:
 
     body: tuple[Need, ...]
     head: tuple[Need, ...]
-    classes: Mapping[UnitId, int]  # of the streamed units
+    classes: Mapping[UnitId, int]  # of the units that pass through RAM
     num_slots: tuple[int, ...]
+    on_device: frozenset[UnitId] = frozenset()
+    device_classes: Mapping[UnitId, int] = field(default_factory=dict)  # of those that pass through the device
+    num_device_slots: tuple[int, ...] = ()
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -42,11 +45,17 @@ class Model:
 
     def start(self) -> Residency:
         """Before the first pass: nothing is in RAM."""
-        free, first = [], 0
-        for num in self.num_slots:
-            free.append(deque(SlotId(first + i) for i in range(num)))
-            first += num
-        return Residency(Pool(self.classes, free, {u for u in self.units if u not in self.classes}))
+        ram = Pool(self.classes, _slots(self.num_slots), set(self.units) - self.classes.keys())
+        device = Pool(
+            self.device_classes, _slots(self.num_device_slots), set(self.on_device - self.device_classes.keys())
+        )
+        return Residency(ram, device, self.on_device)
+
+    def moves(self, unit: UnitId, tier: Tier) -> bool:
+        """In every pass, into this tier."""
+        if tier is Tier.DEVICE:
+            return unit in self.device_classes
+        return unit in self.classes and (unit not in self.on_device or unit in self.device_classes)
 
 
 @dataclass(frozen=True)
@@ -57,13 +66,18 @@ class Pass:
     num_done: int = NOT_CUT
 
 
+def _slots(counts: Sequence[int]) -> list[deque[SlotId]]:
+    ids = iter(range(sum(counts)))
+    return [deque(SlotId(next(ids)) for _ in range(num)) for num in counts]
+
+
 def _units(needs: Sequence[Need]) -> list[UnitId]:
     return [need.unit_id for need in needs if need.unit_id is not None]
 
 
 @st.composite
-def models(draw: st.DrawFn) -> Model:
-    """The first stage has a unit, as in every model there is."""
+def models(draw: st.DrawFn, devices: st.SearchStrategy[bool] = st.just(False)) -> Model:  # noqa: B008
+    """The first stage has a unit, as in every model there is. `devices`: whether a unit computes on one."""
     num_classes = draw(st.integers(1, 3))
     units = st.sampled_from(["resident", *range(num_classes)])  # the numbers are slot classes
     kinds = st.just("no unit") | units
@@ -76,9 +90,24 @@ def models(draw: st.DrawFn) -> Model:
         if unit is not None and isinstance(kind, int):
             classes[unit] = kind
     slots = draw(st.tuples(*[st.integers(1, 4)] * num_classes))
-    return Model(tuple(needs[: len(body)]), tuple(needs[len(body) :]), classes, slots)
+    on_device = frozenset(n.unit_id for n in needs if n.unit_id is not None and draw(devices))
+    device_classes = {u: draw(st.integers(0, num_classes - 1)) for u in on_device if draw(st.booleans())}
+    return Model(
+        tuple(replace_kv(need, draw(devices)) for need in needs[: len(body)]),
+        tuple(needs[len(body) :]),
+        classes,
+        slots,
+        on_device,
+        device_classes,
+        draw(st.tuples(*[st.integers(1, 3)] * num_classes)),
+    )
 
 
+def replace_kv(need: Need, moves_kv: bool) -> Need:
+    return need._replace(moves_kv=moves_kv)
+
+
+three_tiers = models(st.booleans())
 whole_passes = st.lists(st.builds(Pass, st.just(True) | st.booleans()), min_size=1, max_size=5)
 passes = st.lists(st.builds(Pass, st.booleans(), st.integers(0, 60) | st.just(NOT_CUT)), min_size=1, max_size=6)
 schedules = pytest.mark.parametrize("schedule", SCHEDULES)
@@ -110,38 +139,74 @@ def run_all(model: Model, schedule: str, passes: Sequence[Pass]) -> list[tuple[R
 
 def apply_all(steps: Sequence[Step], residency: Residency) -> None:
     for step in steps:
-        if step.kind in (StepKind.READ, StepKind.RELEASE):
-            residency.apply(step)
+        residency.apply(step)
+
+
+class Replay:
+    """Replays lists against rules of its own: slots with one owner, units in their place when used."""
+
+    def __init__(self, model: Model, before: Residency) -> None:
+        self.model = model
+        self.owners = {tier: {s: u for u, s in before.pool(tier).held.items()} for tier in Tier}
+        self.stays = {
+            Tier.RAM: {u for u in model.units if u not in model.classes} - before.ram.missing,
+            Tier.DEVICE: set(model.on_device) - set(model.device_classes) - before.device.missing,
+        }
+        self.computed: list[int] = []
+        self.kv_loaded: list[int] = []
+
+    def run(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            if step.kind in (StepKind.READ, StepKind.COPY):
+                tier = Tier.RAM if step.kind is StepKind.READ else Tier.DEVICE
+                assert tier is Tier.RAM or self.is_there(step.unit_id, Tier.RAM), "copied before it was read"
+                self.arrive(step, tier)
+            elif step.kind is StepKind.RELEASE:
+                assert self.owners[step.tier].pop(step.slot_id) == step.unit_id
+            elif step.kind is StepKind.COMPUTE:
+                self.compute(step.stage_idx)
+            elif step.kind is StepKind.KV_LOAD:
+                self.kv_loaded.append(step.stage_idx)
+                assert len(self.kv_loaded) <= 2, "more keys and values on the device than there is room for"
+            elif step.kind is StepKind.KV_SAVE:
+                assert self.kv_loaded.pop(0) == step.stage_idx
+
+    def is_there(self, unit: UnitId, tier: Tier) -> bool:
+        return unit in self.stays[tier] or unit in self.owners[tier].values()
+
+    def arrive(self, step: Step, tier: Tier) -> None:
+        model, unit, owners = self.model, step.unit_id, self.owners[tier]
+        classes, counts = (
+            (model.classes, model.num_slots) if tier is Tier.RAM else (model.device_classes, model.num_device_slots)
+        )
+        assert not self.is_there(unit, tier), "moved twice"
+        if unit not in classes:
+            assert step.slot_id == -1
+            self.stays[tier].add(unit)
+            return
+        begin = sum(counts[: classes[unit]])
+        assert begin <= step.slot_id < begin + counts[classes[unit]], "a slot of another class"
+        assert step.slot_id not in owners, "a slot is overwritten while it is held"
+        owners[step.slot_id] = unit
+
+    def compute(self, stage_idx: int) -> None:
+        self.computed.append(stage_idx)
+        unit = self.model.unit_of_stage.get(stage_idx)
+        tier = Tier.DEVICE if unit in self.model.on_device else Tier.RAM
+        assert unit is None or self.is_there(unit, tier), "computed before it was there"
+        moves_kv = next(need.moves_kv for need in self.model.needs if need.stage_idx == stage_idx)
+        assert not moves_kv or self.kv_loaded[0] == stage_idx
 
 
 def check_list(model: Model, needs: Sequence[Need], before: Residency, steps: Sequence[Step]) -> None:
-    """Replays a list against rules of its own: slots with one owner, units in their place when computed."""
-    owners = {slot: unit for unit, slot in before.ram.held.items()}
-    there = {u for u in model.units if u not in model.classes} - before.ram.missing
-    first_of_class = [sum(model.num_slots[:i]) for i in range(len(model.num_slots))]
-    computed = []
-    for step in steps:
-        unit, slot = step.unit_id, step.slot_id
-        if step.kind is StepKind.READ and unit in model.classes:
-            begin = first_of_class[model.classes[unit]]
-            assert begin <= slot < begin + model.num_slots[model.classes[unit]], "a slot of another class"
-            assert slot not in owners, "a slot is overwritten while it is held"
-            assert unit not in owners.values(), "a unit is read twice"
-            owners[slot] = unit
-        elif step.kind is StepKind.READ:
-            assert slot == -1 and unit not in there, "a resident unit is read twice"
-            there.add(unit)
-        elif step.kind is StepKind.RELEASE:
-            assert owners.pop(slot) == unit
-        elif step.kind is StepKind.COMPUTE:
-            computed.append(step.stage_idx)
-            needed = model.unit_of_stage.get(step.stage_idx)
-            assert needed is None or needed in there or needed in owners.values(), "computed before it was read"
-    assert computed == [need.stage_idx for need in needs]
+    replay = Replay(model, before)
+    replay.run(steps)
+    assert replay.computed == [need.stage_idx for need in needs]
+    assert not replay.kv_loaded
 
 
 @schedules
-@given(models(), passes)
+@given(three_tiers, passes)
 @example(ONE_SLOT_EACH, [Pass(True, 17), Pass(True)])
 @example(ONLY_HEAD_STREAMS, [Pass(True), Pass(False, 1), Pass(True)])
 def test_every_pass_finds_its_units_in_place(schedule: str, model: Model, passes: list[Pass]) -> None:
@@ -150,7 +215,7 @@ def test_every_pass_finds_its_units_in_place(schedule: str, model: Model, passes
 
 
 @schedules
-@given(models(), passes)
+@given(three_tiers, passes)
 def test_residency_and_steps_agree(schedule: str, model: Model, passes: list[Pass]) -> None:
     """The copy a schedule worked on and the real one, step by step, end the same."""
     residency = model.start()
@@ -160,33 +225,40 @@ def test_residency_and_steps_agree(schedule: str, model: Model, passes: list[Pas
         steps = SCHEDULES[schedule](needs, model.units, ahead)
         apply_all(steps, residency)
         assert residency == ahead
-        assert residency.ram.num_slots == list(model.num_slots)
-        assert sorted([*residency.ram.held.values(), *(s for free in residency.ram.free for s in free)]) == list(
-            range(sum(model.num_slots))
-        )
+        for pool, counts in ((residency.ram, model.num_slots), (residency.device, model.num_device_slots)):
+            assert pool.num_slots == list(counts)
+            assert sorted([*pool.held.values(), *(s for free in pool.free for s in free)]) == list(range(sum(counts)))
 
 
 @schedules
-@given(models(), passes)
-def test_every_read_is_computed_released_or_kept(schedule: str, model: Model, passes: list[Pass]) -> None:
-    """Of a streamed unit: after its READ comes its RELEASE, or it is held when the list ends."""
+@given(three_tiers, passes)
+def test_every_transfer_is_released_or_kept(schedule: str, model: Model, passes: list[Pass]) -> None:
+    """Of a unit in a slot: after its READ or COPY comes its RELEASE, or it is held when the list ends."""
     for before, steps in run_all(model, schedule, passes):
-        reads = Counter(s.unit_id for s in steps if s.kind is StepKind.READ and s.unit_id in model.classes)
-        releases = Counter(s.unit_id for s in steps if s.kind is StepKind.RELEASE)
         after = before.copy()
         apply_all(steps, after)
-        for unit in model.classes:
-            assert (unit in before.ram.held) + reads[unit] == releases[unit] + (unit in after.ram.held)
+        for tier, kind in ((Tier.RAM, StepKind.READ), (Tier.DEVICE, StepKind.COPY)):
+            moves = Counter(s.unit_id for s in steps if s.kind is kind)
+            releases = Counter(s.unit_id for s in steps if s.kind is StepKind.RELEASE and s.tier is tier)
+            for unit in before.pool(tier).classes:
+                held_before, held_after = unit in before.pool(tier).held, unit in after.pool(tier).held
+                assert held_before + moves[unit] == releases[unit] + held_after
 
 
 @schedules
-@given(models(), passes, st.booleans())
+@given(three_tiers, passes, st.booleans())
 @example(ONLY_HEAD_STREAMS, [Pass(True)], False)
-def test_steady_state_reads_each_unit_once(schedule: str, model: Model, before: list[Pass], has_outputs: bool) -> None:
-    """After two equal passes a third reads just what it computes, whatever happened before them."""
+def test_steady_state_moves_each_unit_once(schedule: str, model: Model, before: list[Pass], has_outputs: bool) -> None:
+    """After two equal passes a third moves just what it computes, whatever happened before them.
+
+    With a device and no outputs, a head read ahead may stand in the way of every second pass.
+    """
+    assume(has_outputs or not model.on_device)
     *_, (_, steps) = run_all(model, schedule, [*before, *[Pass(has_outputs)] * 3])
-    streamed = [u for u in _units(model.needs if has_outputs else model.body) if u in model.classes]
-    assert sorted(s.unit_id for s in steps if s.kind is StepKind.READ) == sorted(streamed)
+    needed = _units(model.needs if has_outputs else model.body)
+    for tier, kind in ((Tier.RAM, StepKind.READ), (Tier.DEVICE, StepKind.COPY)):
+        moving = [u for u in needed if model.moves(u, tier)]
+        assert sorted(s.unit_id for s in steps if s.kind is kind) == sorted(moving)
 
 
 @given(models(), passes)
@@ -249,6 +321,22 @@ def test_sequential_holds_one_unit_at_a_time(model: Model, passes: list[Pass]) -
                 reads = 0
 
 
+def random_seconds(rng: random.Random) -> float:
+    return rng.choice([0.0, rng.random(), 10 * rng.random()])
+
+
+def random_costs(model: Model, rng: random.Random) -> StepCosts:
+    stages = [need.stage_idx for need in model.needs]
+    return StepCosts(
+        read={unit: random_seconds(rng) for unit in model.units},
+        compute={stage: random_seconds(rng) for stage in stages},
+        copy={unit: random_seconds(rng) for unit in model.units},
+        kv_load={stage: random_seconds(rng) for stage in stages},
+        kv_save={stage: random_seconds(rng) for stage in stages},
+        on_device=frozenset(s for s, unit in model.unit_of_stage.items() if unit in model.on_device),
+    )
+
+
 @given(models(), whole_passes, st.integers(0, 1 << 32))
 @settings(max_examples=300)
 def test_pipelined_is_never_slower_than_layer_nor_layer_than_sequential(
@@ -259,19 +347,35 @@ def test_pipelined_is_never_slower_than_layer_nor_layer_than_sequential(
     A pass expects the next one to have outputs. Before each that has none, head units may have been read too early,
     each once: it then stays until it is computed.
     """
-    rng = random.Random(seed)
-    read_s = {unit: rng.choice([0.0, rng.random(), 10 * rng.random()]) for unit in model.units}
-    compute_s = {need.stage_idx: rng.choice([0.0, rng.random(), 10 * rng.random()]) for need in model.needs}
+    costs = random_costs(model, random.Random(seed))
     seconds = {}
     for schedule in SCHEDULES:
-        drive = SimulatedDrive(read_s, compute_s)
+        simulator = Simulator(costs, model.unit_of_stage)
         for _, steps in run_all(model, schedule, passes):
-            drive.run(steps, model.unit_of_stage)
-        seconds[schedule] = drive.finished_s
-    floor_s = sum(compute_s[n.stage_idx] for each in passes for n in (model.needs if each.has_outputs else model.body))
+            simulator.run(steps)
+        seconds[schedule] = simulator.computed
+    computed = [need.stage_idx for each in passes for need in (model.needs if each.has_outputs else model.body)]
     num_surprises = sum(not each.has_outputs for each in passes)
-    early_s = num_surprises * sum(read_s[u] for u in _units(model.head) if u in model.classes)
+    early_s = num_surprises * sum(costs.read[u] for u in _units(model.head) if u in model.classes)
     slack = 1e-9 * (1 + seconds["sequential"])
-    assert floor_s <= seconds["pipelined"] + slack, f"{seed=}"
+    assert sum(costs.compute[stage] for stage in computed) <= seconds["pipelined"] + slack, f"{seed=}"
     assert seconds["pipelined"] <= seconds["layer"] + early_s + slack, f"{seed=} {seconds}"
     assert seconds["layer"] <= seconds["sequential"] + slack, f"{seed=} {seconds}"
+
+
+@schedules
+@given(three_tiers, whole_passes, st.integers(0, 1 << 32))
+def test_simulated_lanes_do_one_thing_at_a_time(schedule: str, model: Model, passes: list[Pass], seed: int) -> None:
+    """And no stage begins before its unit arrived, no transfer before its source did or its slot was free."""
+    costs = random_costs(model, random.Random(seed))
+    simulator = Simulator(costs, model.unit_of_stage)
+    for _, steps in run_all(model, schedule, passes):
+        simulator.run(steps)
+    spans = simulator.spans
+    for lane in Lane:
+        for one, next_one in pairwise(span for span in spans if span.lane is lane):
+            assert one.end <= next_one.begin
+    computed = [span for span in spans if span.step.kind is StepKind.COMPUTE]
+    for one, next_one in pairwise(computed):
+        assert one.end <= next_one.begin, "a stage before the one whose result it needs"
+    assert simulator.now >= max((span.end for span in computed), default=0.0)

@@ -18,12 +18,12 @@ from pipo.pipeline.stats import StallCause
 from pipo.pipeline.units import Unit
 from pipo.planner.residency import Need, Pool, Residency, SlotId, Step, StepKind, UnitId
 from pipo.planner.schedule import SCHEDULES
+from pipo.planner.simulate import Simulator, StepCosts
 from pipo.store.index import layout_unit
 from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Place, SlotPool
 from pipo.transfer.handle import Handle
 from pipo.transfer.null import NullDrive, NullTransfer
-from tests.support.simulated_drive import SimulatedDrive
 from tests.support.transfers import matrix, xor_rows, xored
 
 UNIT_BYTES, BYTES_PER_S = 10_000, 1e6
@@ -107,14 +107,15 @@ def test_stages_find_their_bytes_in_whatever_order_they_arrive(schedule: str, se
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_time_is_that_of_the_simulated_drive(schedule: str) -> None:
+def test_time_is_that_of_the_simulator(schedule: str) -> None:
     line = Line()
     read_s = {unit.unit_id: READ_S for unit in line.units}
-    simulated = SimulatedDrive(read_s, dict.fromkeys(range(NUM_UNITS + 1), COMPUTE_S))
+    costs = StepCosts(read_s, dict.fromkeys(range(NUM_UNITS + 1), COMPUTE_S))
+    simulated = Simulator(costs, {unit.stage_idx: unit.unit_id for unit in line.units})
     for _ in range(3):
-        simulated.run(line.run(schedule), {unit.stage_idx: unit.unit_id for unit in line.units})
+        simulated.run(line.run(schedule))
     last = max(zone.end_s for zone in line.tracer.zones if not zone.name.startswith("wait"))
-    assert last == pytest.approx(simulated.finished_s, abs=1e-4)
+    assert last == pytest.approx(simulated.computed, abs=1e-4)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -1,0 +1,185 @@
+"""Schedules on a virtual clock: the executor's rules over the seconds that each step costs.
+
+Every link and every computer is a lane that does one thing at a time, in the order it was asked. A step begins when
+its lane is free, the steps it depends on have ended and the executor has come to it, as `pipo.planner.schedule` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar
+
+from pipo.planner.residency import Need, Residency, SlotId, Step, StepKind, Tier, UnitId
+from pipo.planner.schedule import Schedule
+
+NUM_KV_SLOTS = 2  # on the device, for keys and values that live in RAM: one loads while the other is used
+
+
+class Lane(Enum):
+    DRIVE = "drive"
+    UPLOAD = "upload"  # RAM → device
+    DOWNLOAD = "download"  # device → RAM
+    CPU = "cpu"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """Seconds of every step that may come up; what is absent costs nothing.
+
+    `handover` is paid where a stage computes elsewhere than the one before it, `between_passes` at the end of each.
+    """
+
+    read: Mapping[UnitId, float]
+    compute: Mapping[int, float]
+    copy: Mapping[UnitId, float] = field(default_factory=dict)
+    kv_load: Mapping[int, float] = field(default_factory=dict)
+    kv_save: Mapping[int, float] = field(default_factory=dict)
+    on_device: frozenset[int] = frozenset()  # stages that compute there
+    handover: float = 0.0
+    between_passes: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What a lane did, from `begin` to `end` seconds. `step` names it."""
+
+    lane: Lane
+    step: Step
+    begin: float
+    end: float
+
+
+class Simulator:
+    """Runs passes one after another. `now` is when the executor would come to the next step, in seconds from the
+    first one. Threads: one.
+    """
+
+    def __init__(self, costs: StepCosts, unit_of_stage: Mapping[int, UnitId]) -> None:
+        self.now = 0.0
+        self.computed = 0.0  # when the newest stage has ended: the next one needs its result
+        self.spans: list[Span] = []
+        self._costs = costs
+        self._unit_of_stage = unit_of_stage
+        self._free: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
+        self._arrived: dict[tuple[Tier, UnitId], float] = {}
+        self._used: dict[tuple[Tier, UnitId], float] = {}  # until when the unit's place there is in use
+        self._slot_free: dict[tuple[Tier, SlotId], float] = {}
+        self._kv_ready: dict[int, float] = {}
+        self._kv_saved: dict[int, float] = {}
+        self._kv_slots = [0.0] * NUM_KV_SLOTS  # when each is free
+        self._kv_slot_of: dict[int, int] = {}
+        self._num_kv_loads = 0
+        self._last_lane: Lane | None = None
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """One pass; it ends when its last stage has been computed."""
+        for step in steps:
+            self._do[step.kind](self, step)
+        self.now = max(self.now, self.computed) + self._costs.between_passes
+
+    def _read(self, step: Step) -> None:
+        begin = max(self.now, self._slot_free.get((Tier.RAM, step.slot_id), 0.0))
+        self._arrive(Tier.RAM, step.unit_id, self._take(Lane.DRIVE, step, begin, self._costs.read.get(step.unit_id)))
+
+    def _copy(self, step: Step) -> None:
+        source = self._arrived.get((Tier.RAM, step.unit_id), 0.0)
+        begin = max(self.now, source, self._slot_free.get((Tier.DEVICE, step.slot_id), 0.0))
+        end = self._take(Lane.UPLOAD, step, begin, self._costs.copy.get(step.unit_id))
+        self._arrive(Tier.DEVICE, step.unit_id, end)
+        self._used[Tier.RAM, step.unit_id] = end
+
+    def _arrive(self, tier: Tier, unit: UnitId, end: float) -> None:
+        self._arrived[tier, unit] = self._used[tier, unit] = end
+
+    def _compute(self, step: Step) -> None:
+        lane = Lane.DEVICE if step.stage_idx in self._costs.on_device else Lane.CPU
+        place = Tier.DEVICE if lane is Lane.DEVICE else Tier.RAM, self._unit_of_stage.get(step.stage_idx, UnitId(-1))
+        self.now = max(self.now, self._arrived.get(place, 0.0), self._kv_ready.get(step.stage_idx, 0.0))
+        begin = max(self.now, self.computed)
+        if self._last_lane is not None and lane is not self._last_lane:
+            begin += self._costs.handover
+        end = self._take(lane, step, begin, self._costs.compute.get(step.stage_idx))
+        self._used[place] = self.computed = end
+        self._last_lane = lane
+        if lane is Lane.CPU:
+            self.now = end  # computed on the executor's own thread; a device is only told to
+
+    def _release(self, step: Step) -> None:
+        self._slot_free[step.tier, step.slot_id] = self._used.pop((step.tier, step.unit_id), self.now)
+
+    def _kv_load(self, step: Step) -> None:
+        slot = self._kv_slot_of[step.stage_idx] = self._num_kv_loads % NUM_KV_SLOTS
+        self._num_kv_loads += 1
+        begin = max(self.now, self._kv_slots[slot], self._kv_saved.get(step.stage_idx, 0.0))
+        end = self._take(Lane.UPLOAD, step, begin, self._costs.kv_load.get(step.stage_idx))
+        self._kv_ready[step.stage_idx] = self._kv_slots[slot] = end
+
+    def _kv_save(self, step: Step) -> None:
+        end = self._take(Lane.DOWNLOAD, step, self.computed, self._costs.kv_save.get(step.stage_idx))
+        self._kv_saved[step.stage_idx] = end
+        self._kv_slots[self._kv_slot_of[step.stage_idx]] = end
+
+    def _barrier(self, step: Step) -> None:
+        self.now = max(self.now, *self._free.values())
+
+    def _take(self, lane: Lane, step: Step, begin: float, seconds: float | None) -> float:
+        begin = max(begin, self._free[lane])
+        self._free[lane] = end = begin + (seconds or 0.0)
+        if seconds:
+            self.spans.append(Span(lane, step, begin, end))
+        return end
+
+    _do: ClassVar = {
+        StepKind.READ: _read,
+        StepKind.COPY: _copy,
+        StepKind.COMPUTE: _compute,
+        StepKind.RELEASE: _release,
+        StepKind.KV_LOAD: _kv_load,
+        StepKind.KV_SAVE: _kv_save,
+        StepKind.BARRIER: _barrier,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What a simulation walks again and again: the stages of a pass, and how they are scheduled."""
+
+    needs: Sequence[Need]
+    schedule: Schedule
+
+    def simulate(self, residency: Residency, costs: StepCosts, num_passes: int) -> Simulator:
+        """Run passes from this residency, which ends as the last one leaves it."""
+        units = [need.unit_id for need in self.needs if need.unit_id is not None]
+        unit_of_stage = {need.stage_idx: need.unit_id for need in self.needs if need.unit_id is not None}
+        simulator = Simulator(costs, unit_of_stage)
+        for _ in range(num_passes):
+            steps = self.schedule(self.needs, units, residency.copy())
+            for step in steps:
+                residency.apply(step)
+            simulator.run(steps)
+        return simulator
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """One pass among many equal ones: its seconds, and how long each lane was busy within it."""
+
+    seconds: float
+    busy: Mapping[Lane, float]
+
+    def share(self, lane: Lane) -> float:
+        """Of the pass, 0 to 1."""
+        return self.busy[lane] / self.seconds if self.seconds else 0.0
+
+
+def forecast(line: Line, residency: Residency, costs: StepCosts, *, num_warm: int = 2, num_passes: int = 2) -> Forecast:
+    """The mean of `num_passes` passes after `num_warm`, by when all that stays has arrived and the slots are full."""
+    begin = line.simulate(residency.copy(), costs, num_warm).now
+    simulator = line.simulate(residency.copy(), costs, num_warm + num_passes)
+    busy = dict.fromkeys(Lane, 0.0)
+    for span in simulator.spans:
+        busy[span.lane] += max(min(span.end, simulator.now) - max(span.begin, begin), 0.0) / num_passes
+    return Forecast((simulator.now - begin) / num_passes, busy)
