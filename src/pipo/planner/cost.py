@@ -1,0 +1,80 @@
+"""Seconds of every step of a pass, from what a machine can do and what the model's stages are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipo.base.machine import ComputeProfile, LinkProfile, MachineProfile, StageWork
+from pipo.base.tensor_type import TensorType
+from pipo.planner.residency import UnitId
+from pipo.planner.simulate import StepCosts
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """A stage as the planner sees it: what it computes, and the unit it computes with (None: always there).
+
+    `repacked_as` is the type whose rows are repacked while they are read. `kv_bytes_per_position` is what a cached
+    position takes for an attention stage.
+    """
+
+    work: StageWork
+    unit_id: UnitId | None
+    unit_bytes: int = 0
+    repacked_as: TensorType | None = None
+    kv_bytes_per_position: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PassLoad:
+    """What one pass computes: `num_sequences`, each with `tokens_each` new tokens, of which every one sees
+    `num_positions` cached ones on average.
+    """
+
+    num_sequences: int = 1
+    tokens_each: int = 1
+    num_positions: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_sequences * self.tokens_each
+
+
+def step_costs(
+    stages: Sequence[StageCost],
+    machine: MachineProfile,
+    load: PassLoad,
+    hidden_size: int,
+    on_device: frozenset[int] = frozenset(),
+) -> StepCosts:
+    """`on_device` are the indices of the stages that compute on the machine's first device beside the CPU."""
+    device = machine.devices[1] if on_device else None
+    up, down = (device.from_host, device.to_host) if device else (None, None)
+    unit_bytes = {stage.unit_id: stage.unit_bytes for stage in stages if stage.unit_id is not None}
+    kv_bytes = {i: stage.kv_bytes_per_position for i, stage in enumerate(stages) if stage.kv_bytes_per_position}
+    cached = load.num_positions * load.num_sequences
+    hidden_bytes = 4 * hidden_size * load.num_tokens
+    return StepCosts(
+        read={s.unit_id: machine.unit_read_s(s.unit_bytes, s.repacked_as) for s in stages if s.unit_id is not None},
+        compute={
+            i: stage_seconds(stage, device if device and i in on_device else machine.cpu, load)
+            for i, stage in enumerate(stages)
+        },
+        copy={unit: _seconds(up, size) for unit, size in unit_bytes.items()},
+        kv_load={i: _seconds(up, size * cached) for i, size in kv_bytes.items()},
+        kv_save={i: _seconds(down, size * load.num_tokens) for i, size in kv_bytes.items()},
+        on_device=on_device,
+        handover=max(_seconds(up, hidden_bytes), _seconds(down, hidden_bytes)),
+    )
+
+
+def _seconds(link: LinkProfile | None, num_bytes: float) -> float:
+    return link.seconds(num_bytes) if link else 0.0
+
+
+def stage_seconds(stage: StageCost, device: ComputeProfile, load: PassLoad) -> float:
+    """Every sequence has keys and values of its own; the products serve all rows at once."""
+    once = device.stage_s(stage.work, load.num_tokens)
+    attention = device.attention_s(stage.work, load.tokens_each, load.num_positions)
+    return once + device.graph_start_s + attention * load.num_sequences
