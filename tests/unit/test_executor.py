@@ -111,9 +111,9 @@ def test_time_is_that_of_the_simulator(schedule: str) -> None:
     line = Line()
     read_s = {unit.unit_id: READ_S for unit in line.units}
     costs = StepCosts(read_s, dict.fromkeys(range(NUM_UNITS + 1), COMPUTE_S))
-    simulated = Simulator(costs, {unit.stage_idx: unit.unit_id for unit in line.units})
+    simulated = Simulator({unit.stage_idx: unit.unit_id for unit in line.units})
     for _ in range(3):
-        simulated.run(line.run(schedule))
+        simulated.run(line.run(schedule), costs)
     last = max(zone.end_s for zone in line.tracer.zones if not zone.name.startswith("wait"))
     assert last == pytest.approx(simulated.computed, abs=1e-4)
 
