@@ -8,6 +8,7 @@ PipoError                     anything we can name; `hint` says what to do, `exi
 │   ├── MalformedFile         breaks its format: truncated, overlapping, out of range           (1)
 │   ├── UnsupportedModel      well formed, but needs something pipo does not implement          (1)
 │   └── ModelNotFound         no such file or model name                                        (1)
+├── MalformedProfile          a machine profile that cannot be used: key, wanted, found         (1)
 ├── LibraryError              libggml is missing, too old, or not laid out as expected          (1)
 ├── ComputeError              a graph could not be built or run                                 (1)
 ├── TransferError             bytes that did not arrive: file, offset, wanted and got           (1)
@@ -28,6 +29,7 @@ __all__ = [
     "FileChanged",
     "LibraryError",
     "MalformedFile",
+    "MalformedProfile",
     "ModelError",
     "ModelNotFound",
     "OverBudget",
@@ -86,6 +88,19 @@ class UnsupportedModel(ModelError):
 
 class ModelNotFound(ModelError):
     pass
+
+
+class MalformedProfile(PipoError):
+    """`key` is the path of the figure, as in `devices[0].products.Q4_0.plain.points[1][0]`."""
+
+    def __init__(self, key: str, wanted: str, found: object) -> None:
+        super().__init__(
+            f"a machine profile cannot be used: {key:.200} must be {wanted}, found {found!r:.80}",
+            hint="`pipo doctor --probe --fresh` measures this machine again",
+        )
+        self.key = key
+        self.wanted = wanted
+        self.found = found
 
 
 class LibraryError(PipoError):
