@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipo.base.tensor_type import TensorType
-from pipo.compute.graphs import Binding, Graph
+from pipo.compute.graph import Binding, Graph
 from pipo.kvcache.cache import KvCache, kv_rows_class
 from pipo.models.stage import ShapeClass, Stage, StageKind
 from pipo.pipeline.buffers import PassBuffers

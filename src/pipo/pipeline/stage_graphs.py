@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pipo.base.manifest import HyperParameters
 from pipo.compute.devices import CpuBackend
 from pipo.compute.ggml import Library
-from pipo.compute.graphs import Builder, Graph, Workspace
+from pipo.compute.graph import Graph, Workspace
+from pipo.compute.graphs import Builder
 from pipo.compute.repack import RepackBuffer
 from pipo.models.stage import ShapeClass, Stage, StageBuilder, StageKind
 from pipo.pipeline.units import WeightLayouts
