@@ -12,7 +12,8 @@ from pipo.base.tensor_type import TensorType
 from pipo.base.units import MIB
 from pipo.compute.devices import CpuBackend
 from pipo.compute.ggml import Library
-from pipo.compute.graphs import Binding, Builder, Graph, Workspace
+from pipo.compute.graph import Binding, Graph, Workspace
+from pipo.compute.graphs import Builder
 from pipo.compute.repack import RepackBuffer
 from pipo.tiers.ram import Place
 
