@@ -28,7 +28,8 @@ from pipo.hardware.drive import QUICK_COMBOS, DriveRate, best_rate, measure_driv
 from pipo.hardware.memory import PeakSampler, process_memory
 from pipo.kvcache.cache import ROWS_PER_CLASS, kv_rows_class
 from pipo.model_file import PROCESS_BYTES, ModelFile
-from pipo.pipeline.assembly import Assembly, Blueprint, choose_layouts, demand
+from pipo.pipeline.assembly import Assembly
+from pipo.pipeline.blueprint import Blueprint, choose_layouts, demand
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
 from pipo.planner.placement import Demand, Placement, place, smallest_bytes

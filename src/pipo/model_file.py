@@ -12,7 +12,7 @@ from pipo.formats.checkpoint import Checkpoint, open_checkpoint
 from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata
 from pipo.hardware.memory import release_free_memory
 from pipo.models.registry import check_architecture, stages_of
-from pipo.pipeline.assembly import GROWTH_BYTES
+from pipo.pipeline.blueprint import GROWTH_BYTES
 from pipo.planner.placement import smallest_ram_text
 from pipo.text.byte_pairs import MERGES_KEY
 from pipo.text.chat_template import ChatTemplate, Message

@@ -88,9 +88,9 @@ def test_every_way_to_read_the_drive(rig: Rig, resident: FloatArray, drive: Driv
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3])
-@pytest.mark.parametrize("slot_bytes", [16 << 10, 40 << 10, 132 << 10, 256 << 10])
+@pytest.mark.parametrize("slot_bytes", [24 << 10, 40 << 10, 132 << 10, 256 << 10])
 def test_head_streamed_in_pieces(rig: Rig, slot_bytes: int, num_slots: int) -> None:
-    """14 pieces to 1, with logits of one position and of several."""
+    """16 pieces to 1, with logits of one position and of several."""
     whole = rig.all_resident()
     resident_but_head = (*whole.resident[:-1], False)
     slots = (SlotClass(0, 0), SlotClass(slot_bytes, num_slots))

@@ -14,7 +14,7 @@ from pipo.engine import Engine
 from pipo.hardware.drive import DriveRate
 from pipo.model_file import ModelFile
 from pipo.pipeline import assembly
-from pipo.pipeline.assembly import demand
+from pipo.pipeline.blueprint import demand
 from pipo.pipeline.forward import Forward
 from pipo.planner.placement import smallest_bytes
 from pipo.transfer.disk import DiskTransfer

@@ -19,7 +19,8 @@ from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.formats.checkpoint import open_checkpoint
 from pipo.models.registry import stages_of
-from pipo.pipeline.assembly import Assembly, Blueprint, choose_layouts, demand
+from pipo.pipeline.assembly import Assembly
+from pipo.pipeline.blueprint import Blueprint, choose_layouts, demand
 from pipo.pipeline.forward import Forward
 from pipo.pipeline.stage_graphs import Compute
 from pipo.planner.placement import Demand, Placement, place, smallest_bytes

@@ -45,7 +45,7 @@ def tensor_of(unit: UnitId) -> TensorSpec:
 def make_units(*, are_repacked: bool) -> list[Unit]:
     tensors = [tensor_of(UnitId(i)) for i in range(NUM_UNITS)]
     layouts = [layout_unit([t], repacked=[t.name] if are_repacked else []) for t in tensors]
-    return [Unit(UnitId(i), i, f"unit {i}", layout, UNIT_BYTES) for i, layout in enumerate(layouts)]
+    return [Unit(UnitId(i), i, f"unit {i}", layout, {f"t{i}": UNIT_BYTES}) for i, layout in enumerate(layouts)]
 
 
 @dataclass

@@ -139,6 +139,11 @@ class DeviceBuffer:
         """Copy these bytes to a host address; returns when they are there."""
         self.device.lib.backend_tensor_get(self.tensor(offset, num_bytes), target, offset, num_bytes)
 
+    def clear(self) -> None:
+        """Fill with zeros; fresh memory holds whatever was there."""
+        self.tensor(0, self.num_bytes)
+        self.device.lib.backend_buffer_clear(self.handle, 0)
+
     def tensor(self, offset: int, num_bytes: int) -> int:
         """Address of the tensor that is the whole buffer. Raises ComputeError when the range is not in it."""
         if self.is_freed or offset < 0 or num_bytes < 0 or offset + num_bytes > self.num_bytes:

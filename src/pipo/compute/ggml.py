@@ -165,6 +165,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_backend_buffer_free": (None, c_void_p),
     "ggml_backend_buffer_get_base": (c_void_p, c_void_p),
     "ggml_backend_buffer_get_type": (c_void_p, c_void_p),
+    "ggml_backend_buffer_clear": (None, c_void_p, c_uint8),
     "ggml_backend_buffer_init_tensor": (c_int, c_void_p, _T),
     "ggml_backend_tensor_set": (None, _T, c_void_p, c_size_t, c_size_t),
     "ggml_backend_tensor_get": (None, _T, c_void_p, c_size_t, c_size_t),

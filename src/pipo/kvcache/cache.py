@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipo.base.errors import UsageError
@@ -56,15 +57,18 @@ def kv_rows_class(num_tokens: int) -> int:
 
 
 class KvCache:
-    """Addresses of each block's keys and values inside one place. Zeroed memory, so that masked rows stay finite."""
+    """Addresses of the keys and values of some blocks inside one place; None for none. Zeroed memory, so that masked
+    rows stay finite.
+    """
 
-    def __init__(self, shape: KvShape, place: Place) -> None:
-        assert place.num_bytes >= shape.num_bytes
+    def __init__(self, shape: KvShape, place: Place | None, blocks: Sequence[int]) -> None:
+        assert len(blocks) == shape.num_layers and (place.num_bytes if place else 0) >= shape.num_bytes
         self.shape = shape
-        self._base = place.address
+        self._base = place.address if place else 0
+        self._layer_of = {block: i for i, block in enumerate(blocks)}
 
-    def address_k(self, layer_idx: int) -> int:
-        return self._base + layer_idx * (self.shape.layer_bytes_k + self.shape.layer_bytes_v)
+    def address_k(self, block_idx: int) -> int:
+        return self._base + self._layer_of[block_idx] * (self.shape.layer_bytes_k + self.shape.layer_bytes_v)
 
-    def address_v(self, layer_idx: int) -> int:
-        return self.address_k(layer_idx) + self.shape.layer_bytes_k
+    def address_v(self, block_idx: int) -> int:
+        return self.address_k(block_idx) + self.shape.layer_bytes_k

@@ -61,11 +61,13 @@ class PassBuffers:
         self._mask = arrays["mask"].view(np.float16)
         self._out_rows = arrays["out_rows"].view(np.int32)
         self._logits = arrays["logits"].view(np.float32)
+        self.used_bytes: dict[str, int] = {}  # of the pass that was prepared last
         self.hidden = arrays["hidden"].view(np.float32).reshape(shape.max_tokens, shape.hidden_size)
 
     def prepare(self, start: int, num_tokens: int, outputs: npt.NDArray[np.int32]) -> None:
         """Positions, KV rows and the causal mask of tokens start … start + num_tokens - 1."""
         assert num_tokens <= self.shape.max_tokens and len(outputs) <= self.shape.max_outputs
+        self.used_bytes = self._used(num_tokens, kv_rows_class(start + num_tokens), len(outputs))
         positions = np.arange(start, start + num_tokens)
         self._positions[:num_tokens] = positions
         self._kv_rows[:num_tokens] = positions
@@ -76,6 +78,10 @@ class PassBuffers:
             # in place: an array of conditions would take three times the mask, outside any budget
             row[: position + 1] = 0
             row[position + 1 :] = -np.inf
+
+    def _used(self, num_tokens: int, num_rows: int, num_outputs: int) -> dict[str, int]:
+        s = self.shape
+        return BufferShape(s.hidden_size, s.vocab_size, num_tokens, num_rows, num_outputs).sizes
 
     def logits(self, pieces: list[tuple[int, int]], num_outputs: int) -> npt.NDArray[np.float32]:
         """(outputs, vocabulary). A view for one output; a copy that joins the head's pieces for several."""

@@ -38,7 +38,7 @@ class DeviceSide(Protocol):
 
     def compute_all(self, place_of: Callable[[int], Place | DevicePlace | None]) -> None: ...
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, start: int, num_tokens: int) -> None:
         """Bring the inputs of a pass but the hidden state."""
 
     def bring_hidden(self) -> None:
@@ -81,7 +81,10 @@ class Forward:
         buffers: PassBuffers,
         kv: KvShape,
         schedule: Schedule,
+        *,
+        moves_kv: bool = False,
     ) -> None:
+        """`kv` is the shape of all blocks' cache. `moves_kv`: that of the device's blocks lives in RAM."""
         self._model = model
         self._sides = sides
         self._executor = executor
@@ -89,6 +92,7 @@ class Forward:
         self._buffers = buffers
         self._kv = kv
         self._schedule = schedule
+        self._moves_kv = moves_kv
         self._unit_of_stage = model.unit_of_stage
         self._tied = next((u for u in model.units if _is_plain_table(u) and u.stage_idx not in sides.on_device), None)
         self._pieces = head_pieces(model.stages)
@@ -125,7 +129,7 @@ class Forward:
         self._embedding.gather(token_ids, self._buffers.hidden, self._table_address())
         self._is_hidden_on_device = False
         if self._sides.device is not None and needs.on_device:
-            self._sides.device.begin_pass()
+            self._sides.device.begin_pass(start, num_tokens)
         self._executor.run(self._steps(needs), partial(self._compute, needs))
         self._executor.stats.num_tokens += num_tokens
         if not outputs:
@@ -135,7 +139,7 @@ class Forward:
         return self._buffers.logits([(p.start, p.stop) for p in self._pieces], num_outputs)
 
     def _steps(self, needs: _Needs) -> list[Step]:
-        if self._executor.is_settled and not (needs.on_cpu and needs.on_device):
+        if self._executor.is_settled and not (needs.on_cpu and needs.on_device) and not self._moves_kv:
             return [Step(StepKind.COMPUTE, WHOLE_PASS)]
         return self._schedule(needs.needs, self._all_units, self._executor.residency.copy())
 
@@ -200,7 +204,9 @@ class Forward:
 
     def _need(self, stage_idx: int) -> Need:
         unit = self._unit_of_stage.get(stage_idx)
-        return Need(stage_idx, unit.unit_id if unit else None)
+        attends = self._model.stages[stage_idx].kind is StageKind.ATTENTION
+        moves_kv = self._moves_kv and attends and stage_idx in self._sides.on_device
+        return Need(stage_idx, unit.unit_id if unit else None, moves_kv)
 
     def _is_output(self, stage_idx: int) -> bool:
         return self._model.stages[stage_idx].kind in (StageKind.FINAL_NORM, StageKind.HEAD)

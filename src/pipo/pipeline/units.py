@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipo.base.tensor_type import ROWS_PER_GROUP
@@ -12,8 +12,9 @@ from pipo.planner.placement import UnitRole, UnitSize
 from pipo.planner.residency import UnitId
 from pipo.store.index import UnitLayout, cut_rows, layout_unit
 
-_ROLES = {StageKind.ATTENTION: UnitRole.ATTENTION, StageKind.MLP: UnitRole.MLP, StageKind.HEAD: UnitRole.HEAD}
+ROLES = {StageKind.ATTENTION: UnitRole.ATTENTION, StageKind.MLP: UnitRole.MLP, StageKind.HEAD: UnitRole.HEAD}
 
+ROWS_PER_PIECE = 8 * ROWS_PER_GROUP  # or a multiple: a device wants each piece's logits on 256 bytes
 PIECE_SLACK = 2 * PAGE_BYTES  # a plain piece begins and ends inside a page
 
 
@@ -25,7 +26,11 @@ class Unit:
     stage_idx: int
     label: str
     layout: UnitLayout
-    num_bytes: int  # of weights, without alignment
+    tensor_bytes: Mapping[str, int]  # by name, without alignment
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.tensor_bytes.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ def _size(stage: Stage, layouts: WeightLayouts, largest_mlp: int) -> UnitSize:
     piece = None
     if stage.kind is StageKind.HEAD and place_bytes > largest_mlp:
         piece = max(layouts.lay_out(p).num_bytes for p in _pieces(stage, largest_mlp))
-    return UnitSize(_ROLES[stage.kind], stage.block_idx, place_bytes, weight_bytes(stage), piece)
+    return UnitSize(ROLES[stage.kind], stage.block_idx, place_bytes, weight_bytes(stage), piece)
 
 
 def cut_head(stages: Sequence[Stage], max_bytes: int) -> list[Stage]:
@@ -84,7 +89,8 @@ def make_units(stages: Sequence[Stage], layouts: WeightLayouts) -> list[Unit]:
     units: list[Unit] = []
     for i, stage in enumerate(stages):
         if stage.matrices:
-            units.append(Unit(UnitId(len(units)), i, _label(stage), layouts.lay_out(stage), weight_bytes(stage)))
+            tensor_bytes = {spec.name: spec.num_bytes for spec in stage.matrices.values()}
+            units.append(Unit(UnitId(len(units)), i, _label(stage), layouts.lay_out(stage), tensor_bytes))
     return units
 
 
@@ -94,8 +100,8 @@ def weight_bytes(stage: Stage) -> int:
 
 def _pieces(stage: Stage, max_bytes: int) -> list[Stage]:
     spec = stage.matrices["output.weight"]
-    group_bytes = spec.type.row_bytes(spec.shape[0]) * ROWS_PER_GROUP
-    pieces = cut_rows(spec, max(max_bytes - PIECE_SLACK, group_bytes), ROWS_PER_GROUP)
+    piece_bytes = spec.type.row_bytes(spec.shape[0]) * ROWS_PER_PIECE
+    pieces = cut_rows(spec, max(max_bytes - PIECE_SLACK, piece_bytes), ROWS_PER_PIECE)
     return [replace(stage, matrices={"output.weight": piece}) for piece in pieces]
 
 

@@ -41,6 +41,7 @@ class UnitSize:
     place_bytes: int
     read_bytes: int
     max_piece_bytes: int | None = None
+    is_staged: bool = False  # it stays on a device: RAM is where it passes through, once
 
     @property
     def slot_bytes(self) -> int:
@@ -129,13 +130,13 @@ def place(demand: Demand) -> Placement:
     best = _fill(demand, chunk, extra_slots=0)
     assert best is not None, "the smallest placement fits"
     filled = _fill(demand, chunk, _extra_slots(demand, best)) or best
-    return everything if everything and all(filled.resident) else filled
+    return everything if everything and not filled.streamed_bytes else filled
 
 
 def _all_resident(demand: Demand) -> Placement | None:
     """With the largest chunk that fits; None where none does."""
     for chunk in reversed(demand.chunks):
-        placement = _with_residents(demand, chunk, [True] * len(demand.units), extra_slots=0)
+        placement = _with_residents(demand, chunk, [not u.is_staged for u in demand.units], extra_slots=0)
         if placement.num_bytes <= demand.limit_bytes:
             return placement
     return None
@@ -166,7 +167,7 @@ def smallest_bytes(demand: Demand) -> int:
 
 def _smallest(demand: Demand) -> Placement:
     streamed = _with_residents(demand, demand.chunks[0], [False] * len(demand.units), extra_slots=0)
-    resident = _with_residents(demand, demand.chunks[0], [True] * len(demand.units), extra_slots=0)
+    resident = _with_residents(demand, demand.chunks[0], [not u.is_staged for u in demand.units], extra_slots=0)
     return min(streamed, resident, key=lambda placement: placement.num_bytes)
 
 
@@ -182,12 +183,15 @@ def _fill(demand: Demand, chunk: ChunkCost, extra_slots: int) -> Placement | Non
     """Stream as few evenly spread blocks as fit, then keep single units for what is left. None: so many slots do not
     fit.
     """
-    blocks = sorted({u.block_idx for u in demand.units if u.block_idx >= 0})
+    blocks = sorted({u.block_idx for u in demand.units if u.block_idx >= 0 and not u.is_staged})
     best: Placement | None = None
     for head_resident in (True, False):
         for num_streamed in range(len(blocks) + 1):
-            streamed = _spread(blocks, num_streamed)
-            resident = [u.block_idx not in streamed if u.block_idx >= 0 else head_resident for u in demand.units]
+            streamed = spread(blocks, num_streamed)
+            resident = [
+                not u.is_staged and (u.block_idx not in streamed if u.block_idx >= 0 else head_resident)
+                for u in demand.units
+            ]
             candidate = _with_residents(demand, chunk, resident, extra_slots)
             if candidate.num_bytes <= demand.limit_bytes:
                 candidate = _keep_more(demand, candidate, extra_slots)
@@ -201,7 +205,7 @@ def _keep_more(demand: Demand, placement: Placement, extra_slots: int) -> Placem
     """Make further single units resident while they fit, largest first."""
     order = sorted(range(len(demand.units)), key=lambda i: -demand.units[i].place_bytes)
     for i in order:
-        if placement.resident[i]:
+        if placement.resident[i] or demand.units[i].is_staged:
             continue
         resident = list(placement.resident)
         resident[i] = True
@@ -211,7 +215,7 @@ def _keep_more(demand: Demand, placement: Placement, extra_slots: int) -> Placem
     return placement
 
 
-def _spread(blocks: Sequence[int], num: int) -> set[int]:
+def spread(blocks: Sequence[int], num: int) -> set[int]:
     """`num` of the blocks, evenly apart."""
     total = len(blocks)
     return {b for i, b in enumerate(blocks) if (i + 1) * num // total > i * num // total}
@@ -230,7 +234,7 @@ def _with_residents(demand: Demand, chunk: ChunkCost, resident: Sequence[bool], 
         resident_bytes=sum(
             round_up(u.place_bytes, PAGE_BYTES) for u, stays in zip(demand.units, resident, strict=True) if stays
         ),
-        streamed_bytes=sum(u.read_bytes for u in streamed),
+        streamed_bytes=sum(u.read_bytes for u in streamed if not u.is_staged),
         fixed=demand.fixed,
     )
 

@@ -36,10 +36,15 @@ class Reservation:
 
 
 class Ledger:
-    """Counts reserved bytes against a limit. Allocates nothing. Threads: any."""
+    """Counts reserved bytes against a limit: `of` names the memory, `flag` what sets the limit. Allocates nothing.
 
-    def __init__(self, limit_bytes: int) -> None:
+    Threads: any.
+    """
+
+    def __init__(self, limit_bytes: int, *, of: str = "RAM", flag: str = "--ram") -> None:
         self.limit_bytes = limit_bytes
+        self._of = of
+        self._flag = flag
         self._lock = threading.Lock()
         self._held: Counter[str] = Counter()
         self._in_use_bytes = 0
@@ -83,6 +88,6 @@ class Ledger:
         line = " · ".join(f"{part} {format_size(size)}" for part, size in wanted.most_common())
         needed = self._in_use_bytes + num_bytes
         return OverBudget(
-            f"needs {format_size(needed)} of RAM, the limit is {format_size(self.limit_bytes)}\n  {line}",
-            hint=f"{name} does not fit; --ram must be at least {format_size(needed)}",
+            f"needs {format_size(needed)} of {self._of}, the limit is {format_size(self.limit_bytes)}\n  {line}",
+            hint=f"{name} does not fit; {self._flag} must be at least {format_size(needed)}",
         )

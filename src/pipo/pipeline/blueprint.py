@@ -1,0 +1,175 @@
+"""What is known of a running engine before any memory is taken: sizes and choices, and what they add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from pipo.base.config import EngineConfig
+from pipo.base.manifest import Manifest
+from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
+from pipo.base.units import PAGE_BYTES, round_up
+from pipo.compute.devices import CpuBackend
+from pipo.compute.repack import RepackBuffer
+from pipo.kvcache.cache import CACHE_TYPES, KvShape, kv_rows_class, kv_shape
+from pipo.models.stage import ShapeClass, Stage
+from pipo.pipeline.buffers import BufferShape
+from pipo.pipeline.device_share import DeviceShare
+from pipo.pipeline.embedding import embedding_bytes
+from pipo.pipeline.forward import EMBEDDING_TABLE
+from pipo.pipeline.stage_graphs import Compute, StageGraphs, graphs_bytes
+from pipo.pipeline.units import WeightLayouts, unit_sizes
+from pipo.planner.placement import ChunkCost, Demand, UnitSize
+from pipo.transfer.disk import DriveSettings
+
+CHUNKS = (16, 32, 64, 128, 256, 512)  # prefill chunks the planner may choose from
+# what Python and ggml grow by while answering: sampling arrays, token lists, thread stacks
+GROWTH_BYTES = 12 << 20
+# of the context: turns are encoded while all else is taken. The tokenizers library takes up to 800 bytes a token of
+# prose meanwhile, and a text that is refused only once it is encoded may have a quarter too many (Tokenizer.is_longer)
+ENCODING_BYTES_PER_TOKEN = 1000
+ANSWER_BYTES_PER_TOKEN = 256  # of the context: each token of an answer, its text and its places in lists
+# repacking costs more than it saves while weights stream, except where it runs at several GB/s a thread
+FAST_TO_REPACK = frozenset({TensorType.Q4_0, TensorType.IQ4_NL})
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """What is known of a model before any memory is taken. `stages` has the head in one piece."""
+
+    manifest: Manifest
+    stages: Sequence[Stage]
+    layouts: WeightLayouts
+    compute: Compute
+    config: EngineConfig
+    drive: DriveSettings
+    device: DeviceShare | None = None
+
+    def kv_shape(self, context_tokens: int) -> KvShape:
+        """Of all blocks."""
+        types = CACHE_TYPES[self.config.cache_type_k], CACHE_TYPES[self.config.cache_type_v]
+        return kv_shape(self.manifest.hyper, context_tokens, *types)
+
+    def kv_shape_in_ram(self, context_tokens: int) -> KvShape:
+        """Of the blocks whose keys and values live there."""
+        return replace(self.kv_shape(context_tokens), num_layers=len(self.kv_blocks_in_ram))
+
+    @property
+    def moves_kv(self) -> bool:
+        """Keys and values of the device's blocks live in RAM."""
+        return self.device is not None and self.device.placement.moves_kv
+
+    @property
+    def kv_blocks_in_ram(self) -> list[int]:
+        kept_elsewhere = self.device.kv_blocks if self.device else frozenset()
+        return [block for block in range(self.manifest.hyper.num_layers) if block not in kept_elsewhere]
+
+    @property
+    def unit_sizes(self) -> list[UnitSize]:
+        sizes = unit_sizes(self.stages, self.layouts)
+        if self.device is None:
+            return sizes
+        stays = self.device.placement.resident
+        return [replace(size, is_staged=is_there) for size, is_there in zip(sizes, stays, strict=True)]
+
+    def buffer_shape(self, context_tokens: int, chunk_tokens: int) -> BufferShape:
+        h, rows = self.manifest.hyper, kv_rows_class(context_tokens)
+        return BufferShape(h.hidden_size, h.vocab_size, chunk_tokens, rows, self.config.max_outputs)
+
+    def largest_shape(self, context_tokens: int, chunk_tokens: int) -> ShapeClass:
+        kv = self.kv_shape(context_tokens)
+        return ShapeClass(chunk_tokens, kv.num_rows, self.config.max_outputs, kv.type_k, kv.type_v)
+
+    def is_aborted(self) -> bool:
+        assert isinstance(self.compute.backend, CpuBackend)
+        return self.compute.backend.abort.is_set
+
+    @property
+    def bounce_bytes(self) -> int:
+        """Read buffers of the transfer workers: for rows on their way through repacking, and for embeddings."""
+        is_repacking = bool(self.layouts.repacked)
+        return round_up(self.drive.bounce_bytes(repacks=is_repacking, group_bytes=self.group_bytes), PAGE_BYTES)
+
+    @property
+    def group_bytes(self) -> int:
+        """The largest group of rows that is repacked at once."""
+        specs = (self.manifest.tensors[name] for name in self.layouts.repacked)
+        return ROWS_PER_GROUP * max((spec.type.row_bytes(spec.shape[0]) for spec in specs), default=0)
+
+
+def choose_layouts(
+    stages: Sequence[Stage], repack: RepackBuffer | None, wanted: str, all_resident: bool
+) -> WeightLayouts:
+    """Which weights to keep repacked, of stages that compute on the CPU. `wanted` is EngineConfig.layout.
+
+    "auto" takes Q4_0 and IQ4_NL always, the other types only when every weight stays in RAM: repacking Q4_K at 2 GB/s
+    a thread would cost a streaming engine more than the faster product gives back.
+    """
+    if repack is None or wanted == "plain":
+        return WeightLayouts(frozenset())
+    names = set()
+    for stage in stages:
+        for spec in stage.matrices.values():
+            is_chosen = wanted == "repacked" or all_resident or spec.type in FAST_TO_REPACK
+            if is_chosen and repack.supports(spec.type, spec.shape):
+                names.add(spec.name)
+    return WeightLayouts(frozenset(names))
+
+
+def demand(
+    blueprint: Blueprint,
+    context_tokens: int,
+    limit_bytes: int,
+    process_bytes: int,
+    kept_bytes: Mapping[str, int] = MappingProxyType({}),
+) -> Demand:
+    """What the model needs at this context, for the planner. `kept_bytes` is what a caller wants kept besides."""
+    graphs = StageGraphs(blueprint.compute, blueprint.manifest.hyper, blueprint.layouts)
+    try:
+        chunks = [
+            ChunkCost(t, _chunk_bytes(blueprint, graphs, context_tokens, t)) for t in _chunks(blueprint, context_tokens)
+        ]
+    finally:
+        graphs.close()
+    fixed = {
+        "KV cache": round_up(blueprint.kv_shape_in_ram(context_tokens).num_bytes, PAGE_BYTES),
+        "transfer buffers": blueprint.bounce_bytes,
+        "norms": vector_bytes(blueprint.stages),
+        "graphs": graphs_bytes(len(blueprint.stages)),
+        "encoding": round_up(context_tokens * ENCODING_BYTES_PER_TOKEN, PAGE_BYTES),
+        "answer": round_up(context_tokens * ANSWER_BYTES_PER_TOKEN, PAGE_BYTES),
+        "process": process_bytes + GROWTH_BYTES,
+        **kept_bytes,
+    }
+    in_flight = blueprint.drive.chunk_bytes * blueprint.drive.num_workers
+    return Demand(blueprint.unit_sizes, fixed, chunks, limit_bytes, in_flight)
+
+
+def _chunks(blueprint: Blueprint, context_tokens: int) -> list[int]:
+    if blueprint.config.prefill_chunk is not None:
+        return [min(blueprint.config.prefill_chunk, context_tokens)]
+    return sorted({min(chunk, context_tokens) for chunk in CHUNKS})
+
+
+def _chunk_bytes(blueprint: Blueprint, graphs: StageGraphs, context_tokens: int, chunk_tokens: int) -> int:
+    measured = graphs.measure(blueprint.stages, blueprint.largest_shape(context_tokens, chunk_tokens))
+    rows = embedding_bytes(blueprint.manifest.tensors[EMBEDDING_TABLE], chunk_tokens)
+    return measured + rows + round_up(blueprint.buffer_shape(context_tokens, chunk_tokens).num_bytes, PAGE_BYTES)
+
+
+def vector_offsets(stages: Sequence[Stage]) -> dict[str, int]:
+    """Offset of each distinct vector in their shared place."""
+    offsets: dict[str, int] = {}
+    end = 0
+    for stage in stages:
+        for spec in stage.vectors.values():
+            if spec.name not in offsets:
+                offsets[spec.name] = end
+                end += round_up(spec.num_bytes, 128)
+    return offsets
+
+
+def vector_bytes(stages: Sequence[Stage]) -> int:
+    sizes = {spec.name: round_up(spec.num_bytes, 128) for stage in stages for spec in stage.vectors.values()}
+    return round_up(sum(sizes.values()), PAGE_BYTES)

@@ -1,0 +1,152 @@
+"""Puts the device's part of an engine together, every byte charged to the device's own ledger."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from pipo.base.clock import Clock
+from pipo.base.manifest import HyperParameters
+from pipo.base.trace import Tracer
+from pipo.compute.device import DevicePlace
+from pipo.kvcache.cache import KvCache, KvShape
+from pipo.models.stage import ShapeClass, StageKind
+from pipo.pipeline.buffers import PassBuffers
+from pipo.pipeline.device_layout import unit_on_device, vectors_on_device
+from pipo.pipeline.device_share import PLAIN, DeviceShare, array_bytes, kv_sizes
+from pipo.pipeline.device_tier import DeviceArena, DeviceLink, DeviceMemory, DeviceStages, MovingKv
+from pipo.pipeline.sides import Model, Side
+from pipo.pipeline.stage_graphs import StageGraphs
+from pipo.planner.device_placement import SLOTS_PER_CLASS
+from pipo.planner.residency import Pool, SlotId, UnitId
+from pipo.tiers.ledger import Ledger
+
+KvPlaces = dict[int, tuple[DevicePlace, DevicePlace]]
+
+
+@dataclass(frozen=True, slots=True)
+class InRam:
+    """What the device's part reads and writes there: vectors by address, the arrays of a pass, the cache of the
+    blocks that have theirs in RAM.
+    """
+
+    vectors: Mapping[str, int]
+    buffers: PassBuffers
+    cache: KvCache
+
+
+class DeviceEngine:
+    """All that lies and runs on one device. Close it to give its memory back.
+
+    `kv` is the shape of all blocks' cache, `shape` the largest pass. Raises OverBudget where the plan exceeds the
+    device's limit, OutOfDeviceMemory where the device has less.
+    """
+
+    def __init__(
+        self,
+        share: DeviceShare,
+        model: Model,
+        hyper: HyperParameters,
+        ram: InRam,
+        kv: KvShape,
+        shape: ShapeClass,
+        *,
+        clock: Clock,
+        tracer: Tracer,
+    ) -> None:
+        self.ledger = Ledger(share.limit_bytes, of=share.backend.device.name, flag="--vram")
+        self.stage_idxs = frozenset(i for i, stage in enumerate(model.stages) if share.is_here(stage))
+        self._share = share
+        self._model = model
+        self._units = [unit for unit in model.units if unit.stage_idx in self.stage_idxs]
+        self._device = share.backend.device
+        self._exit = ExitStack()
+        self._arena = DeviceArena(self._device, self.ledger)
+        self._exit.callback(self._arena.close)
+        try:
+            self._build(hyper, ram, kv, shape, clock, tracer)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def units(self) -> frozenset[UnitId]:
+        return frozenset(unit.unit_id for unit in self._units)
+
+    def _build(
+        self, hyper: HyperParameters, ram: InRam, kv: KvShape, shape: ShapeClass, clock: Clock, tracer: Tracer
+    ) -> None:
+        stages = self._model.stages
+        layouts = {unit.unit_id: unit_on_device(stages[unit.stage_idx], self._device) for unit in self._units}
+        sizes = {unit_id: layout.num_bytes for unit_id, layout in layouts.items()}
+        homes = self._make_homes(sizes)
+        slots, self.pool = self._make_slots(sizes.keys() - homes.keys())
+        moving, kv_places = self._place_kv(kv, ram.cache)
+        memory = DeviceMemory(self._load_vectors(ram.vectors), layouts, self._place_arrays(ram.buffers), kv_places)
+        side = Side(self._model, self._graphs(hyper, shape), memory)
+        self.stages = DeviceStages(side, memory, ram.buffers, moving)
+        self.link = DeviceLink(homes, slots, layouts, moving, tracer=tracer, clock=clock)
+        self._exit.callback(self.link.close)
+
+    def _make_homes(self, sizes: Mapping[UnitId, int]) -> dict[UnitId, DevicePlace]:
+        stays = self._share.placement.resident
+        staying = {unit_id: size for unit_id, size in sizes.items() if stays[self._fate(unit_id)]}
+        return dict(zip(staying, self._arena.take("resident weights", list(staying.values())), strict=True))
+
+    def _make_slots(self, passing: set[UnitId]) -> tuple[dict[SlotId, DevicePlace], Pool]:
+        placement = self._share.placement
+        slots: dict[SlotId, DevicePlace] = {}
+        free: list[deque[SlotId]] = []
+        for slot_class in placement.slots:
+            ids = [SlotId(len(slots) + i) for i in range(slot_class.num_slots)]
+            places = self._arena.take("slots", [slot_class.slot_bytes] * slot_class.num_slots)
+            slots |= dict(zip(ids, places, strict=True))
+            free.append(deque(ids))
+        classes = {unit_id: placement.slot_class[self._fate(unit_id)] for unit_id in passing}
+        return slots, Pool(classes, free, set(self.units - passing))
+
+    def _fate(self, unit_id: UnitId) -> int:
+        """The planner counted the head as one unit, always the last; its pieces share its fate."""
+        return min(unit_id, len(self._share.placement.computes) - 1)
+
+    def _load_vectors(self, in_ram: Mapping[str, int]) -> dict[str, DevicePlace]:
+        stages = [self._model.stages[i] for i in sorted(self.stage_idxs)]
+        layout = vectors_on_device(stages, self._device)
+        (base,) = self._arena.take("norms", [layout.num_bytes])
+        places = {name: DevicePlace(base.buffer, base.offset + offset) for name, offset in layout.offsets.items()}
+        for spec in (spec for stage in stages for spec in stage.vectors.values()):
+            place = places[spec.name]
+            place.buffer.upload(place.offset, in_ram[spec.name], spec.num_bytes)
+        return places
+
+    def _place_arrays(self, buffers: PassBuffers) -> dict[str, DevicePlace]:
+        sizes = array_bytes(buffers.shape, self._device)
+        return dict(zip(sizes, self._arena.take("activations", list(sizes.values())), strict=True))
+
+    def _place_kv(self, kv: KvShape, cache: KvCache) -> tuple[MovingKv | None, KvPlaces]:
+        block_of_stage = {
+            i: self._model.stages[i].block_idx
+            for i in sorted(self.stage_idxs)
+            if self._model.stages[i].kind is StageKind.ATTENTION
+        }
+        moves = self._share.placement.moves_kv
+        num_pairs = min(SLOTS_PER_CLASS, len(block_of_stage)) if moves else len(block_of_stage)
+        places = self._arena.take("KV cache", kv_sizes(kv, self._device) * num_pairs)
+        pairs = list(zip(places[::2], places[1::2], strict=True))
+        if not moves:
+            return None, dict(zip(block_of_stage.values(), pairs, strict=True))
+        moving = MovingKv(kv, cache, pairs, block_of_stage)
+        return moving, moving.places
+
+    def _graphs(self, hyper: HyperParameters, shape: ShapeClass) -> StageGraphs:
+        graphs = StageGraphs(self._share.compute, hyper, PLAIN)
+        self._exit.callback(graphs.close)
+        stages = [self._model.stages[i] for i in sorted(self.stage_idxs)]
+        self._exit.enter_context(self.ledger.reserve("activations", graphs.measure(stages, shape)))
+        graphs.reserve(stages, shape)
+        return graphs
+
+    def close(self) -> None:
+        self._exit.close()

@@ -1,0 +1,94 @@
+"""What of a model would lie and compute on a device, before any memory is taken there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipo.base.manifest import HyperParameters
+from pipo.base.units import round_up
+from pipo.compute.device import ComputeDevice
+from pipo.compute.device_backend import DeviceBackend
+from pipo.kvcache.cache import KvShape
+from pipo.models.stage import ShapeClass, Stage, StageKind
+from pipo.pipeline.buffers import BufferShape
+from pipo.pipeline.device_layout import unit_on_device, vectors_on_device
+from pipo.pipeline.stage_graphs import Compute, StageGraphs
+from pipo.pipeline.units import ROLES, WeightLayouts
+from pipo.planner.device_placement import DeviceDemand, DevicePlacement, DeviceUnit
+
+PLAIN = WeightLayouts(frozenset())  # repacked kernels are the CPU's
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceShare:
+    """A placement on a device, and the queue that computes there. `stages` has the head in one piece."""
+
+    backend: DeviceBackend
+    placement: DevicePlacement
+    stages: Sequence[Stage]
+    limit_bytes: int
+
+    @property
+    def compute(self) -> Compute:
+        return Compute(self.backend.device.lib, self.backend)
+
+    @property
+    def blocks(self) -> frozenset[int]:
+        """That compute there."""
+        units = [stage for stage in self.stages if stage.matrices]
+        return frozenset(
+            stage.block_idx
+            for stage, computes in zip(units, self.placement.computes, strict=True)
+            if computes and stage.block_idx >= 0
+        )
+
+    @property
+    def kv_blocks(self) -> frozenset[int]:
+        """Whose keys and values stay there."""
+        return frozenset() if self.placement.moves_kv else self.blocks
+
+    def is_here(self, stage: Stage) -> bool:
+        """Norm and head, like the blocks' stages, compute where their weights are; the head always here."""
+        return stage.block_idx in self.blocks or stage.kind in (StageKind.FINAL_NORM, StageKind.HEAD)
+
+
+def device_demand(
+    stages: Sequence[Stage],
+    hyper: HyperParameters,
+    backend: DeviceBackend,
+    shape: ShapeClass,
+    buffers: BufferShape,
+    kv: KvShape,
+    limit_bytes: int,
+) -> DeviceDemand:
+    """What each unit, and a pass of the largest shape, would take there. `kv` is the shape of all blocks."""
+    device = backend.device
+    graphs = StageGraphs(Compute(device.lib, backend), hyper, PLAIN)
+    try:
+        workspace = graphs.measure(stages, shape)
+    finally:
+        graphs.close()
+    fixed = {
+        "activations": workspace + sum(array_bytes(buffers, device).values()),
+        "norms": vectors_on_device(stages, device).num_bytes,
+    }
+    units = [
+        DeviceUnit(ROLES[stage.kind], stage.block_idx, unit_on_device(stage, device).num_bytes)
+        for stage in stages
+        if stage.matrices
+    ]
+    return DeviceDemand(units, fixed, kv_block_bytes(kv, device), limit_bytes)
+
+
+def array_bytes(buffers: BufferShape, device: ComputeDevice) -> dict[str, int]:
+    return {name: round_up(size, device.alignment) for name, size in buffers.sizes.items()}
+
+
+def kv_sizes(kv: KvShape, device: ComputeDevice) -> list[int]:
+    """Of the keys and the values of one block."""
+    return [round_up(size, device.alignment) for size in (kv.layer_bytes_k, kv.layer_bytes_v)]
+
+
+def kv_block_bytes(kv: KvShape, device: ComputeDevice) -> int:
+    return sum(kv_sizes(kv, device))
