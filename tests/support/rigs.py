@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,14 +16,17 @@ from pipo.base.clock import RealClock
 from pipo.base.config import EngineConfig
 from pipo.base.trace import NullTracer
 from pipo.compute import ggml
+from pipo.compute.device_backend import DeviceBackend
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.formats.checkpoint import open_checkpoint
 from pipo.models.registry import stages_of
 from pipo.pipeline.assembly import Assembly
 from pipo.pipeline.blueprint import Blueprint, choose_layouts, demand
+from pipo.pipeline.device_share import DeviceShare, device_demand
 from pipo.pipeline.forward import Forward
 from pipo.pipeline.stage_graphs import Compute
+from pipo.planner.device_placement import DeviceDemand, DevicePlacement
 from pipo.planner.placement import Demand, Placement, place, smallest_bytes
 from pipo.transfer.disk import DriveSettings
 
@@ -53,6 +57,23 @@ class Rig:
 
     def demand(self, limit_bytes: int = 0) -> Demand:
         return demand(self.blueprint, self.context_tokens, limit_bytes, process_bytes=0)
+
+    def device_demand(self, backend: DeviceBackend, limit_bytes: int, chunk: int) -> DeviceDemand:
+        """For a device that computes chunks of up to `chunk` tokens."""
+        plan, context = self.blueprint, self.context_tokens
+        shape, buffers, kv = (
+            plan.largest_shape(context, chunk),
+            plan.buffer_shape(context, chunk),
+            plan.kv_shape(context),
+        )
+        return device_demand(plan.stages, plan.manifest.hyper, backend, shape, buffers, kv, limit_bytes)
+
+    def on_device(self, backend: DeviceBackend, placement: DevicePlacement) -> Rig:
+        """The same model, some of whose stages compute on a device."""
+        rig = copy(self)
+        share = DeviceShare(backend, placement, self.blueprint.stages, placement.num_bytes)
+        rig.blueprint = replace(self.blueprint, device=share)
+        return rig
 
     def all_resident(self) -> Placement:
         return place(self.demand(1 << 50))
