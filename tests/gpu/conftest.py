@@ -12,10 +12,9 @@ import pytest
 
 from pipo.base.errors import LibraryError
 from pipo.compute import ggml
-from pipo.compute.device import ComputeDevice
-from pipo.compute.device_backend import DeviceBackend
 from pipo.compute.devices import CpuBackend, Device, DeviceKind, list_devices
 from pipo.compute.ggml import Library
+from tests.support.device_graphs import DeviceRig
 
 _GPU_KINDS = {DeviceKind.GPU, DeviceKind.INTEGRATED_GPU}
 _HAS_RUN: set[str] = set()
@@ -62,21 +61,12 @@ def lib() -> Library:
     return ggml.load()
 
 
-@pytest.fixture(scope="session")
-def gpu(lib: Library) -> Iterator[DeviceBackend]:
-    """One queue for all tests: ggml compiles a kernel when a queue first runs it, for seconds on a software device."""
+@pytest.fixture
+def gpu(lib: Library) -> Iterator[DeviceRig]:
     found = first_gpu()
     assert found is not None
-    with DeviceBackend.open(lib, found.name) as backend:
-        yield backend
-
-
-@pytest.fixture
-def device(gpu: DeviceBackend) -> Iterator[ComputeDevice]:
-    """The device; whatever a test takes of it, it gives back."""
-    held = gpu.device.held_bytes
-    yield gpu.device
-    assert gpu.device.held_bytes == held
+    with DeviceRig(lib, found.name) as rig:
+        yield rig
 
 
 @pytest.fixture

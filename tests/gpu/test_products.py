@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from pipo.base.tensor_type import TensorType
-from pipo.compute.device import ComputeDevice
-from pipo.compute.device_backend import DeviceBackend
 from pipo.compute.devices import CpuBackend
 from pipo.compute.ggml import Library
-from tests.support.device_graphs import run_once_on
+from tests.support.device_graphs import DeviceRig
 from tests.support.graphs import FloatArray, dequantised, floats, linear, product, quantised
 
 NUM_IN, NUM_OUT = 512, 96
@@ -33,11 +31,11 @@ def rounding(weight: FloatArray, x: FloatArray) -> FloatArray:
 @pytest.mark.parametrize("num_tokens", [1, 33])
 @pytest.mark.parametrize("type_", [TensorType.Q4_0, TensorType.Q8_0, TensorType.F16], ids=lambda type_: type_.name)
 def test_product_equals_that_of_the_cpu(
-    lib: Library, gpu: DeviceBackend, device: ComputeDevice, cpu: CpuBackend, type_: TensorType, num_tokens: int
+    lib: Library, gpu: DeviceRig, cpu: CpuBackend, type_: TensorType, num_tokens: int
 ) -> None:
     raw, x = quantised(lib, type_, floats(NUM_OUT, NUM_IN)), floats(num_tokens, NUM_IN)
     y = np.full((num_tokens, NUM_OUT), np.nan, np.float32)
-    run_once_on(gpu, linear(type_, NUM_IN, NUM_OUT, num_tokens), x=x, w=raw, y=y)
+    gpu.run_once(linear(type_, NUM_IN, NUM_OUT, num_tokens), x=x, w=raw, y=y)
     weight = dequantised(lib, type_, raw)
     assert (np.abs(y - product(lib, cpu, type_, raw, x)) <= rounding(weight, x)).all()
     # most elements are much closer: a wrong block scale or a row in another's place is not

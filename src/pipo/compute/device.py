@@ -155,7 +155,11 @@ class DeviceBuffer:
         return DevicePlace(self, offset)
 
     def free(self) -> None:
-        """Give the memory back. No graph that uses it may be running. Freeing again does nothing."""
+        """Give the memory back. Freeing again does nothing.
+
+        Close the queues that used it first: Mesa's software driver 22.3 looks up every entry of a descriptor set,
+        those left from earlier graphs too, and crashes on one whose buffer is gone.
+        """
         if self.handle:
             self.device.lib.backend_buffer_free(self.handle)
             self.device.hold(-self.num_bytes)

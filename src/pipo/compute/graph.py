@@ -190,6 +190,7 @@ class Workspace:
             self._allocator = 0
             if self._device is not None:
                 self._device.hold(-self._held_bytes)
+                self._held_bytes = 0
 
 
 def _tensors(lib: Library, context: int) -> Iterable[GgmlTensor]:
