@@ -20,8 +20,8 @@ from pipo.hardware.meter import Lay, Meter
 PRODUCT_TOKENS = (1, 2, 3, 4, 7, 8, 15, 16, 32, 64, 128, 512)
 # its attention on the CPU works in tiles from 64 query rows on
 ATTENTION_TOKENS = (1, 4, 16, 32, 64, 128)
-_RUN_S = 0.02  # of many rows: fewer matrices a run where all of them would take longer
-_LONGEST_RUN_S = 0.25  # rates are straight lines long before
+_RUN_S = 0.01  # of many rows: fewer matrices a run where all of them would take longer
+_LONGEST_RUN_S = 0.06  # of one matrix: at that many rows the rate is a straight line
 _F32 = TensorType.F32
 _EPSILON = 1e-5
 _OPS_PER_STAGE = 9.5  # of an attention stage 12, of an MLP 7, views not counted
