@@ -140,6 +140,14 @@ def test_a_layout_without_a_kernel_takes_the_plain_one() -> None:
     assert cpu.product_s(WeightWork(TensorType.Q4_0, 2, is_repacked=True), 1) == 6.0
 
 
+def test_a_product_takes_its_start_besides_its_elements() -> None:
+    one, start = ProductRate(((1, 2.0),)), ProductRate(((1, 0.5),))
+    rates = LayoutRates(one, repacked=one, repacked_start=start)
+    assert rates.seconds(10, 2) == 40.0
+    assert rates.seconds(10, 2, is_repacked=True) == 41.0
+    assert replace(rates, repacked=None, plain_start=start).seconds(10, 1, is_repacked=True) == 20.5
+
+
 def test_a_stage_is_the_sum_of_its_parts() -> None:
     cpu = ComputeProfile(
         "CPU", True, 2, 1 << 30,

@@ -85,6 +85,7 @@ def test_a_probe_fills_a_profile(lib: Library, backend: CpuBackend, repack: Repa
     assert list(cpu.products) == ["Q4_0"] and list(cpu.attention) == ["F16"]
     assert [n for n, _ in cpu.products["Q4_0"].plain.points] == list(PRODUCT_TOKENS)
     assert [n for n, _ in cpu.attention["F16"].points] == list(ATTENTION_TOKENS)
+    assert cpu.products["Q4_0"].plain_start is not None, "small matrices were measured too"
     is_repackable = repack is not None and repack.supports(Q4_0, (256, 256))
     assert (cpu.products["Q4_0"].repacked is not None) is is_repackable
     assert list(profile.repack) == ["Q4_0"] * is_repackable

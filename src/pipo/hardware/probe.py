@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipo.base.cores import available_cores
 from pipo.base.errors import UsageError
-from pipo.base.machine import ComputeProfile, LayoutRates, LinkProfile, MachineProfile, ProductRate, RepackProfile
+from pipo.base.machine import ComputeProfile, LayoutRates, LinkProfile, MachineProfile, RepackProfile
 from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
 from pipo.base.units import MIB
 from pipo.compute.devices import CpuBackend
@@ -20,7 +20,7 @@ from pipo.compute.graphs import WeightType
 from pipo.compute.repack import RepackBuffer
 from pipo.hardware.compute_rates import (
     BlockShape,
-    Overheads,
+    MatrixRate,
     measure_activations,
     measure_attention,
     measure_overheads,
@@ -194,7 +194,7 @@ class _Probe:
     def _measure_device(self, meter: Meter) -> ComputeProfile:
         scope, budget_s = self._scope, self._scope.compute_s
         self._step("overheads", 0.0)
-        overheads = measure_overheads(meter, 0.03 * budget_s)
+        overheads = measure_overheads(meter, scope.types[0], 0.06 * budget_s)
         activation_s = measure_activations(meter, 0.02 * budget_s, scope.block)
         attention = {}
         for i, type_ in enumerate(scope.cache_types):
@@ -207,29 +207,33 @@ class _Probe:
             is_cpu=True,
             num_threads=self._backend.num_threads,
             memory_bytes=physical_memory_bytes(),
-            products=self._measure_products(meter, overheads, min(0.8, 0.15 * len(self._layouts)) * budget_s),
+            products=self._measure_products(meter, min(0.8, 0.15 * len(self._layouts)) * budget_s),
             attention=attention,
             activation_s_per_element=activation_s,
             stage_overhead_s=overheads.stage_s,
             graph_start_s=overheads.graph_start_s,
         )
 
-    def _measure_products(self, meter: Meter, overheads: Overheads, duration_s: float) -> dict[str, LayoutRates]:
+    def _measure_products(self, meter: Meter, duration_s: float) -> dict[str, LayoutRates]:
         """Each of them in two rounds, and the better counts: another program may take a core for a second."""
         each_s = duration_s / (2 * len(self._layouts))
-        rates: dict[WeightType, ProductRate] = {}
+        rates: dict[WeightType, MatrixRate] = {}
         for i, layout in enumerate(2 * self._layouts):
             kind = "repacked" if layout.is_repacked else "plain"
             self._step(f"{layout.type.name} {kind}", 0.15 + 0.85 * i / (2 * len(self._layouts)))
-            rate = measure_products(meter, layout, overheads.op_s, each_s, self._scope.block)
+            rate = measure_products(meter, layout, each_s, self._scope.block)
             rates[layout] = rates[layout].best_of(rate) if layout in rates else rate
-        return {
-            type_.name: LayoutRates(rates[WeightType(type_)], rates.get(WeightType(type_, is_repacked=True)))
-            for type_ in self._scope.types
-        }
+        return {type_.name: _layout_rates(type_, rates) for type_ in self._scope.types}
 
     def _step(self, what: str, fraction: float) -> None:
         self._on_progress(what, self._drive_share + (1 - self._drive_share) * fraction)
+
+
+def _layout_rates(type_: TensorType, rates: Mapping[WeightType, MatrixRate]) -> LayoutRates:
+    plain, repacked = rates[WeightType(type_)], rates.get(WeightType(type_, is_repacked=True))
+    if repacked is None:
+        return LayoutRates(plain.elements, plain_start=plain.start)
+    return LayoutRates(plain.elements, repacked.elements, plain.start, repacked.start)
 
 
 def _source(others_share: float) -> str:
