@@ -191,6 +191,34 @@ def test_doctor_without_a_model_says_what_it_could_not_measure(pipo: CommandLine
     assert "pipo pull smollm2" in found["problems"][0]
 
 
+def test_doctor_probes_once_and_says_so(pipo: CommandLine) -> None:
+    """Half a minute at most on a busy machine: the types of the model are measured, nothing else."""
+    ended = pipo("doctor", "--probe", "smollm2", "--json")
+    assert ended.code == 0, ended.err
+    profile = ended.json["profile"]
+    assert profile["measured_now_because"] and ended.json["drive"] is None
+    assert set(profile["devices"][0]["products"]) == {"Q4_1", "Q8_0"}
+    assert all(way["bytes_per_s"] > 0 for way in profile["drive_ways"])
+    again = pipo("doctor", "--probe", "smollm2")
+    assert "--fresh measures again" in again.out and "Q4_1" in again.out and "RAM copy" in again.out
+    kept = pipo("doctor", "--probe", "smollm2", "--json").json["profile"]
+    assert kept == profile | {"measured_now_because": None}
+
+
+def test_doctor_refuses_what_it_cannot_probe(pipo: CommandLine, tmp_path: Path) -> None:
+    ended = pipo("doctor", "--fresh")
+    assert ended.code == 2 and "pipo doctor --probe --fresh" in ended.err
+    assert pipo("doctor", "--probe", "nowhere.gguf").code == 1
+    done = subprocess.run(
+        [sys.executable, "-c", "from pipo.cli import main; main()", "doctor", "--probe"],
+        cwd=tmp_path,
+        env={**pipo.environment, "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "pipo pull smollm2" in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [("list",), ("show", "smollm2"), ("doctor",), ("--help",), ("nope",)])
 def test_no_colour_where_nobody_wants_it(pipo: CommandLine, arguments: tuple[str, ...]) -> None:
     piped = pipo(*arguments)

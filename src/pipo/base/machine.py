@@ -71,13 +71,21 @@ class ProductRate:
 
 @dataclass(frozen=True, slots=True)
 class LayoutRates:
-    """Products with one type's weights. `repacked` is None where the device has no such kernel."""
+    """Products with one type's weights. `repacked` is None where the device has no such kernel. `…_start` is what a
+    product takes besides, whatever its size, by rows; None: nothing, as in a roofline.
+    """
 
     plain: ProductRate
     repacked: ProductRate | None = None
+    plain_start: ProductRate | None = None
+    repacked_start: ProductRate | None = None
 
-    def of(self, is_repacked: bool) -> ProductRate:
-        return self.repacked if is_repacked and self.repacked is not None else self.plain
+    def seconds(self, num_elements: float, num_tokens: int, is_repacked: bool = False) -> float:
+        """Of one matrix with `num_tokens` rows. A layout without a kernel takes the plain one."""
+        rate, start = self.plain, self.plain_start
+        if is_repacked and self.repacked is not None:
+            rate, start = self.repacked, self.repacked_start
+        return rate.seconds(num_elements, num_tokens) + (start.seconds(1, num_tokens) if start is not None else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +154,9 @@ class ComputeProfile:
 
     `products` by the name of the weights' type. `attention` by the name of the cache's type: seconds per element of K
     or V that a query row sees, by query rows. `stage_overhead_s` is what the ops of a stage take however small they
-    are, `graph_start_s` what starting a graph takes, `activation_s_per_element` what norms, rope, SwiGLU and sums take
-    per element of StageWork.activations_per_token. `memory_bytes`: of the device, RAM for the CPU.
+    are, its products not counted, `graph_start_s` what starting a graph takes, `activation_s_per_element` what norms,
+    rope, SwiGLU and sums take per element of StageWork.activations_per_token. `memory_bytes`: of the device, RAM for
+    the CPU.
     """
 
     name: str
@@ -176,7 +185,7 @@ class ComputeProfile:
     def product_s(self, weight: WeightWork, num_tokens: int) -> float:
         """A type that was not measured takes the time of the measured type nearest in bits per element."""
         rates = _nearest(self.products, weight.type)
-        return rates.of(weight.is_repacked).seconds(weight.num_elements, num_tokens)
+        return rates.seconds(weight.num_elements, num_tokens, weight.is_repacked)
 
     def attention_s(self, work: StageWork, num_tokens: int, num_positions: float) -> float:
         """`num_positions`: those a query row sees, on average over the rows. Falls back as `product_s` does."""

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipo.base.cores import available_cores
-from pipo.base.errors import LibraryError, TransferError
+from pipo.base.errors import LibraryError, TransferError, UsageError
 from pipo.base.units import format_rate, format_size
-from pipo.cli.flags import JsonFlag, ModelArgument, OutputFlags
+from pipo.cli.flags import FreshFlag, JsonFlag, ModelArgument, OutputFlags, ProbeFlag
 
 if TYPE_CHECKING:
     from pipo.cli.terminal import Row
     from pipo.compute.devices import Device
     from pipo.compute.ggml import Library, Provider
+    from pipo.hardware.cache import KnownProfile
     from pipo.hardware.drive import DriveRate
 
 _PROBE_SHAPE = (4096, 4096)  # rows and columns that every type's blocks divide
@@ -84,29 +85,57 @@ class Findings:
     hints: tuple[Hint, ...]
 
 
-def doctor(model: ModelArgument = None, json: JsonFlag = False, *, output: OutputFlags) -> None:
+def doctor(
+    model: ModelArgument = None,
+    probe: ProbeFlag = False,
+    fresh: FreshFlag = False,
+    json: JsonFlag = False,
+    *,
+    output: OutputFlags,
+) -> None:
     """Show what this machine gives pipo, and what would give more.
 
-    The drive is measured where MODEL lies, or a model in pipo's folder or in this one.
+    The drive is measured where MODEL lies, or a model in pipo's folder or in this one. --probe also measures copies,
+    repacking and compute, for the types of MODEL or the common ones; it takes some 15 seconds, once.
     """
+    if fresh and not probe:
+        raise UsageError("--fresh measures again what --probe has measured", hint="pipo doctor --probe --fresh")
     from pipo.cli.session import starting
-    from pipo.cli.terminal import write_json
 
     with starting(output):
-        found = examine(model)
-    if json:
-        write_json(_findings_dict(found))
-    else:
-        _print_findings(found)
+        found = examine(model, measures_drive=not probe)
     if found.library is None:
+        _show(found, None, json)
         raise LibraryError("pipo cannot compute without libggml", hint="pip install ggml-python")
+    _show(found, _probe(model, fresh, output) if probe else None, json)
 
 
-def examine(model: str | None) -> Findings:
+def _probe(model: str | None, fresh: bool, output: OutputFlags) -> KnownProfile:
+    from pipo.cli.probe import probe_with_bar
+
+    file = _file_to_read(model)
+    if file is None:
+        raise UsageError("there is no model to read the drive with", hint="`pipo pull smollm2`, or name a file")
+    return probe_with_bar(file, is_model_named=model is not None, fresh=fresh, output=output)
+
+
+def _show(found: Findings, known: KnownProfile | None, json: bool) -> None:
+    from pipo.cli.probe import print_profile, profile_dict
+    from pipo.cli.terminal import write_json
+
+    if json:
+        write_json(_findings_dict(found) | ({} if known is None else {"profile": profile_dict(known)}))
+        return
+    _print_findings(found)
+    if known is not None:
+        print_profile(known)
+
+
+def examine(model: str | None, *, measures_drive: bool = True) -> Findings:
     """Raises what opening a model that was named raises."""
     problems: list[str] = []
     library, others = _examine_library(problems)
-    drive = _examine_drive(_file_to_read(model), problems)
+    drive = _examine_drive(_file_to_read(model), problems) if measures_drive else None
     return Findings(
         library,
         others,

@@ -174,6 +174,8 @@ class OutputFlags:
 
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+ProbeFlag = Annotated[bool, typer.Option("--probe", help="Measure drive, copies, repacking and compute, once.")]
+FreshFlag = Annotated[bool, typer.Option("--fresh", help="With --probe: measure again what is known.")]
 ModelArgument = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="A .gguf file, or a name from `pipo list`.", show_default=False)
 ]

@@ -1,4 +1,4 @@
-"""Measured rates of drives, kept between runs in `$XDG_CACHE_HOME/pipo/drives.json`."""
+"""What was measured, kept between runs in `$XDG_CACHE_HOME/pipo`: rates of drives, profiles of machines."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipo.base.cores import available_cores
+from pipo.base.errors import MalformedProfile
 from pipo.base.folders import cache_folder
-from pipo.base.units import MIB
+from pipo.base.machine import MachineProfile
+from pipo.base.strict_json import decode
+from pipo.base.tensor_type import TensorType
+from pipo.base.units import GIB, MIB
+from pipo.compute.devices import cpu_features
+from pipo.compute.ggml import Library
 from pipo.hardware.drive import DriveRate, measure_drive
+from pipo.hardware.memory import machine_name, physical_memory_bytes
 from pipo.transfer.files import ALIGNMENT
 
 log = logging.getLogger(__name__)
@@ -22,10 +30,15 @@ log = logging.getLogger(__name__)
 LEAST_TELLING_BYTES = 64 * MIB  # the least that QUICK_COMBOS keep in flight, twice
 
 Measure = Callable[[Sequence[Path]], tuple[DriveRate, ...]]
+Probe = Callable[[Sequence[TensorType]], MachineProfile]  # of these types
 
 
 def cache_file(environment: Mapping[str, str] = os.environ) -> Path:
     return cache_folder(environment) / "drives.json"
+
+
+def profile_file(environment: Mapping[str, str] = os.environ) -> Path:
+    return cache_folder(environment) / "machine.json"
 
 
 def drive_rates(
@@ -45,10 +58,85 @@ def drive_rates(
     if (known := _parse(entries.get(key), file, key)) is not None:
         return known
     rates = measure(files)
-    if sum(path.stat().st_size for path in files) < LEAST_TELLING_BYTES:
+    if not _is_telling(files):
         return rates
     _save(file, {**entries, key: [asdict(rate) for rate in rates]})
     return rates
+
+
+@dataclass(frozen=True, slots=True)
+class KnownProfile:
+    """A profile, and whether it was measured just now. `why` it was: a sentence, "" where it was not."""
+
+    profile: MachineProfile
+    why: str
+
+    @property
+    def is_new(self) -> bool:
+        return bool(self.why)
+
+
+def known_profile(
+    files: Sequence[Path],
+    lib: Library,
+    num_threads: int,
+    types: Sequence[TensorType],
+    probe: Probe,
+    *,
+    fresh: bool = False,
+    file: Path | None = None,
+) -> KnownProfile:
+    """The profile of this machine, these threads, this libggml and the drive that holds `files`, with these types at
+    least: that of an earlier run, else measured now and kept.
+
+    `fresh` measures in any case. What belongs to another machine is left where it is; what cannot be used costs a
+    measurement and a line in the log, never the run. Files too small to tell of a drive: see `drive_rates`.
+    Raises what `probe` raises.
+    """
+    file = file or profile_file()
+    key = profile_key(files[0], lib, num_threads)
+    entries = _load(file)
+    known = _parse_profile(entries.get(key), file)
+    have = [TensorType[name] for name in known.cpu.products] if known is not None else []
+    missing = [type_ for type_ in types if type_ not in have]
+    if known is not None and not missing and not fresh:
+        return KnownProfile(known, "")
+    profile = probe([*have, *missing] if not fresh else types)
+    if _is_telling(files):
+        _save(file, {**entries, key: asdict(profile)})
+    return KnownProfile(profile, _why(fresh, bool(entries), key in entries, known, missing))
+
+
+def _why(fresh: bool, has_others: bool, has_entry: bool, known: MachineProfile | None, missing: object) -> str:
+    if fresh:
+        return "a fresh measurement was asked for"
+    if known is not None and missing:
+        return "the last measurement lacks a type of this model"
+    if has_entry:
+        return "the last measurement cannot be used"
+    return "what is kept is of another machine, drive or libggml" if has_others else "nothing was measured before"
+
+
+def profile_key(path: Path, lib: Library, num_threads: int) -> str:
+    """Names all that the figures depend on."""
+    memory_gib = round(physical_memory_bytes() / GIB)
+    machine = f"{machine_name()}, {available_cores()} cores, {num_threads} threads, {memory_gib} GiB"
+    library = f"libggml {lib.version_text} of {lib.provider.name} with {' '.join(cpu_features(lib))}"
+    return f"{machine}; drive {drive_key(path)}; {library}"
+
+
+def _parse_profile(entry: object, file: Path) -> MachineProfile | None:
+    if entry is None:
+        return None
+    try:
+        return decode(MachineProfile, entry)
+    except MalformedProfile as error:
+        log.warning("cache=%s action=measure reason=%s", file, error.message)
+        return None
+
+
+def _is_telling(files: Sequence[Path]) -> bool:
+    return sum(path.stat().st_size for path in files) >= LEAST_TELLING_BYTES
 
 
 def drive_key(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,18 @@ from pipo.base.manifest import Rope
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import KIB, PAGE_BYTES, round_down, round_up
 from pipo.compute.graphs import Builder, Tensor, WeightType
-from pipo.hardware.meter import Lay, Meter
+from pipo.hardware.meter import Meter
 
 # ggml's repacked kernels take four rows at once and the rest one by one, so few rows want more points
 PRODUCT_TOKENS = (1, 2, 3, 4, 7, 8, 15, 16, 32, 64, 128, 512)
 # its attention on the CPU works in tiles from 64 query rows on
 ATTENTION_TOKENS = (1, 4, 16, 32, 64, 128)
-_RUN_S = 0.02  # of many rows: fewer matrices a run where all of them would take longer
-_LONGEST_RUN_S = 0.25  # rates are straight lines long before
+_RUN_S = 0.01  # of many rows: fewer matrices a run where all of them would take longer
+_LONGEST_RUN_S = 0.06  # of one matrix: at that many rows the rate is a straight line
 _F32 = TensorType.F32
 _EPSILON = 1e-5
-_OPS_PER_STAGE = 9.5  # of an attention stage 12, of an MLP 7, views not counted
+_START_TOKENS = (1, 8, 32, 128)
+_NUM_SMALL = 48  # small matrices in one graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,68 +47,100 @@ class BlockShape:
         return 2 * round_up(max(PRODUCT_TOKENS) * self.hidden_size * 4, PAGE_BYTES)
 
 
-TINY = BlockShape(64, 64, 2, 256)  # whose ops cost what ops cost at least
+SMALL = BlockShape(512, 1536, 8, 256)  # of a 135M model, about
 
 
 @dataclass(frozen=True, slots=True)
 class Overheads:
-    """Seconds: of the ops of a stage however small they are, and of starting a graph."""
+    """Seconds: of the ops of a stage however small they are, its products not counted, and of starting a graph."""
 
     stage_s: float
     graph_start_s: float
 
-    @property
-    def op_s(self) -> float:
-        return self.stage_s / _OPS_PER_STAGE
+
+@dataclass(frozen=True, slots=True)
+class MatrixRate:
+    """Seconds per element of a product, and of a product besides its elements, both by rows."""
+
+    elements: ProductRate
+    start: ProductRate | None
+
+    def best_of(self, other: MatrixRate) -> MatrixRate:
+        is_known = self.start is not None and other.start is not None
+        start = self.start.best_of(other.start) if is_known else None  # type: ignore[union-attr, arg-type]
+        return MatrixRate(self.elements.best_of(other.elements), start)
 
 
-def measure_overheads(meter: Meter, duration_s: float, num_stages: int = 16) -> Overheads:
-    """From stages that hold next to nothing: many in one graph, and two."""
-    seconds = []
-    for count in (num_stages, 2):
-        with meter.built(_tiny_stages(count), 64 * count) as graph:
-            inputs = _Inputs(1, TINY.num_positions)
-            places = _side_by_side(meter, graph.leaf_names, 64 * KIB)
-            seconds.append(meter.graph_s(graph, [places | inputs.of(graph.leaf_names)], duration_s / 2))
-    stage_s = max(seconds[0] - seconds[1], 1e-9) / (num_stages - 2)
-    return Overheads(stage_s, max(seconds[1] - 2 * stage_s, 0.0))
+def measure_overheads(meter: Meter, type_: TensorType, duration_s: float, num_stages: int = 16) -> Overheads:
+    """From stages of a small model, which find their caches as cold as their weights leave them, less their products.
+
+    The same ops over hot caches take two thirds of it.
+    """
+
+    inputs = _Inputs(1, SMALL.num_positions)
+
+    def seconds(lay: Callable[[Builder, TensorType, int], None], count: int) -> float:
+        with meter.built(lambda ops: lay(ops, type_, count), 64 * count) as graph:
+            return meter.graph_s(graph, _small_places(meter, graph.leaf_names, type_, inputs), duration_s / 3)
+
+    whole_s, pair_s = seconds(_lay_stages, num_stages), seconds(_lay_stages, 2)
+    stage_s = max((whole_s - seconds(_lay_products, num_stages)) / num_stages, 0.0)
+    return Overheads(stage_s, max(pair_s - 2 * (whole_s - pair_s) / (num_stages - 2), 0.0))
 
 
 def measure_products(
-    meter: Meter, layout: WeightType, op_s: float, duration_s: float, shape: BlockShape = BlockShape()
-) -> ProductRate:
-    """Cost: about `duration_s`, more where a backend is slow."""
-    points: list[tuple[int, float]] = []
+    meter: Meter, layout: WeightType, duration_s: float, shape: BlockShape = BlockShape()
+) -> MatrixRate:
+    """Large matrices, and small ones for what does not depend on size. Cost: about `duration_s`, more where a backend
+    is slow.
+    """
+    each_s = duration_s / (len(PRODUCT_TOKENS) + len(_START_TOKENS))
+    size, small = (_whole_blocks(n, layout.type) for n in (shape.hidden_size, shape.hidden_size // 8))
+    seconds: dict[int, float] = {}
+    row_s = 0.0
     for num_tokens in PRODUCT_TOKENS:
-        expected_s = points[-1][1] * num_tokens / points[-1][0] if points else 0.0
-        if expected_s * shape.hidden_size**2 > _LONGEST_RUN_S:
+        if num_tokens * row_s > _LONGEST_RUN_S:
             break
-        each_s = duration_s / len(PRODUCT_TOKENS)
-        points.append((num_tokens, _product_s(meter, layout, shape, num_tokens, expected_s, op_s, each_s)))
-    return ProductRate(tuple(points))
+        num_used = max(int(_RUN_S / (num_tokens * row_s)), 1) if row_s else _NUM_SMALL
+        seconds[num_tokens] = _product_s(meter, layout, size, num_tokens, num_used, each_s)
+        row_s = seconds[num_tokens] / num_tokens
+    start = None
+    if small < size:
+        pairs = [
+            (n, _product_s(meter, layout, small, n, _NUM_SMALL, each_s), seconds[n])
+            for n in _START_TOKENS
+            if n in seconds
+        ]
+        share = small**2 / size**2
+        start = ProductRate(tuple((n, max((few_s - many_s * share) / (1 - share), 1e-9)) for n, few_s, many_s in pairs))
+    points = ((n, s - (start.seconds(1, n) if start else 0.0)) for n, s in seconds.items())
+    return MatrixRate(ProductRate(tuple((n, max(s, 1e-9) / size**2) for n, s in points)), start)
+
+
+def _whole_blocks(num_elements: int, type_: TensorType) -> int:
+    return max(round_down(num_elements, type_.block_elems), type_.block_elems)
 
 
 def _product_s(
-    meter: Meter, layout: WeightType, shape: BlockShape, num_tokens: int, expected_s: float, op_s: float, each_s: float
+    meter: Meter, layout: WeightType, size: int, num_tokens: int, most_used: int, duration_s: float
 ) -> float:
-    """Seconds per element. Every run takes the next matrices of the place."""
-    size = round_down(shape.hidden_size, layout.type.block_elems)
+    """Seconds of one square matrix, of many in a graph. Every run takes the next ones of the place."""
     num_bytes = round_up(size * layout.type.row_bytes(size), PAGE_BYTES)
     num_all = max(meter.weights.num_bytes // num_bytes, 1)
-    num_used = min(num_all, max(int(_RUN_S / (expected_s * size * size)), 1)) if expected_s else num_all
+    num_used = min(num_all, most_used)
 
     def lay(ops: Builder) -> None:
         x = ops.leaf("x", _F32, size, num_tokens)
         for i in range(num_used):
             ops.expand(ops.output(f"y{i}", ops.mul_mat(ops.weight(f"w{i}", layout, size, size), x)))
 
-    y_address = meter.activations.address + shape.activation_bytes // 2
+    y_address = meter.activations.address + meter.activations.num_bytes // 2
     fixed = {"x": meter.activations.address} | {f"y{i}": y_address for i in range(num_used)}
     starts = range(0, num_all, num_used)
     weights = [[(start + i) % num_all * num_bytes + meter.weights.address for i in range(num_used)] for start in starts]
     places = [fixed | {f"w{i}": address for i, address in enumerate(each)} for each in weights]
     with meter.built(lay, 4 * num_used + 8) as graph:
-        return max(meter.graph_s(graph, places, each_s) / num_used - op_s, 1e-9) / (size * size)
+        return meter.graph_s(graph, places, duration_s) / num_used
 
 
 def measure_attention(
@@ -127,7 +160,7 @@ def _attention_s(meter: Meter, type_: TensorType, num_tokens: int, duration_s: f
         k, v = (ops.leaf(name, type_, shape.hidden_size, shape.num_positions) for name in "kv")
         ops.expand(ops.output("y", _attend(ops, shape, q, k, v)))
 
-    y_address = meter.activations.address + shape.activation_bytes // 2
+    y_address = meter.activations.address + meter.activations.num_bytes // 2
     fixed = {"q": meter.activations.address, "y": y_address, "mask": inputs.mask.ctypes.data}
     starts = range(
         meter.weights.address, meter.weights.address + meter.weights.num_bytes - 2 * num_bytes, 2 * num_bytes
@@ -170,7 +203,7 @@ class _Inputs:
 
     def of(self, leaf_names: Iterable[str]) -> dict[str, int]:
         """Addresses, for the leaves among these that are inputs; prefixes do not matter."""
-        named = {name: name.rpartition(".")[2] for name in leaf_names}
+        named = {name: _short(name) for name in leaf_names}
         return {name: self._arrays[short].ctypes.data for name, short in named.items() if short in self._arrays}
 
 
@@ -180,31 +213,59 @@ def _side_by_side(meter: Meter, leaf_names: Iterable[str], step: int) -> dict[st
     return {name: meter.weights.address + i % num_steps * step for i, name in enumerate(leaf_names)}
 
 
-def _tiny_stages(num_stages: int) -> Lay:
-    def lay(ops: Builder) -> None:
-        for i in range(num_stages):
-            ops.prefix = f"{i}."
-            _lay_tiny_attention(ops) if i % 2 else _lay_tiny_mlp(ops)
-
-    return lay
-
-
-def _lay_tiny_attention(ops: Builder) -> None:
-    size = TINY.hidden_size
-    hidden = ops.leaf("hidden", _F32, size, 1)
-    x = _norm(ops, hidden, "norm")
-    q, k, v = (ops.mul_mat(ops.leaf(f"w{name}", _F32, size, size), x) for name in "qkv")
-    q, k, v = _rotate_and_store(ops, TINY, q, k, v)
-    mixed = ops.reshape(_attend(ops, TINY, q, k, v), size, 1)
-    ops.expand(ops.add_inplace(hidden, ops.mul_mat(ops.leaf("wo", _F32, size, size), mixed)))
+def _small_places(meter: Meter, leaf_names: Iterable[str], type_: TensorType, inputs: _Inputs) -> list[dict[str, int]]:
+    """Weights elsewhere in every run, the rest where it was."""
+    names = list(leaf_names)
+    weights = [name for name in names if _short(name).startswith("w_")]
+    room = round_up(type_.row_bytes(_whole_blocks(SMALL.hidden_size, type_)) * SMALL.intermediate_size, PAGE_BYTES)
+    num_turns = max(meter.weights.num_bytes // (room * len(weights)), 1)
+    num_rooms = max(meter.weights.num_bytes // room, 1)
+    num_small = meter.activations.num_bytes // (256 * KIB)  # of which none is larger: a cache of 256 rows
+    fixed = {name: meter.activations.address + i % num_small * 256 * KIB for i, name in enumerate(names)}
+    fixed |= inputs.of(names)
+    return [
+        fixed
+        | {name: meter.weights.address + (turn * len(weights) + i) % num_rooms * room for i, name in enumerate(weights)}
+        for turn in range(num_turns)
+    ]
 
 
-def _lay_tiny_mlp(ops: Builder) -> None:
-    size = TINY.hidden_size
-    hidden = ops.leaf("hidden", _F32, size, 1)
-    x = _norm(ops, hidden, "norm")
-    gate, up = (ops.mul_mat(ops.leaf(f"w{name}", _F32, size, size), x) for name in ("gate", "up"))
-    ops.expand(ops.add_inplace(hidden, ops.mul_mat(ops.leaf("wdown", _F32, size, size), ops.swiglu(gate, up))))
+def _short(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _lay_stages(ops: Builder, type_: TensorType, num_stages: int) -> None:
+    """Attention and MLP in turn, one token."""
+    size = SMALL.hidden_size
+    for i in range(num_stages):
+        ops.prefix = f"{i}."
+        hidden = ops.leaf("hidden", _F32, size, 1)
+        x = _norm(ops, hidden, "norm")
+        if i % 2:
+            q, k, v = (_linear(ops, type_, name, x, size) for name in "qkv")
+            q, k, v = _rotate_and_store(ops, SMALL, q, k, v)
+            y, role = ops.reshape(_attend(ops, SMALL, q, k, v), size, 1), "o"
+        else:
+            gate, up = (_linear(ops, type_, name, x, SMALL.intermediate_size) for name in ("gate", "up"))
+            y, role = ops.swiglu(gate, up), "down"
+        ops.expand(ops.add_inplace(hidden, _linear(ops, type_, role, y, size)))
+
+
+def _lay_products(ops: Builder, type_: TensorType, num_stages: int) -> None:
+    """The products of those stages alone."""
+    size, wide = SMALL.hidden_size, SMALL.intermediate_size
+    for i in range(num_stages):
+        ops.prefix = f"{i}."
+        x, x_wide = ops.leaf("hidden", _F32, size, 1), ops.leaf("wide", _F32, wide, 1)
+        matrices = [("q", x, size), ("k", x, size), ("v", x, size), ("o", x, size)]
+        if i % 2 == 0:
+            matrices = [("gate", x, wide), ("up", x, wide), ("down", x_wide, size)]
+        for role, source, num_out in matrices:
+            ops.expand(ops.output(f"y_{role}", _linear(ops, type_, role, source, num_out)))
+
+
+def _linear(ops: Builder, type_: TensorType, role: str, x: Tensor, num_out: int) -> Tensor:
+    return ops.mul_mat(ops.weight(f"w_{role}", WeightType(type_), x.shape[0], num_out), x)
 
 
 def _norm(ops: Builder, x: Tensor, name: str) -> Tensor:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from statistics import median
 
 from pipo.base.clock import Clock, RealClock
 from pipo.base.manifest import Extent, FileIdx
+from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
 from pipo.base.trace import NullTracer
-from pipo.base.units import MIB, PAGE_BYTES
-from pipo.store.index import Read
+from pipo.base.units import MIB, PAGE_BYTES, round_down
+from pipo.store.index import Read, RepackRows
 from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Place, SlotPool
-from pipo.transfer.disk import DiskTransfer, DriveSettings
+from pipo.transfer.disk import DiskTransfer, DriveSettings, Repack
 from pipo.transfer.handle import Handle
 
 ALL_COMBOS = tuple(DriveSettings(chunk * MIB, workers) for workers in (1, 4, 8, 16) for chunk in (1, 4, 16))
 # what a first run can afford in time and memory
 QUICK_COMBOS = tuple(DriveSettings(chunk * MIB, workers) for chunk, workers in ((1, 4), (1, 8), (4, 4), (4, 8)))
 QUICK_S, FULL_S = 1.5, 12.0
+# what `doctor --probe` tries: the whole grid but for the two that would take more than 128 MiB of places
+PROBE_COMBOS = tuple(combo for combo in ALL_COMBOS if combo.chunk_bytes * combo.num_workers <= 64 * MIB)
 _NUM_ROUNDS = 3
 _NUM_SLOTS = 2  # one is read while the next is queued: the drive never waits at a border
 _SAME_SPEED = 0.95  # of the fastest; what is closer differs by noise
@@ -50,11 +53,12 @@ def measure_drive(
     combos: Sequence[DriveSettings] = QUICK_COMBOS,
     duration_s: float = QUICK_S,
     clock: Clock | None = None,
+    on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> tuple[DriveRate, ...]:
     """The rate of each combination over `extents` (None: the whole files): the median of interleaved samples.
 
     A sample goes on where the last one ended, and each round begins with another combination, so that none of them
-    meets more bytes than the others which a cache below already holds.
+    meets more bytes than the others which a cache below already holds. `on_progress` hears the fraction done.
     Cost: `duration_s`, more on a drive that needs longer for a sample's last pieces; memory for two pieces of the
     largest combination, 64 MiB for QUICK_COMBOS and 512 MiB for ALL_COMBOS. Raises TransferError.
     """
@@ -69,7 +73,48 @@ def measure_drive(
                 combo = combos[(i + round_idx) % len(combos)]
                 sample = _sample(files, walk, combo, slots.places, sample_s, clock or RealClock())
                 samples[combo].append(sample)
+                on_progress((round_idx * len(combos) + i + 1) / (_NUM_ROUNDS * len(combos)))
     return tuple(_rate(combo, taken) for combo, taken in samples.items())
+
+
+def measure_repacked_reads(
+    files: Sequence[Path],
+    settings: DriveSettings,
+    repack: Repack,
+    type_: TensorType,
+    row_elems: int,
+    duration_s: float,
+) -> float | None:
+    """Bytes a second, while the workers repack all they read as rows of this type; None where the files have too few.
+
+    Cost: `duration_s`; memory for two pieces and a chunk per worker. Raises TransferError.
+    """
+    row_bytes = type_.row_bytes(row_elems)
+    walk = _RowsWalk(files, RepackRows(type_, row_bytes, 0, row_elems))
+    if not walk.num_rows:
+        return None
+    piece_bytes = max(_piece_bytes(settings), row_bytes * ROWS_PER_GROUP)
+    with SlotPool([piece_bytes] * _NUM_SLOTS, name="slots", ledger=Ledger(_NUM_SLOTS * (piece_bytes + MIB))) as slots:
+        _touch(slots.places)
+        return _sample(files, walk, settings, slots.places, duration_s, RealClock(), repack).bytes_per_s
+
+
+def measure_read_latency(files: Sequence[Path], settings: DriveSettings, num_reads: int = 40) -> float:
+    """Seconds of one read of a page, alone, through the workers: the median. Raises TransferError."""
+    ledger, clock = Ledger(settings.bounce_bytes(repacks=False)), RealClock()
+    transfer = DiskTransfer(files, settings, repack=None, ledger=ledger, tracer=NullTracer(), clock=clock)
+    extents = [e for e in _whole(files) if e.num_bytes]
+    try:
+        samples = []
+        for i in range(num_reads):
+            extent = extents[i % len(extents)]
+            offset = extent.num_bytes * i // num_reads // PAGE_BYTES * PAGE_BYTES
+            begin = clock.now()
+            transfer.read_now(Extent(extent.file_idx, offset, min(PAGE_BYTES, extent.num_bytes - offset)))
+            samples.append(clock.now() - begin)
+        return median(samples)
+    finally:
+        transfer.close()
 
 
 def best_rate(rates: Sequence[DriveRate]) -> DriveRate:
@@ -92,6 +137,8 @@ class _Sample:
 class _Walk:
     """Goes through the extents piece by piece, round and round."""
 
+    group_bytes = 0  # nothing is repacked
+
     def __init__(self, extents: Iterable[Extent]) -> None:
         regions = _merged(extents)
         assert regions, "nothing to read"
@@ -106,6 +153,24 @@ class _Walk:
         else:
             self._left = Extent(left.file_idx, piece.end, left.num_bytes - piece.num_bytes)
         return Read(piece, piece.offset % PAGE_BYTES)
+
+
+class _RowsWalk:
+    """Goes through the largest file as if it held nothing but rows of one length, round and round."""
+
+    def __init__(self, files: Sequence[Path], rows: RepackRows) -> None:
+        largest = max(_whole(files), key=lambda extent: extent.num_bytes)
+        self.num_rows = round_down(largest.num_bytes // rows.row_bytes, ROWS_PER_GROUP)
+        self.group_bytes = rows.row_bytes * ROWS_PER_GROUP
+        self._file_idx, self._rows, self._next = largest.file_idx, rows, 0
+
+    def next_read(self, max_bytes: int) -> Read:
+        rows = self._rows
+        num_rows = max(round_down(max_bytes // rows.row_bytes, ROWS_PER_GROUP), ROWS_PER_GROUP)
+        start, num_rows = self._next, min(num_rows, self.num_rows - self._next)
+        self._next = (start + num_rows) % self.num_rows
+        extent = Extent(self._file_idx, start * rows.row_bytes, num_rows * rows.row_bytes)
+        return Read(extent, 0, replace(rows, num_rows=num_rows))
 
 
 def _merged(extents: Iterable[Extent]) -> list[Extent]:
@@ -135,11 +200,20 @@ def _touch(places: Iterable[Place]) -> None:
 
 
 def _sample(
-    files: Sequence[Path], walk: _Walk, combo: DriveSettings, places: Sequence[Place], seconds: float, clock: Clock
+    files: Sequence[Path],
+    walk: _Walk | _RowsWalk,
+    combo: DriveSettings,
+    places: Sequence[Place],
+    seconds: float,
+    clock: Clock,
+    repack: Repack | None = None,
 ) -> _Sample:
     """Read pieces for `seconds`, one piece always waiting behind the one that is read."""
-    ledger = Ledger(combo.bounce_bytes(repacks=False))
-    transfer = DiskTransfer(files, combo, repack=None, ledger=ledger, tracer=NullTracer(), clock=clock)
+    group_bytes = walk.group_bytes
+    ledger = Ledger(combo.bounce_bytes(repacks=repack is not None, group_bytes=group_bytes))
+    transfer = DiskTransfer(
+        files, combo, repack=repack, group_bytes=group_bytes, ledger=ledger, tracer=NullTracer(), clock=clock
+    )
     try:
         free, in_flight, num_bytes = deque(places), deque[tuple[Handle, Place]](), 0
         begin = clock.now()

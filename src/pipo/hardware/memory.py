@@ -1,10 +1,11 @@
-"""How much memory there is, how much of it may be used, and how much this process has taken."""
+"""What machine this is, how much memory it has, how much of it may be used, and how much this process has taken."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import platform
 import resource
 import sys
 from collections.abc import Iterator
@@ -72,6 +73,21 @@ def total_memory_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
     """RAM of the machine, or the limit of the tightest control group around this process."""
     limits = [group.limit_bytes for group in _cgroups(proc, cgroups)]
     return min([_machine_bytes(proc, "MemTotal"), *limits])
+
+
+def machine_name(proc: Path = PROC) -> str:
+    """The processor as the kernel names it."""
+    try:
+        lines = (proc / "cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine() or "unknown"
+
+
+def physical_memory_bytes() -> int:
+    """RAM of the machine, whatever part of it a control group leaves to this process."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def available_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> AvailableMemory:

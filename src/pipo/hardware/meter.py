@@ -18,7 +18,7 @@ from pipo.compute.repack import RepackBuffer
 from pipo.tiers.ram import Place
 
 Lay = Callable[[Builder], None]
-_LEAST_RUNS = 3  # the first finds cold caches, and does not count
+_LEAST_RUNS = 2  # the first finds cold caches, and does not count
 
 
 class Meter:
@@ -87,7 +87,7 @@ class Meter:
 
 
 def typical_s(run: Callable[[int], None], duration_s: float) -> float:
-    """Seconds of `run(0)`, `run(1)`, …: the lower quartile of as many as fit, three at least.
+    """Seconds of `run(0)`, `run(1)`, …: the lower quartile of as many as fit, two at least.
 
     Not the best one: of runs of milliseconds the best is one that nothing else disturbed, which a pass of a hundred
     times that length never is.
