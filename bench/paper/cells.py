@@ -116,5 +116,6 @@ def _system(cell: FlexgenCell, figures: Figures) -> System:
 
 
 def job(shape: Shape, policy: Policy, system: System, figures: Figures) -> Job:
-    tokens = (int(figures.of(f"workload.{name}_tokens")) for name in ("prompt", "output"))
-    return Job(shape, policy, system, *tokens, int(figures.of("paper.slots_per_class")))
+    keys = ("workload.prompt_tokens", "workload.output_tokens", "paper.slots_per_class")
+    prompt_tokens, output_tokens, slots_per_class = (int(figures.of(key)) for key in keys)
+    return Job(shape, policy, system, prompt_tokens, output_tokens, slots_per_class)

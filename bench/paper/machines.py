@@ -11,6 +11,7 @@ from pipo.base.machine import ComputeProfile, LayoutRates, LinkProfile, MachineP
 
 PROMPT_ROWS = 512  # from this many on the T4 computes at its prefill rate: one prompt
 MICRO_BATCH_ROWS = 72  # up to this many at its decode rate: FlexGen's largest micro-batch
+MANY_ROWS = 1 << 20
 F16_BYTES = 2.0
 
 NAMES = {
@@ -142,5 +143,6 @@ def dequantising(profile: MachineProfile, name: str, figures: Figures) -> Machin
 
 
 def _slower(rate: ProductRate, seconds: float) -> ProductRate:
-    """Per element, whatever the number of rows."""
-    return ProductRate(tuple((rows, each + seconds) for rows, each in rate.points))
+    """Per element, whatever the number of rows: a last point far out, because rates grow with the rows beyond it."""
+    points = (*rate.points, (MANY_ROWS, rate.seconds(1, MANY_ROWS)))
+    return ProductRate(tuple((rows, each + seconds) for rows, each in points))
