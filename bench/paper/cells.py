@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from statistics import median
 
 from bench.paper.figures import Figures
@@ -25,25 +25,16 @@ from bench.paper.systems import (
 
 @dataclass(frozen=True, slots=True)
 class PipoRow:
-    """`flexgen` runs under `layer` with FlexGen's kernels and transfers, `pipo` under `pipelined` with PIPO's.
-
-    `layer` and `sequential` are PIPO's kernels and transfers under those: what the order of steps alone changes.
-    """
+    """`flexgen` runs under `layer` with FlexGen's kernels and transfers, `pipo` under `pipelined` with PIPO's."""
 
     cell: PipoCell
     policy: Policy
     flexgen: Prediction
     pipo: Prediction
-    layer: Prediction
-    sequential: Prediction
 
     @property
     def ratio(self) -> float:
         return self.pipo.tokens_per_s / self.flexgen.tokens_per_s
-
-    @property
-    def ratio_of_order(self) -> float:
-        return self.pipo.tokens_per_s / self.layer.tokens_per_s
 
     @property
     def flexgen_error(self) -> float | None:
@@ -59,12 +50,25 @@ class PipoRow:
 
 
 @dataclass(frozen=True, slots=True)
-class FlexgenRow:
-    """`pipelined` is the same system and policy in the other order of steps; nobody published it."""
+class Breakdown:
+    """The steps from FlexGen to PIPO one by one. `order`: FlexGen's kernels and transfers, `pipelined`; `transfers`:
+    PIPO's too; `kernels`: PIPO's too, which makes it PIPO. `layer` and `sequential`: PIPO's kernels and transfers.
+    """
 
+    cell: PipoCell
+    flexgen_sequential: Prediction
+    flexgen: Prediction
+    order: Prediction
+    transfers: Prediction
+    kernels: Prediction
+    layer: Prediction
+    sequential: Prediction
+
+
+@dataclass(frozen=True, slots=True)
+class FlexgenRow:
     cell: FlexgenCell
     predicted: Prediction
-    pipelined: Prediction
 
     @property
     def error(self) -> float | None:
@@ -86,33 +90,50 @@ def pipo_rows(figures: Figures) -> list[PipoRow]:
 
 
 def _pipo_row(cell: PipoCell, figures: Figures) -> PipoRow:
-    shape = SHAPES[cell.model]
-    policy = laptop_policy(shape, cell.is_on_disk, cell.batch, machine(LAPTOP, figures), figures)
-    ours = job(shape, policy, pipo_on_laptop(shape, figures), figures)
-    theirs = job(shape, policy, flexgen_on_laptop(shape, figures), figures)
-    return PipoRow(
-        cell, policy, predict(theirs, "layer"), *(predict(ours, name) for name in ("pipelined", "layer", "sequential"))
+    flexgen = predict(flexgen_laptop_job(cell, figures), "layer")
+    ours = pipo_job(cell, figures)
+    return PipoRow(cell, ours.policy, flexgen, predict(ours, "pipelined"))
+
+
+def breakdown(cell: PipoCell, figures: Figures) -> Breakdown:
+    theirs, ours = flexgen_laptop_job(cell, figures), pipo_job(cell, figures)
+    moved = replace(ours, system=replace(ours.system, machine=theirs.system.machine))
+    return Breakdown(
+        cell,
+        predict(theirs, "sequential"),
+        predict(theirs, "layer"),
+        predict(theirs, "pipelined"),
+        predict(moved, "pipelined"),
+        *(predict(ours, schedule) for schedule in ("pipelined", "layer", "sequential")),
     )
 
 
+def pipo_job(cell: PipoCell, figures: Figures) -> Job:
+    return _laptop_job(cell, pipo_on_laptop(SHAPES[cell.model], figures), figures)
+
+
+def flexgen_laptop_job(cell: PipoCell, figures: Figures) -> Job:
+    return _laptop_job(cell, flexgen_on_laptop(SHAPES[cell.model], figures), figures)
+
+
+def _laptop_job(cell: PipoCell, system: System, figures: Figures) -> Job:
+    shape = SHAPES[cell.model]
+    policy = laptop_policy(shape, cell.is_on_disk, cell.batch, machine(LAPTOP, figures), figures)
+    return job(shape, policy, system, figures)
+
+
 def flexgen_rows(figures: Figures) -> list[FlexgenRow]:
-    return list(_flexgen_rows(figures))
+    return [FlexgenRow(cell, predict(flexgen_job(cell, figures), cell.schedule)) for cell in FLEXGEN_CELLS]
 
 
-def _flexgen_rows(figures: Figures) -> Iterator[FlexgenRow]:
-    for cell in FLEXGEN_CELLS:
-        task = flexgen_job(cell, _system(cell, figures), figures)
-        yield FlexgenRow(cell, predict(task, cell.schedule), predict(task, "pipelined"))
+def flexgen_job(cell: FlexgenCell, figures: Figures) -> Job:
+    makers = {"accelerate": accelerate_on_t4, "ZeRO": zero_on_t4}
+    return t4_job(cell, makers.get(cell.system, flexgen_on_t4)(figures), figures)
 
 
-def flexgen_job(cell: FlexgenCell, system: System, figures: Figures) -> Job:
+def t4_job(cell: FlexgenCell, system: System, figures: Figures) -> Job:
     shape = SHAPES[cell.model]
     return job(shape, filled(cell.policy, shape, system.machine, figures), system, figures)
-
-
-def _system(cell: FlexgenCell, figures: Figures) -> System:
-    makers = {"accelerate": accelerate_on_t4, "ZeRO": zero_on_t4}
-    return makers.get(cell.system, flexgen_on_t4)(figures)
 
 
 def job(shape: Shape, policy: Policy, system: System, figures: Figures) -> Job:

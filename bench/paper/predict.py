@@ -15,6 +15,7 @@ from pipo.planner.schedule import SCHEDULES
 from pipo.planner.simulate import Forecast, Lane, Line, StepCosts, forecast
 
 NUM_CLASSES = 3  # attention, MLP, embedding
+_walked: dict[str, Forecast] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +60,24 @@ class Prediction:
 
 def predict(job: Job, schedule: str) -> Prediction:
     """Tokens generated in a second of the whole run, prefill included."""
-    line = Line(needs(job), SCHEDULES[schedule])
     decode_costs, device_share = costs(job, is_prefill=False)
     prefill_costs, _ = costs(job, is_prefill=True)
-    prefill = forecast(line, residency(job), prefill_costs)
-    decode = forecast(line, residency(job), decode_costs)
+    prefill, decode = (_steady_pass(job, schedule, each) for each in (prefill_costs, decode_costs))
     num_decodes = job.output_tokens - 1
     seconds = prefill.seconds + num_decodes * decode.seconds
     tokens = job.policy.batch * job.output_tokens
     return Prediction(tokens / seconds, seconds, prefill, decode, num_decodes, device_share)
+
+
+def _steady_pass(job: Job, schedule: str, seconds: StepCosts) -> Forecast:
+    """Every pass after the first takes the same time, so one is enough. Walked once for the same job and costs: most
+    figures that a sensitivity table varies touch few of the cells.
+    """
+    key = repr((job.shape, job.policy, job.slots_per_class, schedule, seconds))
+    if key not in _walked:
+        line = Line(needs(job), SCHEDULES[schedule])
+        _walked[key] = forecast(line, residency(job), seconds, num_warm=1, num_passes=1)
+    return _walked[key]
 
 
 def needs(job: Job) -> list[Need]:
