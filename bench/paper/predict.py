@@ -12,7 +12,7 @@ from bench.paper.systems import System
 from pipo.planner.cost import PassLoad, StageCost, stage_seconds, step_costs
 from pipo.planner.residency import Need, Pool, Residency, SlotId, UnitId, empty_pool
 from pipo.planner.schedule import SCHEDULES
-from pipo.planner.simulate import Forecast, Lane, Line, StepCosts, forecast
+from pipo.planner.simulate import Forecast, Lane, Line, StepCosts
 
 NUM_CLASSES = 3  # attention, MLP, embedding
 _walked: dict[str, Forecast] = {}
@@ -75,8 +75,8 @@ def _steady_pass(job: Job, schedule: str, seconds: StepCosts) -> Forecast:
     """
     key = repr((job.shape, job.policy, job.slots_per_class, schedule, seconds))
     if key not in _walked:
-        line = Line(needs(job), SCHEDULES[schedule])
-        _walked[key] = forecast(line, residency(job), seconds, num_warm=1, num_passes=1)
+        line = Line(needs(job), SCHEDULES[schedule], residency(job))
+        _walked[key] = line.forecast(seconds, num_warm=1, num_passes=1)
     return _walked[key]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from pipo.planner.residency import Need, Pool, Residency, SlotId, UnitId
 from pipo.planner.schedule import SCHEDULES
-from pipo.planner.simulate import Forecast, Lane, Line, StepCosts, forecast
+from pipo.planner.simulate import Forecast, Lane, Line, StepCosts
 
 NUM_BLOCKS = 40
 SIZES = (1.0, 2.0)  # of attention and of an MLP: bytes and arithmetic alike
@@ -53,11 +53,11 @@ def through_ram() -> Point:
 
 
 def _run(schedule: str, resident_share: float, balance: float, on_device: bool = False) -> Forecast:
-    line = Line([Need(i, UnitId(i)) for i in range(NUM_STAGES)], SCHEDULES[schedule])
+    needs = [Need(i, UnitId(i)) for i in range(NUM_STAGES)]
     costs = _costs(resident_share, balance)
     if on_device:
         costs = replace(costs, copy=costs.read, on_device=frozenset(range(NUM_STAGES)))
-    return forecast(line, _residency(resident_share, on_device), costs)
+    return Line(needs, SCHEDULES[schedule], _residency(resident_share, on_device)).forecast(costs)
 
 
 def _costs(resident_share: float, balance: float) -> StepCosts:

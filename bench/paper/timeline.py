@@ -44,7 +44,10 @@ def _overlap(span: Span, begin: float, end: float) -> float:
 def _spans(job: Job, schedule: str) -> list[Span]:
     """Of two decode passes: in the second, the slots are full from the start."""
     step_costs, _ = costs(job, is_prefill=False)
-    return Line(needs(job), SCHEDULES[schedule]).simulate(residency(job), step_costs, 2).spans
+    line = Line(needs(job), SCHEDULES[schedule], residency(job))
+    for _ in range(2):
+        line.run_pass(step_costs)
+    return line.simulator.spans
 
 
 def _window(spans: list[Span]) -> tuple[float, float]:

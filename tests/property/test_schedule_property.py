@@ -362,9 +362,9 @@ def test_pipelined_is_never_slower_than_layer_nor_layer_than_sequential(
     costs = random_costs(model, random.Random(seed))
     seconds = {}
     for schedule in SCHEDULES:
-        simulator = Simulator(costs, model.unit_of_stage)
+        simulator = Simulator(model.unit_of_stage)
         for _, steps in run_all(model, schedule, passes):
-            simulator.run(steps)
+            simulator.run(steps, costs)
         seconds[schedule] = simulator.computed
     computed = [need.stage_idx for each in passes for need in (model.needs if each.has_outputs else model.body)]
     num_surprises = sum(not each.has_outputs for each in passes)
@@ -380,9 +380,9 @@ def test_pipelined_is_never_slower_than_layer_nor_layer_than_sequential(
 def test_simulated_lanes_do_one_thing_at_a_time(schedule: str, model: Model, passes: list[Pass], seed: int) -> None:
     """And no stage begins before its unit arrived, no transfer before its source did or its slot was free."""
     costs = random_costs(model, random.Random(seed))
-    simulator = Simulator(costs, model.unit_of_stage)
+    simulator = Simulator(model.unit_of_stage)
     for _, steps in run_all(model, schedule, passes):
-        simulator.run(steps)
+        simulator.run(steps, costs)
     spans = simulator.spans
     for lane in Lane:
         for one, next_one in pairwise(span for span in spans if span.lane is lane):

@@ -12,7 +12,8 @@ from pipo.base.tensor_type import TensorType
 from pipo.compute.dequantise import Dequantiser
 from pipo.compute.devices import CpuBackend
 from pipo.compute.ggml import Library
-from pipo.compute.graphs import Builder, Graph, WeightType, Workspace
+from pipo.compute.graph import Graph, Workspace
+from pipo.compute.graphs import Builder, WeightType
 from pipo.compute.repack import RepackBuffer
 
 Array = npt.NDArray[np.generic]

@@ -13,10 +13,10 @@ from pipo.base.clock import VirtualClock
 from pipo.base.errors import Cancelled, ComputeError, FileChanged, ReadFailed
 from pipo.base.manifest import TensorSpec
 from pipo.base.trace import Tracer
-from pipo.pipeline.executor import Executor
+from pipo.pipeline.executor import Executor, Places, _Arrival
 from pipo.pipeline.stats import StallCause
 from pipo.pipeline.units import Unit
-from pipo.planner.residency import Need, Pool, Residency, SlotId, Step, StepKind, UnitId
+from pipo.planner.residency import Need, Pool, Residency, SlotId, Step, StepKind, Tier, UnitId
 from pipo.planner.schedule import SCHEDULES
 from pipo.planner.simulate import Simulator, StepCosts
 from pipo.store.index import layout_unit
@@ -68,7 +68,7 @@ class Line:
         free = [deque([SlotId(0)]), deque([SlotId(1), SlotId(2)])]
         residency = Residency(Pool(STREAMED, free, {u.unit_id for u in self.units} - STREAMED.keys()))
         self.executor = Executor(
-            self.units, homes, slots, residency, self.transfer, self.clock, self.tracer, self.is_aborted
+            self.units, Places(homes, slots), residency, self.transfer, self.clock, self.tracer, self.is_aborted
         )
 
     def is_aborted(self) -> bool:
@@ -111,9 +111,9 @@ def test_time_is_that_of_the_simulator(schedule: str) -> None:
     line = Line()
     read_s = {unit.unit_id: READ_S for unit in line.units}
     costs = StepCosts(read_s, dict.fromkeys(range(NUM_UNITS + 1), COMPUTE_S))
-    simulated = Simulator(costs, {unit.stage_idx: unit.unit_id for unit in line.units})
+    simulated = Simulator({unit.stage_idx: unit.unit_id for unit in line.units})
     for _ in range(3):
-        simulated.run(line.run(schedule))
+        simulated.run(line.run(schedule), costs)
     last = max(zone.end_s for zone in line.tracer.zones if not zone.name.startswith("wait"))
     assert last == pytest.approx(simulated.computed, abs=1e-4)
 
@@ -163,7 +163,8 @@ def test_causes_of_a_stall(times: tuple[float, float, float], now: float, want: 
     """Queued until it started, reading until its last byte came, then repacking."""
     line = Line()
     line.clock.sleep(now)
-    line.executor._arrivals[UnitId(2)] = ScriptedHandle(line.clock, *times), line.executor._homes[UnitId(2)]
+    handle = ScriptedHandle(line.clock, *times)
+    line.executor._arrivals[Tier.RAM, UnitId(2)] = _Arrival(handle, line.executor._ram.homes[UnitId(2)])
     line.executor.run([Step(COMPUTE, 2)], lambda stage_idx, place: None)
     stalls = line.executor.stats.stall_s
     found = [stalls[cause] for cause in (StallCause.QUEUE, StallCause.DISK, StallCause.REPACK)]
@@ -206,7 +207,7 @@ def test_settled_when_everything_has_arrived() -> None:
     assert not line.executor.is_settled
     line.run()
     assert line.executor.is_settled
-    assert line.executor.place_of(UnitId(3)) is line.executor._homes[UnitId(3)]
+    assert line.executor.place_of(UnitId(3)) is line.executor._ram.homes[UnitId(3)]
 
 
 def test_not_settled_while_reads_of_an_interrupted_pass_are_under_way() -> None:

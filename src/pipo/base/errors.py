@@ -11,6 +11,7 @@ PipoError                     anything we can name; `hint` says what to do, `exi
 ├── MalformedProfile          a machine profile that cannot be used: key, wanted, found         (1)
 ├── LibraryError              libggml is missing, too old, or not laid out as expected          (1)
 ├── ComputeError              a graph could not be built or run                                 (1)
+│   └── OutOfDeviceMemory     a device has not this much memory left; names wanted and free     (1)
 ├── TransferError             bytes that did not arrive: file, offset, wanted and got           (1)
 │   ├── ReadFailed            the operating system refused (EIO, EBADF, …)                      (1)
 │   ├── UnexpectedEof         the file ends before the bytes do                                 (1)
@@ -32,6 +33,7 @@ __all__ = [
     "MalformedProfile",
     "ModelError",
     "ModelNotFound",
+    "OutOfDeviceMemory",
     "OverBudget",
     "PipoError",
     "ReadFailed",
@@ -109,6 +111,15 @@ class LibraryError(PipoError):
 
 class ComputeError(PipoError):
     pass
+
+
+class OutOfDeviceMemory(ComputeError):
+    """`wanted_bytes` at once is more than the `free_bytes` of the device, or than it gives to one buffer."""
+
+    def __init__(self, message: str, *, wanted_bytes: int, free_bytes: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.wanted_bytes = wanted_bytes
+        self.free_bytes = free_bytes
 
 
 class TransferError(PipoError):

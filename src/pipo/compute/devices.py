@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pipo.base.errors import Cancelled, ComputeError
-from pipo.compute.ggml import Library
+from pipo.compute.ggml import DeviceProperties, Library
 
 _STATUS_SUCCESS, _STATUS_ABORTED = 0, 1
 
@@ -21,29 +21,52 @@ class DeviceKind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceCaps:
+    """What a device can do beyond computing: copies behind the caller's back, pinned host memory, events."""
+
+    is_async: bool
+    has_host_buffer: bool
+    has_events: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
     name: str
     description: str
     kind: DeviceKind
     free_bytes: int
     total_bytes: int
+    caps: DeviceCaps
 
 
 def list_devices(lib: Library) -> list[Device]:
     """All devices of all backends, in libggml's order."""
-    return [_describe(lib, lib.backend_dev_get(i)) for i in range(lib.backend_dev_count())]
+    return [describe_device(lib, handle) for handle in _handles(lib)]
 
 
-def _describe(lib: Library, device: int) -> Device:
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    lib.backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-    kind = lib.backend_dev_type(device)
+def find_device(lib: Library, name: str) -> int:
+    """libggml's handle of the device of this name. Raises ComputeError that lists the names there are."""
+    names = {lib.backend_dev_name(handle).decode(): handle for handle in _handles(lib)}
+    if name not in names:
+        raise ComputeError(f"there is no device {name!r}, only {', '.join(names)}")
+    return names[name]
+
+
+def _handles(lib: Library) -> list[int]:
+    return [lib.backend_dev_get(i) for i in range(lib.backend_dev_count())]
+
+
+def describe_device(lib: Library, handle: int) -> Device:
+    """What the device says of itself now: `free_bytes` changes."""
+    props = DeviceProperties()
+    lib.backend_dev_get_props(handle, ctypes.byref(props))
     return Device(
-        name=lib.backend_dev_name(device).decode(),
-        description=lib.backend_dev_description(device).decode(),
-        kind=DeviceKind(kind) if kind in {k.value for k in DeviceKind} else DeviceKind.OTHER,
-        free_bytes=free.value,
-        total_bytes=total.value,
+        name=props.name.decode(),
+        description=props.description.decode(),
+        kind=DeviceKind(props.type) if props.type in {k.value for k in DeviceKind} else DeviceKind.OTHER,
+        free_bytes=props.memory_free,
+        total_bytes=props.memory_total,
+        caps=DeviceCaps(props.is_async, props.has_host_buffer, props.has_events),
     )
 
 

@@ -82,6 +82,24 @@ class TypeTraits(ctypes.Structure):
     )
 
 
+class DeviceProperties(ctypes.Structure):
+    """`struct ggml_backend_dev_props`, filled by the library; `reserved` is for fields that newer versions append."""
+
+    _fields_ = (
+        ("name", c_char_p),
+        ("description", c_char_p),
+        ("memory_free", c_size_t),
+        ("memory_total", c_size_t),
+        ("type", c_int),
+        ("device_id", c_char_p),
+        ("is_async", c_bool),
+        ("has_host_buffer", c_bool),
+        ("has_buffer_from_host_ptr", c_bool),
+        ("has_events", c_bool),
+        ("reserved", ctypes.c_char * 64),
+    )
+
+
 class Feature(ctypes.Structure):
     _fields_ = (("name", c_char_p), ("value", c_char_p))
 
@@ -105,6 +123,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_blck_size": (c_int64, c_int),
     "ggml_get_type_traits": (POINTER(TypeTraits), c_int),
     "ggml_quantize_chunk": (c_size_t, c_int, _T, _T, c_int64, c_int64, c_int64, c_void_p),
+    "ggml_nbytes": (c_size_t, _T),
+    "ggml_op_desc": (c_char_p, _T),
     "ggml_new_tensor": (_T, c_void_p, c_int, c_int, POINTER(c_int64)),
     "ggml_set_name": (_T, _T, c_char_p),
     "ggml_get_first_tensor": (_T, c_void_p),
@@ -112,6 +132,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_new_graph_custom": (c_void_p, c_void_p, c_size_t, c_bool),
     "ggml_build_forward_expand": (None, c_void_p, _T),
     "ggml_graph_n_nodes": (c_int, c_void_p),
+    "ggml_graph_node": (_T, c_void_p, c_int),
     "ggml_add": (_T, c_void_p, _T, _T),
     "ggml_add_inplace": (_T, c_void_p, _T, _T),
     "ggml_mul": (_T, c_void_p, _T, _T),
@@ -138,9 +159,17 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_backend_cpu_buffer_type": (c_void_p,),
     "ggml_backend_buft_alloc_buffer": (c_void_p, c_void_p, c_size_t),
     "ggml_backend_buft_name": (c_char_p, c_void_p),
+    "ggml_backend_buft_get_alignment": (c_size_t, c_void_p),
+    "ggml_backend_buft_get_max_size": (c_size_t, c_void_p),
+    "ggml_backend_buft_get_alloc_size": (c_size_t, c_void_p, _T),
     "ggml_backend_buffer_free": (None, c_void_p),
+    "ggml_backend_buffer_get_base": (c_void_p, c_void_p),
+    "ggml_backend_buffer_get_type": (c_void_p, c_void_p),
     "ggml_backend_buffer_init_tensor": (c_int, c_void_p, _T),
     "ggml_backend_tensor_set": (None, _T, c_void_p, c_size_t, c_size_t),
+    "ggml_backend_tensor_get": (None, _T, c_void_p, c_size_t, c_size_t),
+    "ggml_backend_tensor_set_async": (None, c_void_p, _T, c_void_p, c_size_t, c_size_t),
+    "ggml_backend_tensor_get_async": (None, c_void_p, _T, c_void_p, c_size_t, c_size_t),
     "ggml_backend_dev_count": (c_size_t,),
     "ggml_backend_dev_get": (c_void_p, c_size_t),
     "ggml_backend_dev_by_type": (c_void_p, c_int),
@@ -149,10 +178,21 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_backend_dev_memory": (None, c_void_p, POINTER(c_size_t), POINTER(c_size_t)),
     "ggml_backend_dev_type": (c_int, c_void_p),
     "ggml_backend_dev_backend_reg": (c_void_p, c_void_p),
+    "ggml_backend_dev_get_props": (None, c_void_p, POINTER(DeviceProperties)),
+    "ggml_backend_dev_buffer_type": (c_void_p, c_void_p),
+    "ggml_backend_dev_host_buffer_type": (c_void_p, c_void_p),
+    "ggml_backend_dev_supports_op": (c_bool, c_void_p, _T),
     "ggml_backend_dev_init": (c_void_p, c_void_p, c_char_p),
     "ggml_backend_reg_get_proc_address": (c_void_p, c_void_p, c_char_p),
     "ggml_backend_free": (None, c_void_p),
     "ggml_backend_graph_compute": (c_int, c_void_p, c_void_p),
+    "ggml_backend_graph_compute_async": (c_int, c_void_p, c_void_p),
+    "ggml_backend_synchronize": (None, c_void_p),
+    "ggml_backend_event_new": (c_void_p, c_void_p),
+    "ggml_backend_event_free": (None, c_void_p),
+    "ggml_backend_event_record": (None, c_void_p, c_void_p),
+    "ggml_backend_event_synchronize": (None, c_void_p),
+    "ggml_backend_event_wait": (None, c_void_p, c_void_p),
     "ggml_graph_plan": (ComputePlan, c_void_p, c_int, c_void_p),
 }  # fmt: skip
 

@@ -1,14 +1,14 @@
 """Graphs that are built once and re-pointed before every run.
 
 A `Builder` lays ggml ops over named leaves. `Builder.build` places the intermediate tensors in the shared
-`Workspace` and returns a `Graph`, whose leaves are then bound to memory by name: a weight to the slot it arrived in,
-the KV cache to its layer. Shapes and types are checked here in Python, because ggml answers a mistake with `abort()`.
+`Workspace`, of the CPU or of a device, and returns a `Graph`, whose leaves are then bound to memory by name: a weight
+to the slot it arrived in, the KV cache to its layer. Shapes and types are checked here in Python, because ggml answers
+a mistake with `abort()`.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from ctypes import c_int64
 from dataclasses import dataclass
 from typing import NoReturn
@@ -16,8 +16,8 @@ from typing import NoReturn
 from pipo.base.errors import ComputeError
 from pipo.base.manifest import Rope, RopeLayout, RopeScaling
 from pipo.base.tensor_type import TensorType
-from pipo.compute.devices import CpuBackend
 from pipo.compute.ggml import GgmlTensor, InitParams, Library
+from pipo.compute.graph import Graph, Leaf, Workspace
 from pipo.compute.repack import RepackBuffer
 
 _UNBOUND = 64  # any non-null address: tells the allocator that this tensor's memory is ours
@@ -28,9 +28,6 @@ _CACHEABLE = {
     TensorType.F32, TensorType.F16, TensorType.BF16, TensorType.Q8_0, TensorType.Q4_0, TensorType.Q4_1,
     TensorType.Q5_0, TensorType.Q5_1, TensorType.IQ4_NL,
 }  # fmt: skip
-
-
-Binding = list[tuple[ctypes.c_uint64, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,18 +217,28 @@ class Builder:
             self._lib.build_forward_expand(self._graph, result.address)
 
     def build(self, workspace: Workspace) -> Graph:
-        """The graph, with its intermediates placed: ready to bind and run."""
+        """The graph, with its intermediates placed: ready to bind and run where the workspace is. Raises ComputeError,
+        OutOfDeviceMemory.
+        """
         graph = self.finish()
-        workspace.place(graph)
+        try:
+            workspace.place(graph)
+        except ComputeError:
+            graph.free()
+            raise
         return graph
 
     def finish(self) -> Graph:
-        """The graph without memory for intermediates: for measuring."""
-        return Graph(self._lib, self._context, self._graph, self._leaves)
+        """The graph without memory for intermediates: for measuring. It owns what this builder allocated."""
+        leaves = [Leaf(name, tensor.address) for name, tensor in self._leaves.items()]
+        context, self._context = self._context, 0
+        return Graph(self._lib, context, self._graph, leaves)
 
     def free(self) -> None:
-        """Give the context back without building."""
-        self._lib.free(self._context)
+        """Give the context back without building. Nothing is left to free once `build` or `finish` was called."""
+        if self._context:
+            self._lib.free(self._context)
+            self._context = 0
 
     def _new(self, type_: TensorType, shape: tuple[int, ...]) -> Tensor:
         if not 1 <= len(shape) <= 4 or min(shape) < 1 or shape[0] % type_.block_elems:
@@ -263,113 +270,6 @@ class Builder:
 
     def _refuse(self, what: str) -> NoReturn:
         raise ComputeError(f"cannot build the graph: {what}")
-
-
-class Graph:
-    """A built graph. Bind every leaf, then run it; bind again and run again.
-
-    Threads: one at a time.
-    """
-
-    def __init__(self, lib: Library, context: int, graph: int, leaves: dict[str, Tensor]) -> None:
-        self._lib = lib
-        self._context = context
-        self.address = graph
-        self._bound: Binding | None = None
-        owners = {tensor.address: name for name, tensor in leaves.items()}
-        self._pointers: dict[str, list[tuple[ctypes.c_uint64, int]]] = {name: [] for name in leaves}
-        for struct in _tensors(lib, context):
-            name = owners.get(ctypes.addressof(struct)) or owners.get(struct.view_src or 0)
-            if name is not None:
-                self._pointers[name].append((_data_field(struct), struct.view_offs))
-
-    @property
-    def leaf_names(self) -> Iterable[str]:
-        return self._pointers.keys()
-
-    def binding(self, addresses: Mapping[str, int]) -> Binding:
-        """What `bind` writes to point these leaves, and every view of them, at memory. Keep it and bind it often."""
-        return [
-            (field, address + offset) for name, address in addresses.items() for field, offset in self._pointers[name]
-        ]
-
-    def bind(self, binding: Binding) -> None:
-        """Point leaves at memory that outlives the next run. Cost: about 60 ns per tensor, nothing where they are so
-        already.
-        """
-        if binding is self._bound:
-            return
-        self._bound = binding
-        for field, address in binding:
-            field.value = address
-
-    def work_bytes(self, num_threads: int) -> int:
-        """Scratch the CPU backend takes to run this graph."""
-        return int(self._lib.graph_plan(self.address, num_threads, None).work_size)
-
-    def run(self, backend: CpuBackend) -> None:
-        """Compute. Raises Cancelled when the backend's abort flag was set, ComputeError otherwise."""
-        backend.compute(self.address)
-
-    @property
-    def is_freed(self) -> bool:
-        return not self._context
-
-    def free(self) -> None:
-        if self._context:
-            self._lib.free(self._context)
-            self._context = 0
-
-
-class Workspace:
-    """The memory of intermediate tensors, shared by all graphs because only one runs at a time.
-
-    Growing it would leave the graphs placed before pointing at freed memory: `reserve` for the largest graphs first,
-    then `place`, which refuses to grow it.
-    """
-
-    def __init__(self, lib: Library) -> None:
-        self._lib = lib
-        self._allocator = lib.gallocr_new(lib.backend_cpu_buffer_type())
-        self._num_placed = 0
-
-    @property
-    def num_bytes(self) -> int:
-        return int(self._lib.gallocr_get_buffer_size(self._allocator, 0))
-
-    def measure(self, graph: Graph) -> int:
-        """Bytes of intermediates this graph needs; allocates nothing."""
-        size = ctypes.c_size_t(0)
-        self._lib.gallocr_reserve_n_size(self._allocator, graph.address, None, None, ctypes.byref(size))
-        return int(size.value)
-
-    def reserve(self, graph: Graph) -> None:
-        assert self._num_placed == 0, "reserve before the first graph is placed"
-        if not self._lib.gallocr_reserve(self._allocator, graph.address):
-            raise ComputeError("ggml could not allocate memory for intermediate results")
-
-    def place(self, graph: Graph) -> None:
-        before = self.num_bytes
-        if not self._lib.gallocr_alloc_graph(self._allocator, graph.address):
-            raise ComputeError(f"ggml could not place a graph in a workspace of {before} bytes")
-        assert self._num_placed == 0 or self.num_bytes == before, "reserve for the largest graph first"
-        self._num_placed += 1
-
-    def close(self) -> None:
-        if self._allocator:
-            self._lib.gallocr_free(self._allocator)
-            self._allocator = 0
-
-
-def _tensors(lib: Library, context: int) -> Iterable[GgmlTensor]:
-    address = lib.get_first_tensor(context)
-    while address:
-        yield GgmlTensor.from_address(address)
-        address = lib.get_next_tensor(context, address)
-
-
-def _data_field(struct: GgmlTensor) -> ctypes.c_uint64:
-    return ctypes.c_uint64.from_address(ctypes.addressof(struct) + GgmlTensor.data.offset)
 
 
 def _is_contiguous(tensor: Tensor) -> bool:

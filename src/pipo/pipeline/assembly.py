@@ -16,13 +16,15 @@ from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
 from pipo.base.trace import Tracer
 from pipo.base.units import PAGE_BYTES, round_up
 from pipo.compute.dequantise import Dequantiser
+from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.kvcache.cache import CACHE_TYPES, KvCache, KvShape, kv_rows_class, kv_shape
 from pipo.models.stage import ShapeClass, Stage, StageKind
 from pipo.pipeline.buffers import BufferShape, PassBuffers
 from pipo.pipeline.embedding import Embedding, embedding_bytes
-from pipo.pipeline.executor import Executor
-from pipo.pipeline.forward import EMBEDDING_TABLE, Forward, Model
+from pipo.pipeline.executor import Executor, Places
+from pipo.pipeline.forward import EMBEDDING_TABLE, Forward, Sides
+from pipo.pipeline.sides import CpuMemory, Model, Side
 from pipo.pipeline.stage_graphs import Compute, StageGraphs, graphs_bytes
 from pipo.pipeline.units import Unit, WeightLayouts, cut_head, make_units, unit_sizes
 from pipo.planner.placement import ChunkCost, Demand, Placement
@@ -67,6 +69,10 @@ class Blueprint:
     def largest_shape(self, context_tokens: int, chunk_tokens: int) -> ShapeClass:
         kv = self.kv_shape(context_tokens)
         return ShapeClass(chunk_tokens, kv.num_rows, self.config.max_outputs, kv.type_k, kv.type_v)
+
+    def is_aborted(self) -> bool:
+        assert isinstance(self.compute.backend, CpuBackend)
+        return self.compute.backend.abort.is_set
 
     @property
     def bounce_bytes(self) -> int:
@@ -189,19 +195,27 @@ class Assembly:
         homes, slots, residency = self._places(units, placement)
         self._stage_list, self._units, self._homes, self._slots = stages, units, homes, slots
         executor = Executor(
-            units, homes, slots, residency, transfer, clock, tracer, lambda: blueprint.compute.backend.abort.is_set
+            units,
+            Places(homes, slots),
+            residency,
+            transfer,
+            clock,
+            tracer,
+            blueprint.is_aborted,
         )
         chunk = placement.chunk.num_tokens
         buffers = self._arena("activations", blueprint.buffer_shape(context_tokens, chunk).num_bytes)
         cache = self._arena("KV cache", blueprint.kv_shape(context_tokens).num_bytes)
+        model, kv = Model(stages, units), blueprint.kv_shape(context_tokens)
+        pass_buffers = PassBuffers(blueprint.buffer_shape(context_tokens, chunk), buffers)
+        memory = CpuMemory(self._load_vectors(stages, transfer), pass_buffers, KvCache(kv, cache))
         forward = Forward(
-            Model(stages, units, self._load_vectors(stages, transfer)),
-            blueprint.compute,
-            self._graphs(blueprint, stages, context_tokens, chunk),
+            model,
+            Sides(Side(model, self._graphs(blueprint, stages, context_tokens, chunk), memory)),
             executor,
             self._embedding(blueprint, transfer, executor, chunk),
-            PassBuffers(blueprint.buffer_shape(context_tokens, chunk), buffers),
-            KvCache(blueprint.kv_shape(context_tokens), cache),
+            pass_buffers,
+            kv,
             SCHEDULES[blueprint.config.schedule],
         )
         return transfer, forward

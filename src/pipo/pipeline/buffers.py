@@ -46,6 +46,8 @@ class BufferShape:
 class PassBuffers:
     """Addresses of the arrays by leaf name, and the writes that prepare a pass."""
 
+    INPUTS = ("hidden", "positions", "kv_rows", "mask", "out_rows", "normed")  # leaves of the stages
+
     def __init__(self, shape: BufferShape, place: Place) -> None:
         self.shape = shape
         self.addresses: dict[str, int] = {}
@@ -85,6 +87,7 @@ class PassBuffers:
         ]
         return np.concatenate(blocks, axis=1)
 
-    def logits_address(self, first_row: int, num_outputs: int) -> int:
-        """Where the piece of the head that begins at `first_row` puts its (rows, outputs) results."""
-        return self.addresses["logits"] + first_row * num_outputs * 4
+    @staticmethod
+    def logits_offset(first_row: int, num_outputs: int) -> int:
+        """Where in the logits the piece of the head that begins at `first_row` puts its (rows, outputs) results."""
+        return first_row * num_outputs * 4

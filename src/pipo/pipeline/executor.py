@@ -3,25 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from pipo.base.clock import Clock
-from pipo.base.errors import Cancelled
 from pipo.base.trace import Tracer
+from pipo.compute.device import DevicePlace
 from pipo.pipeline.stats import PassStats, StallCause
 from pipo.pipeline.units import Unit
-from pipo.planner.residency import Residency, SlotId, Step, StepKind, UnitId
+from pipo.planner.residency import Residency, SlotId, Step, StepKind, Tier, UnitId
 from pipo.store.index import Read
 from pipo.tiers.ram import Place
 from pipo.transfer.handle import Handle
 
-_WAKE_S = 0.1  # how often a wait looks at the abort flag
+P = TypeVar("P", Place, DevicePlace)
+
+
+@dataclass(frozen=True, slots=True)
+class Places(Generic[P]):
+    """Of one tier: where units stay for good, and the slots that others pass through."""
+
+    homes: Mapping[UnitId, P] = field(default_factory=dict)
+    slots: Mapping[SlotId, P] = field(default_factory=dict)
+
+    def of(self, step: Step) -> P:
+        """That a READ or COPY fills."""
+        return self.homes[step.unit_id] if step.slot_id < 0 else self.slots[step.slot_id]
 
 
 class Transfer(Protocol):
-    def submit(self, reads: Sequence[Read], place: Place, label: str) -> Handle: ...
+    """Disk → RAM."""
+
+    def submit(self, reads: Sequence[Read], place: Place, label: str, after: Handle | None = None) -> Handle: ...
 
     def check_files(self) -> None: ...
+
+
+class DeviceTier(Protocol):
+    """RAM ↔ device. `after` are the transfers that must have ended before one begins."""
+
+    @property
+    def places(self) -> Places[DevicePlace]: ...
+
+    def load(self, unit: Unit, source: Place, target: DevicePlace, after: Sequence[Handle]) -> Handle: ...
+
+    def load_kv(self, stage_idx: int) -> Handle: ...
+
+    def save_kv(self, stage_idx: int) -> Handle: ...
+
+
+class NoDevice:
+    """For models that compute on the CPU alone."""
+
+    places: Places[DevicePlace] = Places()
+
+    def load(self, unit: Unit, source: Place, target: DevicePlace, after: Sequence[Handle]) -> Handle:
+        raise AssertionError("there is no device")
+
+    def load_kv(self, stage_idx: int) -> Handle:
+        raise AssertionError("there is no device")
+
+    save_kv = load_kv
+
+
+Compute = Callable[[int, Place | DevicePlace | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A unit on its way to a place. A copy to a device may still wait for `source`, the read it copies from."""
+
+    handle: Handle
+    place: Place | DevicePlace
+    source: Handle | None = None
 
 
 class Executor:
@@ -32,28 +86,31 @@ class Executor:
     def __init__(
         self,
         units: Sequence[Unit],
-        homes: Mapping[UnitId, Place],
-        slots: Mapping[SlotId, Place],
+        ram: Places[Place],
         residency: Residency,
         transfer: Transfer,
         clock: Clock,
         tracer: Tracer,
         is_aborted: Callable[[], bool],
+        device: DeviceTier | None = None,
     ) -> None:
         self.residency = residency
         self.stats = PassStats()
         self._units = units
-        self._homes = homes
-        self._slots = slots
+        self._ram = ram
         self._transfer = transfer
         self._clock = clock
         self._tracer = tracer
         self._is_aborted = is_aborted
+        self._device: DeviceTier = device or NoDevice()
         self._unit_of_stage = {unit.stage_idx: unit for unit in units}
-        self._arrivals: dict[UnitId, tuple[Handle, Place]] = {}
+        self._arrivals: dict[tuple[Tier, UnitId], _Arrival] = {}
+        self._copying: dict[SlotId, Handle] = {}  # from slots in RAM that are released already
+        self._kv_loads: dict[int, Handle] = {}
+        self._kv_saves: dict[int, Handle] = {}
         self._is_settled = False
 
-    def run(self, steps: Sequence[Step], compute: Callable[[int, Place | None], None]) -> None:
+    def run(self, steps: Sequence[Step], compute: Compute) -> None:
         """Do every step in order; `compute(stage_idx, place of its unit)` does one stage.
 
         Raises TransferError, ComputeError, Cancelled: the first failure ends the pass.
@@ -63,12 +120,8 @@ class Executor:
         for step in steps:
             if step.kind is StepKind.COMPUTE:
                 self._compute(step.stage_idx, compute)
-            elif step.kind is StepKind.READ:
-                self._read(step)
-            elif step.kind is StepKind.RELEASE:
-                self._release(step.unit_id)
             else:
-                self._wait_for_all()
+                self._others[step.kind](self, step)
         self.stats.num_passes += 1
         self.stats.wall_s += self._clock.now() - begin
 
@@ -76,9 +129,9 @@ class Executor:
     def is_settled(self) -> bool:
         """Nothing streams and every unit has arrived. An interrupted pass may have left reads in flight."""
         if not self._is_settled and self.residency.is_settled:
-            have_ended = all(handle.is_done for handle, _ in self._arrivals.values())
-            for handle, _ in self._arrivals.values():
-                handle.wait(0)  # raises what the transfer met, however often one asks
+            have_ended = all(arrival.handle.is_done for arrival in self._arrivals.values())
+            for arrival in self._arrivals.values():
+                arrival.handle.wait(0)  # raises what the transfer met, however often one asks
             self._is_settled = have_ended
         return self._is_settled
 
@@ -88,63 +141,104 @@ class Executor:
             self.stats.wall_s += self._stall(handle, handle.label)
         handle.wait(0)
 
-    def place_of(self, unit_id: UnitId) -> Place:
-        """Where a unit that was read is now."""
-        return self._arrivals[unit_id][1]
+    def place_of(self, unit_id: UnitId) -> Place | DevicePlace:
+        """Where the stage of a unit that has arrived computes with it."""
+        return self._arrivals[self.residency.tier_of(unit_id), unit_id].place
 
     def _read(self, step: Step) -> None:
         self.residency.apply(step)
-        unit = self._units[step.unit_id]
-        place = self._homes[unit.unit_id] if step.slot_id < 0 else self._slots[step.slot_id]
-        self._arrivals[unit.unit_id] = self._transfer.submit(unit.layout.reads, place, unit.label), place
+        unit, place = self._units[step.unit_id], self._ram.of(step)
+        handle = self._transfer.submit(unit.layout.reads, place, unit.label, self._copying.pop(step.slot_id, None))
+        self._arrivals[Tier.RAM, unit.unit_id] = _Arrival(handle, place)
         self.stats.num_reads += 1
         self.stats.bytes_read += unit.num_bytes
 
-    def _compute(self, stage_idx: int, compute: Callable[[int, Place | None], None]) -> None:
+    def _copy(self, step: Step) -> None:
+        self.residency.apply(step)
+        unit, target = self._units[step.unit_id], self._device.places.of(step)
+        source = self._arrivals[Tier.RAM, unit.unit_id]
+        assert isinstance(source.place, Place)
+        handle = self._device.load(unit, source.place, target, [source.handle])
+        self._arrivals[Tier.DEVICE, unit.unit_id] = _Arrival(handle, target, source.handle)
+        self.stats.bytes_copied += unit.num_bytes
+
+    def _compute(self, stage_idx: int, compute: Compute) -> None:
         unit = self._unit_of_stage.get(stage_idx)
         place = None
         if unit is not None:
-            handle, place = self._arrivals[unit.unit_id]
-            if not handle.is_done:
-                self._stall(handle, unit.label)
-            handle.wait(0)  # raises what the transfer met
+            arrival = self._arrivals[self.residency.tier_of(unit.unit_id), unit.unit_id]
+            self._await(arrival.handle, unit.label, arrival.source)
+            place = arrival.place
+        if stage_idx in self._kv_loads:
+            self._await(self._kv_loads.pop(stage_idx), "keys and values")
         begin = self._clock.now()
         compute(stage_idx, place)
         end = self._clock.now()
         self.stats.compute_s += end - begin
         self._tracer.zone("compute", unit.label if unit else "pass", begin, end)
 
-    def _release(self, unit_id: UnitId) -> None:
-        handle, _ = self._arrivals[unit_id]
-        self._wait(handle)  # a slot is free only once nothing writes to it; cancelled meanwhile, it stays held
-        del self._arrivals[unit_id]
-        self.residency.apply(Step(StepKind.RELEASE, unit_id=unit_id))
+    def _release(self, step: Step) -> None:
+        """A slot is free once nothing writes to it or reads from it; cancelled meanwhile, it stays held."""
+        arrival = self._arrivals[step.tier, step.unit_id]
+        copy = self._arrivals.get((Tier.DEVICE, step.unit_id)) if step.tier is Tier.RAM else None
+        if copy is not None and copy.source is arrival.handle and not copy.handle.is_done:
+            self._copying[self.residency.ram.held[step.unit_id]] = copy.handle  # whoever reads into it next waits
+        else:
+            self._wait(arrival.handle)
+        del self._arrivals[step.tier, step.unit_id]
+        self.residency.apply(step)
 
-    def _wait_for_all(self) -> None:
-        for unit_id, (handle, _) in list(self._arrivals.items()):
-            if not handle.is_done:
-                self._stall(handle, self._units[unit_id].label)
+    def _load_kv(self, step: Step) -> None:
+        self._kv_loads[step.stage_idx] = self._device.load_kv(step.stage_idx)
 
-    def _stall(self, handle: Handle, label: str) -> float:
+    def _save_kv(self, step: Step) -> None:
+        self._kv_saves[step.stage_idx] = self._device.save_kv(step.stage_idx)
+
+    def _wait_for_all(self, step: Step) -> None:
+        for (_, unit_id), arrival in list(self._arrivals.items()):
+            self._await(arrival.handle, self._units[unit_id].label, arrival.source)
+        for handle in [*self._kv_loads.values(), *self._kv_saves.values()]:
+            self._await(handle, "keys and values")
+
+    _others: ClassVar = {
+        StepKind.READ: _read,
+        StepKind.COPY: _copy,
+        StepKind.RELEASE: _release,
+        StepKind.KV_LOAD: _load_kv,
+        StepKind.KV_SAVE: _save_kv,
+        StepKind.BARRIER: _wait_for_all,
+    }
+
+    def _await(self, handle: Handle, label: str, source: Handle | None = None) -> None:
+        """Raises what the transfer met."""
+        if not handle.is_done:
+            self._stall(handle, label, source)
+        handle.wait(0)
+
+    def _stall(self, handle: Handle, label: str, source: Handle | None = None) -> float:
         """Wait, and note why. Returns seconds."""
         begin = self._clock.now()
         self._wait(handle)
         end = self._clock.now()
         self.stats.num_bubbles += 1
-        for cause, seconds in _causes(handle, begin, end).items():
+        for cause, seconds in _causes(handle, source, begin, end).items():
             self.stats.stall_s[cause] += seconds
         self._tracer.zone("compute", f"wait for {label}", begin, end)
         return end - begin
 
     def _wait(self, handle: Handle) -> None:
-        while not handle.is_done:
-            handle.wait(_WAKE_S)
-            if self._is_aborted():
-                raise Cancelled("stopped while waiting for weights")
+        if not handle.is_done:
+            handle.wait_unless(self._is_aborted)
 
 
-def _causes(handle: Handle, begin: float, end: float) -> dict[StallCause, float]:
-    """Split the wait [begin, end] by what the transfer was doing."""
-    started = min(max(end if handle.started_s is None else handle.started_s, begin), end)
-    was_read = min(max(end if handle.read_s is None else handle.read_s, started), end)
+def _causes(handle: Handle, source: Handle | None, begin: float, end: float) -> dict[StallCause, float]:
+    """Split the wait [begin, end] by what the transfer was doing; a copy first waits for the read it copies from."""
+    started = _within(handle.started_s, begin, end)
+    if source is not None:
+        return _causes(source, None, begin, started) | {StallCause.COPY: end - started}
+    was_read = _within(handle.read_s, started, end)
     return {StallCause.QUEUE: started - begin, StallCause.DISK: was_read - started, StallCause.REPACK: end - was_read}
+
+
+def _within(time_s: float | None, begin: float, end: float) -> float:
+    return min(max(end if time_s is None else time_s, begin), end)

@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipo.base.manifest import HyperParameters
+from pipo.compute.device import ComputeDevice
+from pipo.compute.device_backend import DeviceBackend
 from pipo.compute.devices import CpuBackend
 from pipo.compute.ggml import Library
-from pipo.compute.graphs import Builder, Graph, Workspace
+from pipo.compute.graph import Graph, Workspace
+from pipo.compute.graphs import Builder
 from pipo.compute.repack import RepackBuffer
 from pipo.models.stage import ShapeClass, Stage, StageBuilder, StageKind
 from pipo.pipeline.units import WeightLayouts
@@ -28,11 +31,15 @@ def graphs_bytes(num_stages: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """What graphs are built with and run on."""
+    """What graphs are built with and run on: the CPU, with repacked kernels where there are any, or a device."""
 
     lib: Library
-    backend: CpuBackend
-    repack: RepackBuffer | None
+    backend: CpuBackend | DeviceBackend
+    repack: RepackBuffer | None = None
+
+    @property
+    def device(self) -> ComputeDevice | None:
+        return self.backend.device if isinstance(self.backend, DeviceBackend) else None
 
     def close(self) -> None:
         self.backend.close()
@@ -47,7 +54,7 @@ class StageGraphs:
         self._compute = compute
         self._hyper = hyper
         self._layouts = layouts
-        self._workspace = Workspace(compute.lib)
+        self._workspace = Workspace(compute.lib, compute.device)
         self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
         self._whole: OrderedDict[tuple[int, ShapeClass], Graph] = OrderedDict()
         self._signatures: dict[int, tuple[object, ...]] = {}
@@ -57,9 +64,14 @@ class StageGraphs:
         workspace = work = 0
         for graph in self._largest(stages, shape):
             workspace = max(workspace, self._workspace.measure(graph))
-            work = max(work, graph.work_bytes(self._compute.backend.num_threads))
+            work = max(work, self._work_bytes(graph))
             graph.free()
         return workspace + work
+
+    def _work_bytes(self, graph: Graph) -> int:
+        """Scratch beside the workspace; what a device's driver takes for itself is not known."""
+        backend = self._compute.backend
+        return graph.work_bytes(backend.num_threads) if isinstance(backend, CpuBackend) else 0
 
     def reserve(self, stages: Sequence[Stage], shape: ShapeClass) -> None:
         """Make room for the largest shape, once, before any graph is used."""
@@ -95,6 +107,10 @@ class StageGraphs:
             if len(self._whole) > MAX_WHOLE_GRAPHS:
                 self._whole.popitem(last=False)[1].free()
         return graph
+
+    def run(self, graph: Graph) -> None:
+        """Compute and wait. Raises Cancelled, ComputeError."""
+        graph.run(self._compute.backend)
 
     def close(self) -> None:
         for graphs in (self._graphs, self._whole):

@@ -12,6 +12,7 @@ class StallCause(Enum):
     QUEUE = "queue"  # its read had not begun: the drive served earlier units
     DISK = "disk"
     REPACK = "repack"
+    COPY = "copy"  # to the device
 
 
 @dataclass(slots=True)
@@ -22,6 +23,7 @@ class PassStats:
     num_tokens: int = 0
     num_reads: int = 0
     bytes_read: int = 0  # weights asked for, without alignment
+    bytes_copied: int = 0  # weights, to the device
     compute_s: float = 0.0
     wall_s: float = 0.0
     num_bubbles: int = 0  # times compute had to wait

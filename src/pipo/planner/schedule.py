@@ -171,7 +171,7 @@ def _drop_all_but(order: Iterable[UnitId], residency: Residency) -> Iterator[Ste
     A pass that was cut short leaves units behind which this one needs only late: they would block the early ones.
     """
     order = list(order)
-    for tier in Tier:
+    for tier in (Tier.DEVICE, Tier.RAM):  # what leaves the device has to come through RAM again
         pool = residency.pool(tier)
         num_free = pool.num_slots
         keep: set[UnitId] = set()

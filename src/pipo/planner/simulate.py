@@ -57,11 +57,11 @@ class Simulator:
     first one. Threads: one.
     """
 
-    def __init__(self, costs: StepCosts, unit_of_stage: Mapping[int, UnitId]) -> None:
+    def __init__(self, unit_of_stage: Mapping[int, UnitId]) -> None:
         self.now = 0.0
         self.computed = 0.0  # when the newest stage has ended: the next one needs its result
         self.spans: list[Span] = []
-        self._costs = costs
+        self._costs = StepCosts({}, {})
         self._unit_of_stage = unit_of_stage
         self._free: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
         self._arrived: dict[tuple[Tier, UnitId], float] = {}
@@ -74,8 +74,9 @@ class Simulator:
         self._num_kv_loads = 0
         self._last_lane: Lane | None = None
 
-    def run(self, steps: Sequence[Step]) -> None:
+    def run(self, steps: Sequence[Step], costs: StepCosts) -> None:
         """One pass; it ends when its last stage has been computed."""
+        self._costs = costs
         for step in steps:
             self._do[step.kind](self, step)
         self.now = max(self.now, self.computed) + self._costs.between_passes
@@ -144,26 +145,6 @@ class Simulator:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """What a simulation walks again and again: the stages of a pass, and how they are scheduled."""
-
-    needs: Sequence[Need]
-    schedule: Schedule
-
-    def simulate(self, residency: Residency, costs: StepCosts, num_passes: int) -> Simulator:
-        """Run passes from this residency, which ends as the last one leaves it."""
-        units = [need.unit_id for need in self.needs if need.unit_id is not None]
-        unit_of_stage = {need.stage_idx: need.unit_id for need in self.needs if need.unit_id is not None}
-        simulator = Simulator(costs, unit_of_stage)
-        for _ in range(num_passes):
-            steps = self.schedule(self.needs, units, residency.copy())
-            for step in steps:
-                residency.apply(step)
-            simulator.run(steps)
-        return simulator
-
-
-@dataclass(frozen=True, slots=True)
 class Forecast:
     """One pass among many equal ones: its seconds, and how long each lane was busy within it."""
 
@@ -175,11 +156,35 @@ class Forecast:
         return self.busy[lane] / self.seconds if self.seconds else 0.0
 
 
-def forecast(line: Line, residency: Residency, costs: StepCosts, *, num_warm: int = 2, num_passes: int = 2) -> Forecast:
-    """The mean of `num_passes` passes after `num_warm`, by when all that stays has arrived and the slots are full."""
-    begin = line.simulate(residency.copy(), costs, num_warm).now
-    simulator = line.simulate(residency.copy(), costs, num_warm + num_passes)
-    busy = dict.fromkeys(Lane, 0.0)
-    for span in simulator.spans:
-        busy[span.lane] += max(min(span.end, simulator.now) - max(span.begin, begin), 0.0) / num_passes
-    return Forecast((simulator.now - begin) / num_passes, busy)
+class Line:
+    """A model on a machine of which only the seconds matter: passes over the same stages, one after another.
+
+    `residency` is what is where before the first of them, and follows them. Threads: one.
+    """
+
+    def __init__(self, needs: Sequence[Need], schedule: Schedule, residency: Residency) -> None:
+        self._needs = needs
+        self._units = [need.unit_id for need in needs if need.unit_id is not None]
+        self._schedule = schedule
+        self._residency = residency
+        self.simulator = Simulator({n.stage_idx: n.unit_id for n in needs if n.unit_id is not None})
+
+    def run_pass(self, costs: StepCosts) -> float:
+        """Returns its seconds."""
+        begin = self.simulator.now
+        steps = self._schedule(self._needs, self._units, self._residency.copy())
+        for step in steps:
+            self._residency.apply(step)
+        self.simulator.run(steps, costs)
+        return self.simulator.now - begin
+
+    def forecast(self, costs: StepCosts, *, num_warm: int = 2, num_passes: int = 2) -> Forecast:
+        """The mean of `num_passes` passes after `num_warm`, by when what stays has arrived and slots are full."""
+        for _ in range(num_warm):
+            self.run_pass(costs)
+        begin = self.simulator.now
+        seconds = sum(self.run_pass(costs) for _ in range(num_passes))
+        busy = dict.fromkeys(Lane, 0.0)
+        for span in self.simulator.spans:
+            busy[span.lane] += max(min(span.end, self.simulator.now) - max(span.begin, begin), 0.0) / num_passes
+        return Forecast(seconds / num_passes, busy)

@@ -56,6 +56,7 @@ class _ReadJob:
     handle: Handle
     chunk: PlainChunk | RepackChunk
     place: Place
+    after: Handle | None = None  # what still uses the place
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +130,16 @@ class DiskTransfer:
         """Whether every file is read past the page cache; known for certain after the first reads."""
         return all(file.is_direct for file in self._files)
 
-    def submit(self, reads: Sequence[Read], place: Place, label: str) -> Handle:
-        """Queue the reads of one unit into its place. Never blocks and never raises: the handle tells."""
+    def submit(self, reads: Sequence[Read], place: Place, label: str, after: Handle | None = None) -> Handle:
+        """Queue the reads of one unit into its place, which `after` still uses until it is done.
+
+        Never blocks and never raises: the handle tells. Where `after` failed, the reads end with its error.
+        """
         chunks = cut_reads(reads, self.settings.chunk_bytes)
         num_bytes = sum(read.extent.num_bytes for read in reads)
         handle = Handle(label, num_bytes=num_bytes, num_chunks=len(chunks), submitted_s=self._clock.now())
         self._check_open_files({read.extent.file_idx for read in reads})
-        self._enqueue(self._jobs, [_ReadJob(handle, chunk, place) for chunk in chunks])
+        self._enqueue(self._jobs, [_ReadJob(handle, chunk, place, after) for chunk in chunks])
         return handle
 
     def submit_rows(self, extents: Sequence[Extent], out: memoryview) -> Handle:
@@ -229,9 +233,11 @@ class DiskTransfer:
         if job is None:
             return False
         worker.handle = job.handle
-        job.handle.begin_chunk(self._clock.now())
         error: BaseException | None = None
         try:
+            if isinstance(job, _ReadJob) and job.after is not None:
+                job.after.wait_unless(self._has_ended)
+            job.handle.begin_chunk(self._clock.now())
             self._move(job, worker)
         except PipoError as failure:
             error = self._poison(failure)
@@ -250,6 +256,9 @@ class DiskTransfer:
             if self._is_closed:
                 return None
             return (self._urgent or self._jobs).popleft()
+
+    def _has_ended(self) -> bool:
+        return self._failure is not None
 
     def _leave(self) -> None:
         """The last worker out gives files and buffers back: never while a read is under way."""
@@ -285,7 +294,7 @@ class DiskTransfer:
     def _copy_rows(self, job: _CopyJob, bounce: Place) -> int:
         read_bytes = 0
         for copy in job.copies:
-            if self._failure is not None:  # many rows must not hold up `close`
+            if self._has_ended():  # many rows must not hold up `close`
                 raise Cancelled("the transfer has ended")
             read_bytes += self._read_span(copy.span, bounce.view)
             out_stop, stop = copy.out_offset + copy.num_bytes, copy.skip_bytes + copy.num_bytes

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+
+from pipo.base.errors import Cancelled
+
+_WAKE_S = 0.1  # how often a wait looks whether it should end
 
 
 class Handle:
@@ -40,6 +45,14 @@ class Handle:
         """
         if self._done.wait(timeout_s) and self._error is not None:
             raise self._error.with_traceback(None)  # else each wait would grow the traceback and keep its frames
+
+    def wait_unless(self, is_stopped: Callable[[], bool]) -> None:
+        """Return when the transfer is done. Raises its stored error, and Cancelled soon after `is_stopped` says so."""
+        while not self.is_done:
+            self.wait(_WAKE_S)
+            if is_stopped():
+                raise Cancelled(f"stopped while waiting for {self.label}")
+        self.wait(0)
 
     def begin_chunk(self, now_s: float) -> None:
         """For transfers: a worker took a chunk."""

@@ -85,7 +85,8 @@ class NullTransfer:
         self._free_at_s = 0.0
         self._failure: BaseException | None = None
 
-    def submit(self, reads: Sequence[Read], place: Place, label: str) -> Handle:
+    def submit(self, reads: Sequence[Read], place: Place, label: str, after: Handle | None = None) -> Handle:
+        assert after is None, "no device copies from these places"
         self._num_submitted += 1
         num_bytes = sum(read.extent.num_bytes for read in reads)
         begin_s = max(self.clock.now(), self._free_at_s)

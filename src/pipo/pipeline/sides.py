@@ -1,0 +1,152 @@
+"""Where stages compute: the CPU, and a device beside it, each with graphs and memory of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from pipo.compute.device import DevicePlace
+from pipo.compute.graph import Binding, Graph
+from pipo.kvcache.cache import KvCache
+from pipo.models.stage import ShapeClass, Stage, StageKind
+from pipo.pipeline.buffers import PassBuffers
+from pipo.pipeline.stage_graphs import StageGraphs
+from pipo.pipeline.units import HeadPiece, Unit, head_pieces
+from pipo.tiers.ram import Place
+
+A = TypeVar("A", int, DevicePlace)  # how a graph's leaf is told where it lies
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model ready to run: its stages and their units."""
+
+    stages: Sequence[Stage]
+    units: Sequence[Unit]
+
+    @property
+    def unit_of_stage(self) -> dict[int, Unit]:
+        return {unit.stage_idx: unit for unit in self.units}
+
+
+class Memory(Protocol[A]):
+    """Where the leaves of a side's graphs lie."""
+
+    def vector(self, name: str) -> A: ...
+
+    def matrix(self, unit: Unit, name: str, place: Place | DevicePlace) -> A: ...
+
+    def array(self, name: str) -> A:
+        """Of the pass: hidden, mask, …"""
+
+    def logits(self, first_row: int, num_outputs: int) -> A: ...
+
+    def keys_and_values(self, block_idx: int) -> tuple[A, A]: ...
+
+    def bind(self, graph: Graph, leaves: Mapping[str, A]) -> Binding: ...
+
+
+class CpuMemory:
+    """In RAM, by address."""
+
+    def __init__(self, vectors: Mapping[str, int], buffers: PassBuffers, cache: KvCache) -> None:
+        self._vectors = vectors
+        self._buffers = buffers
+        self._cache = cache
+
+    def vector(self, name: str) -> int:
+        return self._vectors[name]
+
+    def matrix(self, unit: Unit, name: str, place: Place | DevicePlace) -> int:
+        assert isinstance(place, Place)
+        return place.address + unit.layout.offsets[name]
+
+    def array(self, name: str) -> int:
+        return self._buffers.addresses[name]
+
+    def logits(self, first_row: int, num_outputs: int) -> int:
+        return self.array("logits") + self._buffers.logits_offset(first_row, num_outputs)
+
+    def keys_and_values(self, block_idx: int) -> tuple[int, int]:
+        return self._cache.address_k(block_idx), self._cache.address_v(block_idx)
+
+    def bind(self, graph: Graph, leaves: Mapping[str, int]) -> Binding:
+        return graph.binding(leaves)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """A stage's graph for the current shape, and its leaves' addresses while the unit is in `place`."""
+
+    graph: Graph
+    binding: Binding
+    place: Place | DevicePlace | None
+
+
+class Side(Generic[A]):
+    """Computes stages of the current shape on one backend. Threads: one at a time."""
+
+    def __init__(self, model: Model, graphs: StageGraphs, memory: Memory[A]) -> None:
+        self._model = model
+        self._graphs = graphs
+        self._memory: Memory[A] = memory
+        self._unit_of_stage = model.unit_of_stage
+        self._pieces: dict[int, HeadPiece] = {piece.stage_idx: piece for piece in head_pieces(model.stages)}
+        self._bound: dict[int, _Bound] = {}
+        self._whole: _Bound | None = None
+        self._shape: ShapeClass | None = None
+        self._stage_idxs: Sequence[int] = ()
+
+    def take_shape(self, shape: ShapeClass, stage_idxs: Sequence[int]) -> None:
+        """Of the passes to come, and the stages that each computes. What was bound for others is of no use any more."""
+        if shape != self._shape or stage_idxs is not self._stage_idxs:
+            self._shape, self._stage_idxs = shape, stage_idxs
+            self._bound.clear()
+            self._whole = None
+
+    def compute(self, stage_idx: int, place: Place | DevicePlace | None) -> None:
+        bound = self._bound.get(stage_idx)
+        if bound is None or bound.place is not place or bound.graph.is_freed:
+            bound = self._bound[stage_idx] = self._bind(stage_idx, place)
+        self._run(bound)
+
+    def compute_all(self, place_of: Callable[[int], Place | DevicePlace | None]) -> None:
+        """All stages of the pass as one graph, each unit where it has arrived for good."""
+        if self._whole is None or self._whole.graph.is_freed:
+            self._whole = self._bind_all(place_of)
+        self._run(self._whole)
+
+    def _run(self, bound: _Bound) -> None:
+        bound.graph.bind(bound.binding)
+        self._graphs.run(bound.graph)
+
+    def _bind(self, stage_idx: int, place: Place | DevicePlace | None) -> _Bound:
+        assert self._shape is not None
+        graph = self._graphs.get(self._model.stages[stage_idx], self._shape)
+        leaves = self._leaves(stage_idx, place)
+        return _Bound(graph, self._memory.bind(graph, {name: leaves[name] for name in graph.leaf_names}), place)
+
+    def _bind_all(self, place_of: Callable[[int], Place | DevicePlace | None]) -> _Bound:
+        assert self._shape is not None
+        graph = self._graphs.get_whole([self._model.stages[i] for i in self._stage_idxs], self._shape)
+        leaves: dict[str, A] = {}
+        for i, stage_idx in enumerate(self._stage_idxs):
+            own = self._leaves(stage_idx, place_of(stage_idx))
+            leaves |= {f"{i}.{name}": where for name, where in own.items()}
+        return _Bound(graph, self._memory.bind(graph, {name: leaves[name] for name in graph.leaf_names}), None)
+
+    def _leaves(self, stage_idx: int, place: Place | DevicePlace | None) -> dict[str, A]:
+        """More than the stage has: its weights, and the arrays of the pass with the rows that belong to it."""
+        stage, memory = self._model.stages[stage_idx], self._memory
+        assert self._shape is not None
+        leaves = {role: memory.vector(spec.name) for role, spec in stage.vectors.items()}
+        if place is not None:
+            unit = self._unit_of_stage[stage_idx]
+            leaves |= {role: memory.matrix(unit, spec.name, place) for role, spec in stage.matrices.items()}
+        leaves |= {name: memory.array(name) for name in PassBuffers.INPUTS}
+        if stage.kind is StageKind.ATTENTION:
+            leaves["k_cache"], leaves["v_cache"] = memory.keys_and_values(stage.block_idx)
+        elif stage.kind is StageKind.HEAD:
+            leaves["logits"] = memory.logits(self._pieces[stage_idx].start, self._shape.num_outputs)
+        return leaves

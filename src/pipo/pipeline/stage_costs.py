@@ -1,0 +1,54 @@
+"""Stages as the planner's arithmetic sees them: elements, bytes, types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipo.base.machine import StageWork, WeightWork
+from pipo.base.manifest import HyperParameters
+from pipo.base.tensor_type import TensorType
+from pipo.models.stage import Stage, StageKind
+from pipo.pipeline.units import WeightLayouts, weight_bytes
+from pipo.planner.cost import StageCost
+from pipo.planner.residency import UnitId
+
+CacheTypes = tuple[TensorType, TensorType]  # of keys and of values
+
+
+def stage_costs(
+    stages: Sequence[Stage], layouts: WeightLayouts, hyper: HyperParameters, cache_types: CacheTypes
+) -> list[StageCost]:
+    """One per stage, in order; those with matrices are numbered as units, as `unit_sizes` has them."""
+    costs = []
+    num_units = 0
+    for stage in stages:
+        unit_id = UnitId(num_units) if stage.matrices else None
+        num_units += bool(stage.matrices)
+        costs.append(_cost(stage, unit_id, layouts, hyper, cache_types))
+    return costs
+
+
+def _cost(
+    stage: Stage, unit_id: UnitId | None, layouts: WeightLayouts, hyper: HyperParameters, cache_types: CacheTypes
+) -> StageCost:
+    repacked = [spec.type for spec in stage.matrices.values() if layouts.is_repacked(spec.name)]
+    attends = stage.kind is StageKind.ATTENTION
+    kv_size = hyper.num_kv_heads * hyper.head_dim
+    return StageCost(
+        work=_work(stage, layouts, hyper, cache_types if attends else ()),
+        unit_id=unit_id,
+        unit_bytes=weight_bytes(stage),
+        repacked_as=repacked[0] if repacked else None,
+        kv_bytes_per_position=sum(type_.row_bytes(kv_size) for type_ in cache_types) if attends else 0,
+    )
+
+
+def _work(stage: Stage, layouts: WeightLayouts, hyper: HyperParameters, cached: Sequence[TensorType]) -> StageWork:
+    weights = []
+    activations = 0
+    for spec in stage.matrices.values():
+        size_in, size_out = spec.shape
+        weights.append(WeightWork(spec.type, size_in * size_out, layouts.is_repacked(spec.name)))
+        activations += size_in + size_out
+    q_size = hyper.num_q_heads * hyper.head_dim
+    return StageWork(tuple(weights), activations, tuple((type_, q_size) for type_ in cached))
