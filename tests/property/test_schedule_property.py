@@ -309,6 +309,18 @@ def test_layer_looks_one_unit_ahead_and_waits_for_all(model: Model, passes: list
             assert {u for u in later if u in before.ram.missing} <= unread, "a resident unit two layers ahead"
 
 
+@given(three_tiers, passes)
+def test_layer_saves_keys_and_values_while_the_next_layer_computes(model: Model, passes: list[Pass]) -> None:
+    """Before the barrier of the next stage, so that neither waits for the other; the last one's before the end."""
+    for _, steps in run_all(model, "layer", passes):
+        order = [s for s in steps if s.kind in (StepKind.COMPUTE, StepKind.KV_SAVE, StepKind.BARRIER)]
+        for i, step in enumerate(order):
+            if step.kind is StepKind.KV_SAVE:
+                after = [s.kind for s in order[i + 1 :][:2]]
+                assert after in ([StepKind.COMPUTE, StepKind.BARRIER], [StepKind.BARRIER])
+                assert order[i - 1].kind is StepKind.BARRIER
+
+
 @given(models(), passes)
 def test_sequential_holds_one_unit_at_a_time(model: Model, passes: list[Pass]) -> None:
     for before, steps in run_all(model, "sequential", passes):

@@ -105,7 +105,8 @@ def sequential(needs: Sequence[Need], next_units: Sequence[UnitId], residency: R
 
 
 def layerwise(needs: Sequence[Need], next_units: Sequence[UnitId], residency: Residency) -> list[Step]:
-    """FlexGen's order: while a layer computes the next one loads, then both are waited for.
+    """FlexGen's order: while a layer computes the next one loads and the last one's keys and values are saved; then all
+    three are waited for.
 
     Attention and MLP are layers of their own. The look-ahead is one layer, across the end of the pass too.
     Source: FlexLLMGen, `generation_loop_overlap_single_batch`.
@@ -115,17 +116,20 @@ def layerwise(needs: Sequence[Need], next_units: Sequence[UnitId], residency: Re
     after = [*needs[1:], Need(-1, next_units[0] if next_units else None)]
     if needs and needs[0].moves_kv:
         steps.append(Step(StepKind.KV_LOAD, needs[0].stage_idx))
+    unsaved: list[Step] = []
     for need, ahead in zip(needs, after, strict=True):
         if need.unit_id is not None and (fetched := _fetch(need.unit_id, residency)):
             steps += [*fetched, Step(StepKind.BARRIER)]
+        steps += unsaved
         if ahead.unit_id is not None and ahead.unit_id != need.unit_id:
             steps += _fetch(ahead.unit_id, residency)
         if ahead.moves_kv:
             steps.append(Step(StepKind.KV_LOAD, ahead.stage_idx))
-        steps += [*_compute(need), Step(StepKind.BARRIER)]
+        compute, *unsaved = _compute(need)
+        steps += [compute, Step(StepKind.BARRIER)]
         if need.unit_id is not None:
             steps += _release(need.unit_id, residency)
-    return steps
+    return [*steps, *unsaved, Step(StepKind.BARRIER)] if unsaved else steps
 
 
 def _compute(need: Need) -> Iterator[Step]:
