@@ -10,7 +10,7 @@ import pytest
 
 from bench.random_model import write_random_model
 from pipo.base.config import EngineConfig
-from pipo.compute.device_backend import DeviceBackend
+from pipo.compute.device import ComputeDevice
 from pipo.compute.ggml import Library
 from pipo.planner.device_placement import DeviceDemand, DevicePlacement, place_on_device
 from pipo.planner.placement import place, smallest_bytes
@@ -27,9 +27,8 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """F16 weights, plain: both sides multiply from the same numbers."""
     path = tmp_path_factory.mktemp("device") / "smoke.gguf"
     write_random_model(path, "smoke", "f16")
-    with Rig(
-        path, EngineConfig(threads=1, layout="plain", prefill_chunk=CHUNK, cache_type_k="f32", cache_type_v="f32")
-    ) as rig:
+    config = EngineConfig(threads=1, layout="plain", prefill_chunk=CHUNK, cache_type_k="f32", cache_type_v="f32")
+    with Rig(path, config) as rig:
         yield rig
 
 
@@ -39,23 +38,18 @@ def on_cpu(rig: Rig) -> FloatArray:
         return transcript(forward, PROMPT, CHUNK, NUM_NEW)
 
 
-@pytest.fixture
-def backend(lib: Library) -> Iterator[DeviceBackend]:
-    """One for each engine, as in real life: its descriptors name the buffers of that engine."""
+@pytest.fixture(scope="module")
+def device(lib: Library) -> ComputeDevice:
     gpu = first_gpu()
     assert gpu is not None
-    with DeviceBackend.open(lib, gpu.name) as backend:
-        yield backend
+    return ComputeDevice(lib, gpu.name)
 
 
 @pytest.fixture(scope="module")
-def whole_device(rig: Rig, lib: Library) -> FloatArray:
+def whole_device(rig: Rig, device: ComputeDevice) -> FloatArray:
     """All on the device."""
-    gpu = first_gpu()
-    assert gpu is not None
-    with DeviceBackend.open(lib, gpu.name) as backend:
-        placement = next(place_on_device(rig.device_demand(backend, ROOMY, CHUNK)))
-        return run(rig.on_device(backend, placement), roomy=True)
+    placement = next(place_on_device(rig.device_demand(device, ROOMY, CHUNK)))
+    return run(rig.on_device(device, placement), roomy=True)
 
 
 def run(rig: Rig, *, roomy: bool, schedule: str = "pipelined") -> FloatArray:
@@ -89,12 +83,12 @@ def test_device_computes_what_the_cpu_does(whole_device: FloatArray, on_cpu: Flo
 @pytest.mark.parametrize("moves_kv", [False, True])
 @pytest.mark.parametrize("num_streamed", range(NUM_BLOCKS + 1))
 def test_streamed_to_the_device_equals_resident_there(
-    rig: Rig, backend: DeviceBackend, whole_device: FloatArray, num_streamed: int, moves_kv: bool
+    rig: Rig, device: ComputeDevice, whole_device: FloatArray, num_streamed: int, moves_kv: bool
 ) -> None:
     """Bit for bit, from disk through RAM and from RAM, with keys and values that stay or move."""
-    demand = rig.device_demand(backend, ROOMY, CHUNK)
+    demand = rig.device_demand(device, ROOMY, CHUNK)
     placement = split(demand, num_streamed, 0, moves_kv=moves_kv)
-    there = rig.on_device(backend, placement)
+    there = rig.on_device(device, placement)
     for roomy in (False, True):
         np.testing.assert_array_equal(run(there, roomy=roomy), whole_device)
 
@@ -104,13 +98,13 @@ def test_streamed_to_the_device_equals_resident_there(
 @pytest.mark.parametrize(("num_streamed", "num_on_cpu"), [(0, 1), (1, 2), (2, 1), (3, 0)])
 def test_both_sides_share_a_model(
     rig: Rig,
-    backend: DeviceBackend,
+    device: ComputeDevice,
     on_cpu: FloatArray,
     schedule: str,
     moves_kv: bool,
     num_streamed: int,
     num_on_cpu: int,
 ) -> None:
-    placement = split(rig.device_demand(backend, ROOMY, CHUNK), num_streamed, num_on_cpu, moves_kv=moves_kv)
-    got = run(rig.on_device(backend, placement), roomy=False, schedule=schedule)
+    placement = split(rig.device_demand(device, ROOMY, CHUNK), num_streamed, num_on_cpu, moves_kv=moves_kv)
+    got = run(rig.on_device(device, placement), roomy=False, schedule=schedule)
     assert relative_error(got, on_cpu) < 16 * 2**-11

@@ -16,7 +16,7 @@ from pipo.base.clock import RealClock
 from pipo.base.config import EngineConfig
 from pipo.base.trace import NullTracer
 from pipo.compute import ggml
-from pipo.compute.device_backend import DeviceBackend
+from pipo.compute.device import ComputeDevice
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.formats.checkpoint import open_checkpoint
@@ -58,7 +58,7 @@ class Rig:
     def demand(self, limit_bytes: int = 0) -> Demand:
         return demand(self.blueprint, self.context_tokens, limit_bytes, process_bytes=0)
 
-    def device_demand(self, backend: DeviceBackend, limit_bytes: int, chunk: int) -> DeviceDemand:
+    def device_demand(self, device: ComputeDevice, limit_bytes: int, chunk: int) -> DeviceDemand:
         """For a device that computes chunks of up to `chunk` tokens."""
         plan, context = self.blueprint, self.context_tokens
         shape, buffers, kv = (
@@ -66,12 +66,12 @@ class Rig:
             plan.buffer_shape(context, chunk),
             plan.kv_shape(context),
         )
-        return device_demand(plan.stages, plan.manifest.hyper, backend, shape, buffers, kv, limit_bytes)
+        return device_demand(plan.stages, plan.manifest.hyper, device, shape, buffers, kv, limit_bytes)
 
-    def on_device(self, backend: DeviceBackend, placement: DevicePlacement) -> Rig:
+    def on_device(self, device: ComputeDevice, placement: DevicePlacement) -> Rig:
         """The same model, some of whose stages compute on a device."""
         rig = copy(self)
-        share = DeviceShare(backend, placement, self.blueprint.stages, placement.num_bytes)
+        share = DeviceShare(device, placement, self.blueprint.stages, placement.num_bytes)
         rig.blueprint = replace(self.blueprint, device=share)
         return rig
 

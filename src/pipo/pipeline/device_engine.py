@@ -11,6 +11,7 @@ from pipo.base.clock import Clock
 from pipo.base.manifest import HyperParameters
 from pipo.base.trace import Tracer
 from pipo.compute.device import DevicePlace
+from pipo.compute.device_backend import DeviceBackend
 from pipo.kvcache.cache import KvCache, KvShape
 from pipo.models.stage import ShapeClass, StageKind
 from pipo.pipeline.buffers import PassBuffers
@@ -18,7 +19,7 @@ from pipo.pipeline.device_layout import unit_on_device, vectors_on_device
 from pipo.pipeline.device_share import PLAIN, DeviceShare, array_bytes, kv_sizes
 from pipo.pipeline.device_tier import DeviceArena, DeviceLink, DeviceMemory, DeviceStages, MovingKv
 from pipo.pipeline.sides import Model, Side
-from pipo.pipeline.stage_graphs import StageGraphs
+from pipo.pipeline.stage_graphs import Compute, StageGraphs
 from pipo.planner.device_placement import SLOTS_PER_CLASS
 from pipo.planner.residency import Pool, SlotId, UnitId
 from pipo.tiers.ledger import Ledger
@@ -56,15 +57,17 @@ class DeviceEngine:
         clock: Clock,
         tracer: Tracer,
     ) -> None:
-        self.ledger = Ledger(share.limit_bytes, of=share.backend.device.name, flag="--vram")
+        self.ledger = Ledger(share.limit_bytes, of=share.device.name, flag="--vram")
         self.stage_idxs = frozenset(i for i, stage in enumerate(model.stages) if share.is_here(stage))
         self._share = share
         self._model = model
         self._units = [unit for unit in model.units if unit.stage_idx in self.stage_idxs]
-        self._device = share.backend.device
+        self._device = share.device
         self._exit = ExitStack()
         self._arena = DeviceArena(self._device, self.ledger)
         self._exit.callback(self._arena.close)
+        # closed before the memory is given back: a queue's descriptors name it, and drivers may follow them later
+        self._backend = self._exit.enter_context(DeviceBackend(share.device))
         try:
             self._build(hyper, ram, kv, shape, clock, tracer)
         except BaseException:
@@ -141,7 +144,7 @@ class DeviceEngine:
         return moving, moving.places
 
     def _graphs(self, hyper: HyperParameters, shape: ShapeClass) -> StageGraphs:
-        graphs = StageGraphs(self._share.compute, hyper, PLAIN)
+        graphs = StageGraphs(Compute(self._device.lib, self._backend), hyper, PLAIN)
         self._exit.callback(graphs.close)
         stages = [self._model.stages[i] for i in sorted(self.stage_idxs)]
         self._exit.enter_context(self.ledger.reserve("activations", graphs.measure(stages, shape)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from pipo.base.manifest import HyperParameters
@@ -22,16 +23,12 @@ PLAIN = WeightLayouts(frozenset())  # repacked kernels are the CPU's
 
 @dataclass(frozen=True, slots=True)
 class DeviceShare:
-    """A placement on a device, and the queue that computes there. `stages` has the head in one piece."""
+    """A placement on a device. `stages` has the head in one piece."""
 
-    backend: DeviceBackend
+    device: ComputeDevice
     placement: DevicePlacement
     stages: Sequence[Stage]
     limit_bytes: int
-
-    @property
-    def compute(self) -> Compute:
-        return Compute(self.backend.device.lib, self.backend)
 
     @property
     def blocks(self) -> frozenset[int]:
@@ -56,19 +53,15 @@ class DeviceShare:
 def device_demand(
     stages: Sequence[Stage],
     hyper: HyperParameters,
-    backend: DeviceBackend,
+    device: ComputeDevice,
     shape: ShapeClass,
     buffers: BufferShape,
     kv: KvShape,
     limit_bytes: int,
 ) -> DeviceDemand:
     """What each unit, and a pass of the largest shape, would take there. `kv` is the shape of all blocks."""
-    device = backend.device
-    graphs = StageGraphs(Compute(device.lib, backend), hyper, PLAIN)
-    try:
+    with DeviceBackend(device) as backend, closing(StageGraphs(Compute(device.lib, backend), hyper, PLAIN)) as graphs:
         workspace = graphs.measure(stages, shape)
-    finally:
-        graphs.close()
     fixed = {
         "activations": workspace + sum(array_bytes(buffers, device).values()),
         "norms": vectors_on_device(stages, device).num_bytes,
