@@ -71,7 +71,9 @@ class Rig:
     def on_device(self, device: ComputeDevice, placement: DevicePlacement) -> Rig:
         """The same model, some of whose stages compute on a device."""
         rig = copy(self)
-        share = DeviceShare(device, placement, self.blueprint.stages, placement.num_bytes)
+        share = DeviceShare(
+            device, placement, self.blueprint.stages, placement.num_bytes, self.blueprint.config.prefill_chunk or 512
+        )
         rig.blueprint = replace(self.blueprint, device=share)
         return rig
 

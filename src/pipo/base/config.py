@@ -11,6 +11,7 @@ from pipo.base.errors import UsageError
 
 SCHEDULE_NAMES = ("pipelined", "sequential", "layer")
 LAYOUT_NAMES = ("auto", "plain", "repacked")
+COMPUTE_NAMES = ("auto", "device")
 CACHE_TYPE_NAMES = ("f16", "f32", "q8_0", "q4_0")
 MAX_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h; it checks none: 20,000 hang, and 2^31 wrap around to none
 ENV_PREFIX = "PIPO_"
@@ -23,9 +24,15 @@ class EngineConfig:
     """Everything that shapes an engine. None means: chosen for you, and said in the plan.
 
     `ram` is the anonymous memory of the whole process: a size ("4GB"), a share of what is free ("50%") or "auto".
+    `device` is the name of what computes beside the CPU, "cpu" for none, "auto" for the first GPU where there is one;
+    `vram` is what may be taken of its memory, a size or "auto". `compute` "device" streams to the device what does not
+    fit there; "auto" leaves it to the CPU where that is faster.
     """
 
     ram: str = "auto"
+    device: str = "auto"
+    vram: str = "auto"
+    compute: str = "auto"
     context_tokens: int | None = None
     threads: int | None = None
     cache_type_k: str = "f16"
@@ -38,6 +45,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_choice("schedule", self.schedule, SCHEDULE_NAMES)
+        _check_choice("compute", self.compute, COMPUTE_NAMES)
         _check_choice("layout", self.layout, LAYOUT_NAMES)
         _check_choice("cache_type_k", self.cache_type_k, CACHE_TYPE_NAMES)
         _check_choice("cache_type_v", self.cache_type_v, CACHE_TYPE_NAMES)

@@ -11,7 +11,7 @@ from typing import Annotated, get_type_hints
 
 import typer
 
-from pipo.base.config import CACHE_TYPE_NAMES, LAYOUT_NAMES, SCHEDULE_NAMES, EngineConfig, resolve_config
+from pipo.base.config import CACHE_TYPE_NAMES, COMPUTE_NAMES, LAYOUT_NAMES, SCHEDULE_NAMES, EngineConfig, resolve_config
 from pipo.base.folders import config_folder
 from pipo.generation.request import SamplingParams
 
@@ -34,6 +34,12 @@ class MemoryFlags:
             metavar="SIZE|PERCENT|auto",
             help="Memory of the whole process: 4GB, 512MiB, 50% of what is free, or auto.",
             rich_help_panel=_MEMORY,
+        ),
+    ] = None
+    vram: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE|auto", help="Memory of the device, for what computes there.", rich_help_panel=_MEMORY
         ),
     ] = None
     ctx_size: Annotated[
@@ -66,6 +72,7 @@ class MemoryFlags:
         """By the names of EngineConfig."""
         return {
             "ram": self.ram,
+            "vram": self.vram,
             "context_tokens": self.ctx_size,
             "cache_type_k": self.cache_type_k,
             "cache_type_v": self.cache_type_v,
@@ -88,6 +95,14 @@ class ComputeFlags:
             "-t", "--threads", min=1, metavar="N", help="Compute threads; one per core.", rich_help_panel=_COMPUTE
         ),
     ] = None
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|cpu|auto", help="What computes beside the CPU.", rich_help_panel=_COMPUTE),
+    ] = None
+    compute: Annotated[
+        str | None,
+        typer.Option(metavar=_one_of(COMPUTE_NAMES), help="Where stages compute.", rich_help_panel=_COMPUTE),
+    ] = None
     schedule: Annotated[
         str | None,
         typer.Option(metavar=_one_of(SCHEDULE_NAMES), help="How reads and compute overlap.", rich_help_panel=_COMPUTE),
@@ -95,7 +110,12 @@ class ComputeFlags:
 
     @property
     def arguments(self) -> dict[str, object]:
-        return {"threads": self.threads, "schedule": self.schedule}
+        return {
+            "threads": self.threads,
+            "device": self.device,
+            "compute": self.compute,
+            "schedule": self.schedule,
+        }
 
 
 @dataclass(frozen=True, slots=True)

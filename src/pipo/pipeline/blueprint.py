@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -99,7 +99,11 @@ class Blueprint:
 
 
 def choose_layouts(
-    stages: Sequence[Stage], repack: RepackBuffer | None, wanted: str, all_resident: bool
+    stages: Sequence[Stage],
+    repack: RepackBuffer | None,
+    wanted: str,
+    all_resident: bool,
+    on_device: Collection[str] = (),
 ) -> WeightLayouts:
     """Which weights to keep repacked, of stages that compute on the CPU. `wanted` is EngineConfig.layout.
 
@@ -112,7 +116,7 @@ def choose_layouts(
     for stage in stages:
         for spec in stage.matrices.values():
             is_chosen = wanted == "repacked" or all_resident or spec.type in FAST_TO_REPACK
-            if is_chosen and repack.supports(spec.type, spec.shape):
+            if is_chosen and spec.name not in on_device and repack.supports(spec.type, spec.shape):
                 names.add(spec.name)
     return WeightLayouts(frozenset(names))
 
@@ -147,9 +151,11 @@ def demand(
 
 
 def _chunks(blueprint: Blueprint, context_tokens: int) -> list[int]:
+    """Ascending."""
+    most = blueprint.device.chunk_tokens if blueprint.device else context_tokens
     if blueprint.config.prefill_chunk is not None:
-        return [min(blueprint.config.prefill_chunk, context_tokens)]
-    return sorted({min(chunk, context_tokens) for chunk in CHUNKS})
+        return [min(blueprint.config.prefill_chunk, context_tokens, most)]
+    return sorted({min(chunk, context_tokens, most) for chunk in CHUNKS})
 
 
 def _chunk_bytes(blueprint: Blueprint, graphs: StageGraphs, context_tokens: int, chunk_tokens: int) -> int:

@@ -29,6 +29,7 @@ class DeviceShare:
     placement: DevicePlacement
     stages: Sequence[Stage]
     limit_bytes: int
+    chunk_tokens: int  # most that a pass may have there
 
     @property
     def blocks(self) -> frozenset[int]:
@@ -44,6 +45,11 @@ class DeviceShare:
     def kv_blocks(self) -> frozenset[int]:
         """Whose keys and values stay there."""
         return frozenset() if self.placement.moves_kv else self.blocks
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """The names of the matrices that compute there."""
+        return frozenset(spec.name for stage in self.stages if self.is_here(stage) for spec in stage.matrices.values())
 
     def is_here(self, stage: Stage) -> bool:
         """Norm and head, like the blocks' stages, compute where their weights are; the head always here."""

@@ -57,6 +57,11 @@ class DevicePlacement:
     fixed: Mapping[str, int] = field(default_factory=dict)
 
     @property
+    def is_all(self) -> bool:
+        """Nothing is left to the CPU."""
+        return all(self.computes)
+
+    @property
     def breakdown(self) -> dict[str, int]:
         slots = sum(each.num_bytes for each in self.slots)
         return {"resident weights": self.resident_bytes, "slots": slots, "KV cache": self.kv_bytes, **self.fixed}
@@ -64,6 +69,16 @@ class DevicePlacement:
     @property
     def num_bytes(self) -> int:
         return sum(self.breakdown.values())
+
+
+def smallest_vram_bytes(demand: DeviceDemand) -> int:
+    """The least limit that `place_on_device` finds a placement for."""
+    shapes = ((1, 0), (0, 1))  # one block that passes through or stays
+    return min(
+        _placement(demand, streamed, resident, moves_kv).num_bytes
+        for streamed, resident in shapes
+        for moves_kv in (False, True)
+    )
 
 
 def place_on_device(demand: DeviceDemand) -> Iterator[DevicePlacement]:

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Build or reuse .venv-vulkan: pipo with a libggml that computes on Vulkan devices, Mesa's software one included.
+"""Build or reuse a libggml that computes on Vulkan devices, Mesa's software one included; print its folder.
 
-Needs a Debian-like machine. What is missing is installed with apt when this runs as root; otherwise one line says
-what to install. The compiled wheel is kept in ${XDG_CACHE_HOME:-~/.cache}/pipo/wheels/ under a key made of everything
-it depends on, so that only the first run compiles: three and a half minutes on two cores, later ones 0.1 s.
+    PIPO_GGML=$(python3 scripts/vulkan_ggml.py) pipo doctor
+
+Needs a Debian-like machine. What is missing is installed with apt when this runs as root; where it cannot be had, one
+line on stderr says why, and nothing is printed. The compiled libraries are kept in
+${XDG_CACHE_HOME:-~/.cache}/pipo/libggml/ under a key made of everything they depend on, so that only the first run
+compiles: three minutes on two cores, later ones 0.1 s.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-VENV = ROOT / ".venv-vulkan"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pipo"
 # Debian package → the program that shows it is there
 COMPILERS = {"g++": "g++", "glslc": "glslc"}
@@ -37,15 +39,16 @@ DEBIAN_KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 CMAKE_SWITCHES = ("-DGGML_VULKAN=ON", "-DGGML_LLAMAFILE=ON")
 
 
+class CannotHaveItError(Exception):
+    """This machine lacks something that this script may not or cannot bring."""
+
+
 def main() -> int:
-    install_missing(runtime_packages())
-    requirement, test_tools = requirements()
-    wheel = find_or_build_wheel(requirement)
-    stamp, key = VENV / ".installed", wheel.parent.name + digest((ROOT / "pyproject.toml").read_text())
-    if not stamp.is_file() or stamp.read_text() != key:
-        make_environment(wheel, test_tools)
-        stamp.write_text(key)
-    print(f"{VENV.name}: ready, {wheel.name} of {wheel.parent}")
+    try:
+        install_missing(runtime_packages())
+        print(find_or_build(requirement()))
+    except CannotHaveItError as reason:
+        print(f"vulkan_ggml: {reason}", file=sys.stderr)
     return 0
 
 
@@ -63,24 +66,25 @@ def install_missing(missing: Sequence[str]) -> None:
     if not missing:
         return
     if shutil.which("apt-get") is None or os.geteuid() != 0:
-        sys.exit(f"vulkan_env: missing {', '.join(missing)}; as root: apt-get install {' '.join(missing)}")
-    run("apt-get", "update", "--quiet=2")
-    run("apt-get", "install", "--quiet=2", "--yes", "--no-install-recommends", *missing,
+        raise CannotHaveItError(f"missing {', '.join(missing)}; as root: apt-get install {' '.join(missing)}")
+    fetch("apt-get", "update", "--quiet=2")
+    fetch("apt-get", "install", "--quiet=2", "--yes", "--no-install-recommends", *missing,
         env={"DEBIAN_FRONTEND": "noninteractive"})  # fmt: skip
 
 
-def requirements() -> tuple[str, list[str]]:
-    """The pinned ggml-python, and what the tests of devices need besides pipo itself."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (ggml,) = (each for each in project["dependencies"] if each.startswith("ggml-python=="))
-    tools = [each for each in project["optional-dependencies"]["dev"] if each.startswith("pytest")]
-    return ggml, tools
+def requirement() -> str:
+    """The ggml-python that pipo is pinned to."""
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (ggml,) = (each for each in dependencies if each.startswith("ggml-python=="))
+    return str(ggml)
 
 
-def find_or_build_wheel(requirement: str) -> Path:
-    folder = CACHE / "wheels" / f"{requirement.replace('==', '-')}-vulkan-{digest(*build_inputs())}"
-    found = sorted(folder.glob("*.whl"))
-    return found[0] if found else build_wheel(requirement, folder)
+def find_or_build(requirement: str) -> Path:
+    """The folder of the shared libraries."""
+    folder = CACHE / "libggml" / f"{requirement.replace('==', '-')}-vulkan-{digest(*build_inputs())}"
+    if not folder.is_dir():
+        build(requirement, folder)
+    return folder / "ggml" / "lib"
 
 
 def build_inputs() -> list[str]:
@@ -95,7 +99,7 @@ def cpu_flags() -> str:
     return " ".join(sorted(line[1].split())) if line else platform.processor()
 
 
-def build_wheel(requirement: str, folder: Path) -> Path:
+def build(requirement: str, folder: Path) -> None:
     """Compile into a folder beside the final one and rename: an interrupted build leaves nothing that looks whole."""
     install_missing([package for package, program in COMPILERS.items() if shutil.which(program) is None])
     headers = unpacked_headers()
@@ -105,13 +109,10 @@ def build_wheel(requirement: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         run(sys.executable, "-m", "venv", f"{scratch}/venv")
         # without pip's own cache, whose wheel of this version was compiled with other switches
-        run(f"{scratch}/venv/bin/pip", "wheel", "--quiet", "--no-cache-dir", "--no-deps", "--no-binary", "ggml-python",
-            "--wheel-dir", f"{scratch}/wheels", requirement,
+        run(f"{scratch}/venv/bin/pip", "install", "--quiet", "--no-cache-dir", "--no-deps",
+            "--no-binary", "ggml-python", "--target", f"{scratch}/unpacked", requirement,
             env={"CMAKE_ARGS": shlex.join(cmake), "CXXFLAGS": f"-I{headers}/include"})  # fmt: skip
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(scratch, "wheels").rename(folder)
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+        Path(scratch, "unpacked").rename(folder)
 
 
 def unpacked_headers() -> Path:
@@ -134,8 +135,8 @@ def download_headers(folder: Path) -> None:
     """With lists of apt's own in `folder`: those of the machine stay as they are."""
     mirror = debian_mirror() if shutil.which("apt-get") else None
     if mirror is None:
-        sys.exit(f"vulkan_env: no Debian mirror among apt's sources; unpack {' and '.join(HEADER_PACKAGES)} of "
-                 f"Debian {HEADER_SUITE} into {CACHE}/vulkan-headers-{HEADER_SUITE}")  # fmt: skip
+        raise CannotHaveItError(f"no Debian mirror among apt's sources; unpack {' and '.join(HEADER_PACKAGES)} of "
+                                f"Debian {HEADER_SUITE} into {CACHE}/vulkan-headers-{HEADER_SUITE}")  # fmt: skip
     for name in ("parts", "lists/partial", "cache/archives/partial"):
         (folder / name).mkdir(parents=True)
     signed = f"[signed-by={DEBIAN_KEYS}] " if DEBIAN_KEYS.is_file() else ""
@@ -145,8 +146,8 @@ def download_headers(folder: Path) -> None:
         "Dir::State::Lists": f"{folder}/lists", "Dir::Cache": f"{folder}/cache", "APT::Sandbox::User": "",
     }  # fmt: skip
     apt = ["apt-get", "--quiet=2", *(f"--option={name}={value}" for name, value in options.items())]
-    run(*apt, "update")
-    run(*apt, "download", *HEADER_PACKAGES, cwd=folder)
+    fetch(*apt, "update")
+    fetch(*apt, "download", *HEADER_PACKAGES, cwd=folder)
 
 
 def debian_mirror() -> str | None:
@@ -159,7 +160,7 @@ def debian_mirror() -> str | None:
     ]
     rows = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
     if not rows and os.geteuid() == 0:  # no lists yet
-        run("apt-get", "update", "--quiet=2")
+        fetch("apt-get", "update", "--quiet=2")
         rows = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
     archives = (re.fullmatch(r"Debian [a-z]+ main (\S+)", row) for row in rows)
     return next((match[1] for match in archives if match), None)
@@ -172,15 +173,9 @@ def vulkan_library() -> str:
     for folder in folders:
         if name and (folder / name).exists():
             return str(folder / name)
-    sys.exit(f"vulkan_env: {name} is in none of {', '.join(map(str, folders))}; as root: apt-get install libvulkan-dev")
-
-
-def make_environment(wheel: Path, test_tools: Sequence[str]) -> None:
-    shutil.rmtree(VENV, ignore_errors=True)
-    run(sys.executable, "-m", "venv", str(VENV))
-    pip = [str(VENV / "bin" / "pip"), "install", "--quiet"]
-    run(*pip, str(wheel))
-    run(*pip, "--editable", str(ROOT), *test_tools)
+    raise CannotHaveItError(
+        f"{name} is in none of {', '.join(map(str, folders))}; as root: apt-get install libvulkan-dev"
+    )
 
 
 def digest(*parts: str) -> str:
@@ -188,9 +183,16 @@ def digest(*parts: str) -> str:
 
 
 def run(*command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
-    done = subprocess.run(command, env=os.environ | dict(env or {}), cwd=cwd)
+    """What the command prints goes to stderr."""
+    done = subprocess.run(command, env=os.environ | dict(env or {}), cwd=cwd, stdout=sys.stderr)
     if done.returncode:
-        sys.exit(f"vulkan_env: {shlex.join(command)} failed (exit {done.returncode})")
+        sys.exit(f"vulkan_ggml: {shlex.join(command)} failed (exit {done.returncode})")
+
+
+def fetch(*command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
+    """Raises CannotHaveItError: the network, or the right to install, may be missing."""
+    if subprocess.run(command, env=os.environ | dict(env or {}), cwd=cwd, stdout=sys.stderr).returncode:
+        raise CannotHaveItError(f"{shlex.join(command)} failed")
 
 
 if __name__ == "__main__":
