@@ -15,10 +15,10 @@ from pipo.base.manifest import Extent
 from pipo.compute import ggml
 from pipo.compute.devices import cpu_features
 from pipo.engine import Engine, Report
-from pipo.engine import Plan as EnginePlan
 from pipo.generation.request import SamplingParams
 from pipo.model_file import ModelFile
 from pipo.pipeline.units import make_units
+from pipo.plan import Plan as EnginePlan
 
 _TELLING_FEATURES = frozenset({"AVX2", "AVX512", "AVX512_BF16", "AMX_INT8", "NEON", "SVE", "LLAMAFILE", "REPACK"})
 

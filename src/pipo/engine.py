@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -15,57 +13,26 @@ from pipo.base.clock import RealClock
 from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget, UnsupportedModel, UsageError
 from pipo.base.trace import MAX_ZONES, ZONE_BYTES, NullTracer, Tracer
-from pipo.base.units import MIB, round_up
+from pipo.base.units import MIB
 from pipo.compute import ggml
+from pipo.compute.device import choose_device
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.generation.loop import Generator, Piece, Timing
 from pipo.generation.request import Completion, FinishReason, SamplingParams, Usage
 from pipo.generation.worker import Stream, Worker
 from pipo.hardware.budget import ram_bytes
-from pipo.hardware.cache import drive_rates
-from pipo.hardware.drive import QUICK_COMBOS, DriveRate, best_rate, measure_drive
-from pipo.hardware.memory import PeakSampler, process_memory
-from pipo.kvcache.cache import ROWS_PER_CLASS, kv_rows_class
-from pipo.model_file import PROCESS_BYTES, ModelFile
+from pipo.hardware.memory import PeakSampler
+from pipo.model_file import ModelFile
 from pipo.pipeline.assembly import Assembly
-from pipo.pipeline.blueprint import Blueprint, choose_layouts, demand
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
-from pipo.planner.placement import Demand, Placement, place, smallest_bytes
+from pipo.plan import Plan, PlanMaker
 from pipo.text.chat_template import Message
-from pipo.transfer.disk import DriveSettings
 
-PROCESS_STEP = 8 * MIB
-KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget for its keys and values
 TRACE_SHARE = 16  # the zones of a trace may take this fraction of the budget
 LEAST_TRACE_BYTES = 4 * MIB  # or this much: some 70 tokens of 30 blocks
-LEAST_CONTEXT_TOKENS = 256  # that is taken where nobody asked for one
-WIDE_SHARE = 16  # the transfer's own buffers may take this fraction of the budget
 TOKENS_PER_SAMPLE = 16  # of the memory in use: between two passes, with caches cold, a sample takes 0.1 ms
-NARROW_DRIVE = DriveSettings(chunk_bytes=MIB // 2, num_workers=4)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What an engine will do with its budget, before it takes any of it."""
-
-    placement: Placement
-    context_tokens: int
-    limit_bytes: int
-    weight_bytes: int  # of all stages
-    repacked_types: tuple[str, ...]
-    drive: DriveRate
-    blueprint: Blueprint = field(repr=False)
-
-    @property
-    def is_streaming(self) -> bool:
-        return self.placement.streamed_bytes > 0
-
-    @property
-    def pass_floor_s(self) -> float:
-        """Seconds the drive needs for what one pass streams: no engine on this drive can be faster."""
-        return self.placement.streamed_bytes / self.drive.bytes_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +71,14 @@ class Engine:
         self._backend = CpuBackend(self._lib, config.num_threads)
         try:
             self._compute = Compute(self._lib, self._backend, RepackBuffer.find(self._lib))
+            self._planner = PlanMaker(model, config, self._compute, choose_device(self._lib, config.device))
         except BaseException:
             self._backend.close()
             raise
-        self._drive: DriveRate | None = None  # measured for the first plan
         self._peak = PeakSampler()
         self._is_closed = False
-        # what a plan charges besides what the model needs
-        self._kept_bytes = {"trace": self.tracer.most_bytes} if config.trace else {}
+        if config.trace:
+            self._planner.kept_bytes["trace"] = self.tracer.most_bytes
         self._assembly: Assembly | None = None
         self._generator: Generator | None = None
         self._worker = Worker(self._backend.abort.set, self._backend.abort.clear)
@@ -121,31 +88,21 @@ class Engine:
 
         The context (this, else the config's, else the roomiest that fits) bounds prompt plus answer. Log-probabilities
         that the caller keeps take `logprobs_bytes`, which `generation.request` counts.
-        Raises OverBudget naming the smallest `--ram` that works; UsageError for a context the model was not made for.
+        Raises OverBudget naming the smallest budget that works; UsageError for a context the model was not made for.
         """
         self._check_open()
-        limit = ram_bytes(self.config.ram)
-        if self._drive is None:
-            self._drive = _drive_rate(self.model.manifest.files, limit)
-        self._kept_bytes |= {"log-probabilities": logprobs_bytes} if logprobs_bytes else {}
-        context = context_tokens or self.config.context_tokens
-        trained = self.model.manifest.hyper.context_tokens
-        if context is not None and context > trained:
-            raise UsageError(
-                f"a context of {context} tokens exceeds the {trained} the model was trained for",
-                hint=f"-c {trained} is the most",
-            )
+        self._planner.kept_bytes |= {"log-probabilities": logprobs_bytes} if logprobs_bytes else {}
         try:
-            return self._plan(context, limit)
+            return self._planner.make(context_tokens)
         except OverBudget:
             if not self._shrink_trace():
                 raise
-            return self._plan(context, limit)
+            return self._planner.make(context_tokens)
 
     def smallest_ram_bytes(self, context_tokens: int) -> int:
         """The least budget that `make_plan` takes for this context."""
         self._check_open()
-        return smallest_bytes(self._demand(self._blueprint(False, NARROW_DRIVE), context_tokens, 0))
+        return self._planner.smallest_ram_bytes(context_tokens)
 
     def start(self, plan: Plan) -> None:
         """Take the memory of a plan and begin to answer. Raises OverBudget, TransferError."""
@@ -161,7 +118,7 @@ class Engine:
         # on the thread that will compute: a second one would leave OpenMP with more threads than cores, and from then
         # on every one of them sleeps at each barrier (0.15 ms a block and token, measured on two cores)
         assembly = self._assembly
-        (compute_s,) = self._worker.stream(lambda: iter([assembly.measure_compute_s(plan.weight_bytes)]))
+        (compute_s,) = self._worker.stream(lambda: iter([assembly.measure_compute_s()]))
         self.seconds_per_pass = max(plan.pass_floor_s, compute_s)
 
     def generate(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
@@ -288,87 +245,13 @@ class Engine:
             decode = rest if prefill else PassStats()
             self.report = Report(generator.timing, prefill or rest, decode, num_generated, self._peak.peak_bytes)
 
-    def _plan(self, context: int | None, limit: int) -> Plan:
-        trained = self.model.manifest.hyper.context_tokens
-        return self._plan_at(context, limit) if context is not None else self._plan_roomiest(limit, trained)
-
     def _shrink_trace(self) -> bool:
         """To a size that does not depend on the budget: else the smallest budget named would grow with itself."""
-        if self._kept_bytes.get("trace", 0) <= LEAST_TRACE_BYTES:
+        if self._planner.kept_bytes.get("trace", 0) <= LEAST_TRACE_BYTES:
             return False
         self.tracer = _tracer(0)
-        self._kept_bytes["trace"] = self.tracer.most_bytes
+        self._planner.kept_bytes["trace"] = self.tracer.most_bytes
         return True
-
-    def _plan_roomiest(self, limit: int, trained: int) -> Plan:
-        """Halve a context that nobody asked for until the rest fits beside it. Raises OverBudget for the least one."""
-        context, least = self._roomiest_context(limit, trained), min(LEAST_CONTEXT_TOKENS, trained)
-        while context > least:
-            if self.smallest_ram_bytes(context) <= limit:
-                break
-            context = max(context // 2, least)
-        return self._plan_at(context, limit)
-
-    def _roomiest_context(self, limit: int, trained: int) -> int:
-        """The largest power of two whose keys and values take at most a quarter of the budget, or the least one."""
-        blueprint = self._blueprint(all_resident=False, drive=NARROW_DRIVE)
-        context = min(LEAST_CONTEXT_TOKENS, trained)
-        while context * 2 <= trained and blueprint.kv_shape(context * 2).num_bytes * KV_SHARE <= limit:
-            context *= 2
-        return context
-
-    def _plan_at(self, context_tokens: int, limit: int) -> Plan:
-        """Try the faster set-ups first; the last, the narrowest, is the one that names the smallest budget."""
-        assert self._drive is not None
-        wide = self._drive.settings
-        for all_resident, drive in ((True, wide), (False, wide), (True, NARROW_DRIVE)):
-            blueprint = self._blueprint(all_resident, drive)
-            if blueprint.bounce_bytes * WIDE_SHARE > limit and drive is wide:
-                continue
-            placement = self._try(blueprint, context_tokens, limit)
-            if placement is not None and (all(placement.resident) or not all_resident):
-                return self._plan_of(blueprint, placement, context_tokens, limit)
-        blueprint = self._blueprint(False, NARROW_DRIVE)
-        try:
-            placement = place(self._demand(blueprint, context_tokens, limit))
-        except OverBudget as error:
-            raise self._with_context_hint(error, blueprint, context_tokens, limit) from None
-        return self._plan_of(blueprint, placement, context_tokens, limit)
-
-    def _with_context_hint(
-        self, error: OverBudget, blueprint: Blueprint, context_tokens: int, limit: int
-    ) -> OverBudget:
-        """Say which context would fit, where a shorter one would: the excess in rows of the KV cache."""
-        excess = (error.smallest_bytes or limit) - limit
-        classes_too_many = -(-excess // blueprint.kv_shape(ROWS_PER_CLASS).num_bytes)
-        context = kv_rows_class(context_tokens) - classes_too_many * ROWS_PER_CLASS
-        if context < ROWS_PER_CLASS:
-            return error
-        hint = f"-c {context} fits; {error.hint}"
-        return OverBudget(error.message, smallest_bytes=error.smallest_bytes, hint=hint)
-
-    def _try(self, blueprint: Blueprint, context_tokens: int, limit: int) -> Placement | None:
-        try:
-            return place(self._demand(blueprint, context_tokens, limit))
-        except OverBudget:
-            return None
-
-    def _demand(self, blueprint: Blueprint, context_tokens: int, limit: int) -> Demand:
-        return demand(blueprint, context_tokens, limit, self._process_bytes(), self._kept_bytes)
-
-    def _blueprint(self, all_resident: bool, drive: DriveSettings) -> Blueprint:
-        layouts = choose_layouts(self.model.stages, self._compute.repack, self.config.layout, all_resident)
-        return Blueprint(self.model.manifest, self.model.stages, layouts, self._compute, self.config, drive)
-
-    def _plan_of(self, blueprint: Blueprint, placement: Placement, context_tokens: int, limit: int) -> Plan:
-        assert self._drive is not None
-        tensors = self.model.manifest.tensors
-        repacked = {tensors[name].type.name for name in blueprint.layouts.repacked}
-        weights = sum(spec.num_bytes for stage in self.model.stages for spec in stage.matrices.values())
-        return Plan(placement, context_tokens, limit, weights, tuple(sorted(repacked)), self._drive, blueprint)
-
-    def _process_bytes(self) -> int:
-        return max(PROCESS_BYTES, round_up(process_memory().anonymous_bytes, PROCESS_STEP))
 
     def _check_types(self) -> None:
         for spec in self.model.manifest.tensors.values():
@@ -384,11 +267,3 @@ class Engine:
 def _tracer(limit_bytes: int) -> Tracer:
     """Keeps as many zones as their share of the budget holds."""
     return Tracer(min(max(limit_bytes // TRACE_SHARE, LEAST_TRACE_BYTES) // ZONE_BYTES, MAX_ZONES))
-
-
-def _drive_rate(files: Sequence[Path], limit_bytes: int) -> DriveRate:
-    """The best way to read this drive, measured at first use with buffers that are small beside the budget."""
-    affordable = [c for c in QUICK_COMBOS if 2 * c.chunk_bytes * c.num_workers * WIDE_SHARE <= limit_bytes]
-    combos = affordable or QUICK_COMBOS[:1]
-    kind = "" if len(combos) == len(QUICK_COMBOS) else f":first-{len(combos)}"
-    return best_rate(drive_rates(files, measure=partial(measure_drive, combos=combos), kind=kind))

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from pipo.base.units import format_rate, format_size
 from pipo.cli.terminal import Row
-from pipo.engine import Plan, Report
+from pipo.engine import Report
 from pipo.pipeline.stats import PassStats
+from pipo.plan import Plan
 
 
 def plan_rows(plan: Plan) -> Iterator[Row]:

@@ -11,10 +11,11 @@ from pipo.base.units import format_size
 from pipo.cli import report
 from pipo.cli.flags import OutputFlags
 from pipo.cli.terminal import print_note, print_rows, print_warning, stderr
-from pipo.engine import Engine, Plan
+from pipo.engine import Engine
 from pipo.hardware.budget import ram_bytes
 from pipo.hardware.memory import available_memory, process_memory
 from pipo.model_file import ModelFile
+from pipo.plan import Plan
 from pipo.store.library import resolve_model
 
 

@@ -13,8 +13,8 @@ from pipo.cli.prompt import only_model
 if TYPE_CHECKING:
     from pipo.base.config import EngineConfig
     from pipo.cli.terminal import Row
-    from pipo.engine import Plan
     from pipo.model_file import ModelFile
+    from pipo.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

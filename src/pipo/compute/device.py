@@ -14,11 +14,25 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn
 
-from pipo.base.errors import ComputeError, OutOfDeviceMemory
+from pipo.base.errors import ComputeError, OutOfDeviceMemory, UsageError
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import PAGE_BYTES, format_size, round_up
-from pipo.compute.devices import Device, describe_device, find_device
+from pipo.compute.devices import Device, DeviceKind, describe_device, find_device, first_gpu, list_devices
 from pipo.compute.ggml import GgmlTensor, InitParams, Library
+
+
+def choose_device(lib: Library, name: str) -> ComputeDevice | None:
+    """What `--device` names: a device, "cpu" for none, "auto" for the first GPU if there is one. Raises UsageError."""
+    if name == "auto":
+        gpu = first_gpu(lib)
+        return ComputeDevice(lib, gpu.name) if gpu else None
+    if name.lower() == "cpu":
+        return None
+    known = [device.name for device in list_devices(lib) if device.kind is not DeviceKind.CPU]
+    if name not in known:
+        there = f"there are {', '.join(known)}" if known else "this libggml sees none besides the CPU"
+        raise UsageError(f"no device is named {name!r:.80}: {there}", hint="`pipo doctor` lists devices; cpu uses none")
+    return ComputeDevice(lib, name)
 
 
 class ComputeDevice:

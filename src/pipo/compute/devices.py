@@ -52,6 +52,13 @@ def find_device(lib: Library, name: str) -> int:
     return names[name]
 
 
+def first_gpu(lib: Library) -> Device | None:
+    """The first discrete GPU, else the first that shares the host's memory."""
+    devices = list_devices(lib)
+    kinds = (DeviceKind.GPU, DeviceKind.INTEGRATED_GPU)
+    return next((device for kind in kinds for device in devices if device.kind is kind), None)
+
+
 def _handles(lib: Library) -> list[int]:
     return [lib.backend_dev_get(i) for i in range(lib.backend_dev_count())]
 

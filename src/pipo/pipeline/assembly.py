@@ -76,6 +76,7 @@ class Assembly:
             self._exit.callback(device.close)
             residency = Residency(pool, device.pool, device.units)
             sides, link = Sides(cpu, device.stages, device.stage_idxs), device.link
+        self._on_device = sides.on_device
         executor = Executor(units, ram, residency, transfer, clock, tracer, blueprint.is_aborted, link)
         embedding = self._embedding(blueprint, transfer, executor, chunk)
         schedule = SCHEDULES[blueprint.config.schedule]
@@ -88,12 +89,16 @@ class Assembly:
         shape, blocks = blueprint.kv_shape_in_ram(context_tokens), blueprint.kv_blocks_in_ram
         return KvCache(shape, self._arena("KV cache", shape.num_bytes) if blocks else None, blocks)
 
-    def measure_compute_s(self, weight_bytes: int) -> float:
-        """Predicted seconds of compute in a pass of one token: the time of the first MLP, scaled by bytes.
+    def measure_compute_s(self) -> float:
+        """Predicted seconds of compute on the CPU in a pass of one token: the time of its first MLP, scaled by bytes.
 
-        Reads that unit once more than the first pass will.
+        Reads that unit once more than the first pass will. 0 where the CPU computes none.
         """
-        unit = next(u for u in self._model.units if self._model.stages[u.stage_idx].kind is StageKind.MLP)
+        ours = [unit for unit in self._model.units if unit.stage_idx not in self._on_device]
+        unit = next((u for u in ours if self._model.stages[u.stage_idx].kind is StageKind.MLP), None)
+        if unit is None:
+            return 0.0
+        weight_bytes = sum(unit.num_bytes for unit in ours)
         place = self._ram.homes.get(unit.unit_id) or self._ram.slots[SlotId(len(self._ram.slots) - 1)]
         self.transfer.submit(unit.layout.reads, place, "calibration").wait()
         return self.forward.time_stage(unit.stage_idx, place) * weight_bytes / unit.num_bytes

@@ -1,0 +1,223 @@
+"""What an engine will do with its budgets, decided from sizes alone, before any memory is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from pipo.base.config import EngineConfig
+from pipo.base.errors import OverBudget, UsageError
+from pipo.base.units import MIB, format_size, round_up
+from pipo.compute.device import ComputeDevice
+from pipo.hardware.budget import ram_bytes, vram_bytes
+from pipo.hardware.cache import drive_rates
+from pipo.hardware.drive import QUICK_COMBOS, DriveRate, best_rate, measure_drive
+from pipo.hardware.memory import process_memory
+from pipo.kvcache.cache import ROWS_PER_CLASS, kv_rows_class
+from pipo.model_file import PROCESS_BYTES, ModelFile
+from pipo.pipeline.blueprint import CHUNKS, Blueprint, choose_layouts, demand
+from pipo.pipeline.device_share import DeviceShare, device_demand
+from pipo.pipeline.stage_graphs import Compute
+from pipo.planner.device_placement import DeviceDemand, DevicePlacement, place_on_device, smallest_vram_bytes
+from pipo.planner.placement import Demand, Placement, place, smallest_bytes
+from pipo.transfer.disk import DriveSettings
+
+PROCESS_STEP = 8 * MIB
+KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget for its keys and values
+LEAST_CONTEXT_TOKENS = 256  # that is taken where nobody asked for one
+WIDE_SHARE = 16  # the transfer's own buffers may take this fraction of the budget
+CHUNK_SHARE = 8  # what a prefill chunk computes in on a device may take this fraction of its limit
+NARROW_DRIVE = DriveSettings(chunk_bytes=MIB // 2, num_workers=4)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an engine will do with its budget, before it takes any of it."""
+
+    placement: Placement
+    context_tokens: int
+    limit_bytes: int
+    weight_bytes: int  # of all stages
+    repacked_types: tuple[str, ...]
+    drive: DriveRate
+    blueprint: Blueprint = field(repr=False)
+
+    @property
+    def device(self) -> DeviceShare | None:
+        """What computes beside the CPU."""
+        return self.blueprint.device
+
+    @property
+    def is_streaming(self) -> bool:
+        return self.placement.streamed_bytes > 0
+
+    @property
+    def pass_floor_s(self) -> float:
+        """Seconds the drive needs for what one pass streams: no engine on this drive can be faster."""
+        return self.placement.streamed_bytes / self.drive.bytes_per_s
+
+
+class PlanMaker:
+    """Plans one model on one machine. `kept_bytes` is charged besides what the model needs, by name.
+
+    `device` is what may compute beside the CPU. Takes no memory worth a word.
+    """
+
+    def __init__(self, model: ModelFile, config: EngineConfig, compute: Compute, device: ComputeDevice | None) -> None:
+        self.kept_bytes: dict[str, int] = {}
+        self._model = model
+        self._config = config
+        self._compute = compute
+        self._device = device
+        self._drive: DriveRate | None = None  # measured for the first plan
+
+    def make(self, context_tokens: int | None = None) -> Plan:
+        """The context (this, else the config's, else the roomiest that fits) bounds prompt plus answer.
+
+        Raises OverBudget naming the smallest `--ram` or `--vram` that works; UsageError for a context the model was
+        not made for, or a budget that cannot be read.
+        """
+        limit = ram_bytes(self._config.ram)
+        if self._drive is None:
+            self._drive = _drive_rate(self._model.manifest.files, limit)
+        context = context_tokens or self._config.context_tokens
+        trained = self._model.manifest.hyper.context_tokens
+        if context is not None and context > trained:
+            raise UsageError(
+                f"a context of {context} tokens exceeds the {trained} the model was trained for",
+                hint=f"-c {trained} is the most",
+            )
+        return self._plan_at(context, limit) if context is not None else self._plan_roomiest(limit, trained)
+
+    def smallest_ram_bytes(self, context_tokens: int) -> int:
+        """The least budget that `make` takes for this context."""
+        return smallest_bytes(self._demand(self._blueprint(context_tokens, False, NARROW_DRIVE), context_tokens, 0))
+
+    def _plan_roomiest(self, limit: int, trained: int) -> Plan:
+        """Halve a context that nobody asked for until the rest fits beside it. Raises OverBudget for the least one."""
+        context, least = self._roomiest_context(limit, trained), min(LEAST_CONTEXT_TOKENS, trained)
+        while context > least:
+            if self.smallest_ram_bytes(context) <= limit:
+                break
+            context = max(context // 2, least)
+        return self._plan_at(context, limit)
+
+    def _roomiest_context(self, limit: int, trained: int) -> int:
+        """The largest power of two whose keys and values take at most a quarter of the budget, or the least one."""
+        blueprint = self._blueprint_of(False, NARROW_DRIVE, None)
+        context = min(LEAST_CONTEXT_TOKENS, trained)
+        while context * 2 <= trained and blueprint.kv_shape(context * 2).num_bytes * KV_SHARE <= limit:
+            context *= 2
+        return context
+
+    def _plan_at(self, context_tokens: int, limit: int) -> Plan:
+        """Try the faster set-ups first; the last, the narrowest, is the one that names the smallest budget."""
+        assert self._drive is not None
+        wide = self._drive.settings
+        for all_resident, drive in ((True, wide), (False, wide), (True, NARROW_DRIVE)):
+            blueprint = self._blueprint(context_tokens, all_resident, drive)
+            if blueprint.bounce_bytes * WIDE_SHARE > limit and drive is wide:
+                continue
+            placement = self._try(blueprint, context_tokens, limit)
+            if placement is not None and not (all_resident and placement.streamed_bytes):
+                return self._plan_of(blueprint, placement, context_tokens, limit)
+        blueprint = self._blueprint(context_tokens, False, NARROW_DRIVE)
+        try:
+            placement = place(self._demand(blueprint, context_tokens, limit))
+        except OverBudget as error:
+            raise self._with_context_hint(error, blueprint, context_tokens, limit) from None
+        return self._plan_of(blueprint, placement, context_tokens, limit)
+
+    def _with_context_hint(
+        self, error: OverBudget, blueprint: Blueprint, context_tokens: int, limit: int
+    ) -> OverBudget:
+        """Say which context would fit, where a shorter one would: the excess in rows of the KV cache."""
+        excess = (error.smallest_bytes or limit) - limit
+        classes_too_many = -(-excess // blueprint.kv_shape(ROWS_PER_CLASS).num_bytes)
+        context = kv_rows_class(context_tokens) - classes_too_many * ROWS_PER_CLASS
+        if context < ROWS_PER_CLASS:
+            return error
+        hint = f"-c {context} fits; {error.hint}"
+        return OverBudget(error.message, smallest_bytes=error.smallest_bytes, hint=hint)
+
+    def _try(self, blueprint: Blueprint, context_tokens: int, limit: int) -> Placement | None:
+        try:
+            return place(self._demand(blueprint, context_tokens, limit))
+        except OverBudget:
+            return None
+
+    def _demand(self, blueprint: Blueprint, context_tokens: int, limit: int) -> Demand:
+        return demand(blueprint, context_tokens, limit, self._process_bytes(), self.kept_bytes)
+
+    def _blueprint(self, context_tokens: int, all_resident: bool, drive: DriveSettings) -> Blueprint:
+        return self._blueprint_of(all_resident, drive, self._share(context_tokens))
+
+    def _blueprint_of(self, all_resident: bool, drive: DriveSettings, share: DeviceShare | None) -> Blueprint:
+        there = share.tensors if share else frozenset()
+        model, config = self._model, self._config
+        layouts = choose_layouts(model.stages, self._compute.repack, config.layout, all_resident, there)
+        return Blueprint(model.manifest, model.stages, layouts, self._compute, config, drive, share)
+
+    def _share(self, context_tokens: int) -> DeviceShare | None:
+        """What the device computes; None where there is none, or where "auto" found one too small."""
+        device = self._device
+        if device is None:
+            return None
+        limit = vram_bytes(self._config.vram, device.free_bytes)
+        chunk = self._device_chunk(device, context_tokens, limit)
+        wanted = self._device_demand(device, context_tokens, chunk, limit)
+        found = [each for each in place_on_device(wanted) if each.is_all or self._config.compute == "auto"]
+        if found:
+            return DeviceShare(device, min(found, key=_preference), self._model.stages, limit, chunk)
+        if self._config.device == "auto" and self._config.compute == "auto":
+            return None
+        raise _over_vram(device, wanted)
+
+    def _device_chunk(self, device: ComputeDevice, context_tokens: int, limit: int) -> int:
+        """The largest prefill chunk whose arrays and intermediates take a small share of the device."""
+        for chunk in sorted(CHUNKS, reverse=True):
+            fixed = self._device_demand(device, context_tokens, chunk, limit).fixed
+            if fixed["activations"] * CHUNK_SHARE <= limit:
+                return chunk
+        return CHUNKS[0]
+
+    def _device_demand(self, device: ComputeDevice, context_tokens: int, chunk: int, limit: int) -> DeviceDemand:
+        blueprint, model = self._blueprint_of(False, NARROW_DRIVE, None), self._model
+        chunk = min(chunk, context_tokens)
+        shape, buffers = blueprint.largest_shape(context_tokens, chunk), blueprint.buffer_shape(context_tokens, chunk)
+        kv = blueprint.kv_shape(context_tokens)
+        return device_demand(model.stages, model.manifest.hyper, device, shape, buffers, kv, limit)
+
+    def _plan_of(self, blueprint: Blueprint, placement: Placement, context_tokens: int, limit: int) -> Plan:
+        assert self._drive is not None
+        tensors = self._model.manifest.tensors
+        repacked = {tensors[name].type.name for name in blueprint.layouts.repacked}
+        weights = sum(spec.num_bytes for stage in self._model.stages for spec in stage.matrices.values())
+        return Plan(placement, context_tokens, limit, weights, tuple(sorted(repacked)), self._drive, blueprint)
+
+    def _process_bytes(self) -> int:
+        return max(PROCESS_BYTES, round_up(process_memory().anonymous_bytes, PROCESS_STEP))
+
+
+def _preference(placement: DevicePlacement) -> tuple[int, bool]:
+    """Least is copied per pass, and keys and values stay."""
+    return placement.streamed_bytes, placement.moves_kv
+
+
+def _over_vram(device: ComputeDevice, wanted: DeviceDemand) -> OverBudget:
+    least = smallest_vram_bytes(wanted)
+    return OverBudget(
+        f"{device.name} would need {format_size(least)} at least, the limit is {format_size(wanted.limit_bytes)}",
+        smallest_bytes=least,
+        hint=f"--vram {-(-least // MIB)}MiB where the device has it, or --device cpu",
+    )
+
+
+def _drive_rate(files: Sequence[Path], limit_bytes: int) -> DriveRate:
+    """The best way to read this drive, measured at first use with buffers that are small beside the budget."""
+    affordable = [c for c in QUICK_COMBOS if 2 * c.chunk_bytes * c.num_workers * WIDE_SHARE <= limit_bytes]
+    combos = affordable or QUICK_COMBOS[:1]
+    kind = "" if len(combos) == len(QUICK_COMBOS) else f":first-{len(combos)}"
+    return best_rate(drive_rates(files, measure=partial(measure_drive, combos=combos), kind=kind))
