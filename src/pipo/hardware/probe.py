@@ -66,8 +66,8 @@ class Scope:
     types: Sequence[TensorType] = COMMON_TYPES
     cache_types: Sequence[TensorType] = (T.F16,)
     limit_bytes: int = PROBE_BYTES
-    drive_s: float = 4.0
-    compute_s: float = 10.0
+    drive_s: float = 3.5
+    compute_s: float = 9.0
     block: BlockShape = field(default_factory=BlockShape)
 
     def __post_init__(self) -> None:
