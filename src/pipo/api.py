@@ -17,6 +17,7 @@ from pipo.engine import Engine
 from pipo.generation.request import Completion, SamplingParams
 from pipo.hardware.budget import ram_bytes
 from pipo.model_file import ModelFile
+from pipo.plan import TYPICAL
 from pipo.store.library import resolve_model
 from pipo.text.chat_template import Message
 
@@ -31,7 +32,7 @@ def load(model: str | Path, ram: str | int = "auto", **settings: object) -> Engi
     config = resolve_config({"ram": str(ram), **settings}, {})
     engine = Engine(ModelFile(resolve_model(str(model)), ram_bytes(config.ram)), config)
     try:
-        engine.start(engine.make_plan())
+        engine.start(engine.make_plan(workload=TYPICAL))
     except BaseException:
         engine.close()
         raise

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pipo.base.clock import RealClock
 from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget, UnsupportedModel, UsageError
+from pipo.base.machine import MachineProfile
 from pipo.base.trace import MAX_ZONES, ZONE_BYTES, NullTracer, Tracer
 from pipo.base.units import MIB
 from pipo.compute import ggml
@@ -23,11 +24,13 @@ from pipo.generation.request import Completion, FinishReason, SamplingParams, Us
 from pipo.generation.worker import Stream, Worker
 from pipo.hardware.budget import ram_bytes
 from pipo.hardware.memory import PeakSampler
+from pipo.hardware.probe import Progress
 from pipo.model_file import ModelFile
 from pipo.pipeline.assembly import Assembly
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
 from pipo.plan import Plan, PlanMaker
+from pipo.planner.predict import Workload
 from pipo.text.chat_template import Message
 
 TRACE_SHARE = 16  # the zones of a trace may take this fraction of the budget
@@ -64,7 +67,6 @@ class Engine:
         self.tracer = _tracer(limit) if config.trace else NullTracer()
         self.plan: Plan | None = None
         self.report: Report | None = None
-        self.seconds_per_pass = 0.0  # predicted; known after `start`
         self._clock = RealClock()
         self._lib = ggml.load()
         self._check_types()
@@ -83,8 +85,17 @@ class Engine:
         self._generator: Generator | None = None
         self._worker = Worker(self._backend.abort.set, self._backend.abort.clear)
 
-    def make_plan(self, context_tokens: int | None = None, logprobs_bytes: int = 0) -> Plan:
+    def make_plan(
+        self,
+        context_tokens: int | None = None,
+        logprobs_bytes: int = 0,
+        workload: Workload | None = None,
+        on_probe: Progress = lambda step, fraction: None,
+    ) -> Plan:
         """Decide who lives where, without taking memory.
+
+        With a `workload` the plan is the one predicted to serve it soonest, from what this machine was measured to do:
+        before the first such plan that takes some seconds, of which `on_probe` hears.
 
         The context (this, else the config's, else the roomiest that fits) bounds prompt plus answer. Log-probabilities
         that the caller keeps take `logprobs_bytes`, which `generation.request` counts.
@@ -92,12 +103,20 @@ class Engine:
         """
         self._check_open()
         self._planner.kept_bytes |= {"log-probabilities": logprobs_bytes} if logprobs_bytes else {}
+        machine = self._machine(on_probe) if workload is not None else None
         try:
-            return self._planner.make(context_tokens)
+            return self._planner.make(context_tokens, workload, machine)
         except OverBudget:
             if not self._shrink_trace():
                 raise
-            return self._planner.make(context_tokens)
+            return self._planner.make(context_tokens, workload, machine)
+
+    def _machine(self, on_probe: Progress) -> MachineProfile | None:
+        """What this machine was measured to do, now or before; None where a budget or a file is too small to tell."""
+        # on the thread that will compute: a second one would leave OpenMP with more threads than cores, and from then
+        # on every one of them sleeps at each barrier (0.15 ms a block and token, measured on two cores)
+        (profile,) = self._worker.stream(lambda: iter([self._planner.machine(on_probe)]))
+        return profile
 
     def smallest_ram_bytes(self, context_tokens: int) -> int:
         """The least budget that `make_plan` takes for this context."""
@@ -115,11 +134,6 @@ class Engine:
         )
         forward = self._assembly.forward
         self._generator = Generator(forward, self.model.manifest.hyper.vocab_size, plan.context_tokens, self._clock)
-        # on the thread that will compute: a second one would leave OpenMP with more threads than cores, and from then
-        # on every one of them sleeps at each barrier (0.15 ms a block and token, measured on two cores)
-        assembly = self._assembly
-        (compute_s,) = self._worker.stream(lambda: iter([assembly.measure_compute_s()]))
-        self.seconds_per_pass = max(plan.pass_floor_s, compute_s)
 
     def generate(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
         """The answer to plain text, piece by piece, no chat template."""

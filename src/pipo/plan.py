@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget, UsageError
+from pipo.base.machine import MachineProfile
+from pipo.base.tensor_type import TensorType
 from pipo.base.units import MIB, format_size, round_up
 from pipo.compute.device import ComputeDevice
+from pipo.compute.devices import CpuBackend
 from pipo.hardware.budget import ram_bytes, vram_bytes
-from pipo.hardware.cache import drive_rates
+from pipo.hardware.cache import drive_rates, known_profile, tells_of_a_drive
 from pipo.hardware.drive import QUICK_COMBOS, DriveRate, best_rate, measure_drive
 from pipo.hardware.memory import process_memory
+from pipo.hardware.probe import LEAST_PROBE_BYTES, PROBE_BYTES, Progress, Scope, probe
 from pipo.kvcache.cache import ROWS_PER_CLASS, kv_rows_class
 from pipo.model_file import PROCESS_BYTES, ModelFile
 from pipo.pipeline.blueprint import CHUNKS, Blueprint, choose_layouts, demand
 from pipo.pipeline.device_share import DeviceShare, device_demand
+from pipo.pipeline.stage_costs import stage_costs
 from pipo.pipeline.stage_graphs import Compute
+from pipo.pipeline.units import WeightLayouts
 from pipo.planner.device_placement import DeviceDemand, DevicePlacement, place_on_device, smallest_vram_bytes
 from pipo.planner.placement import Demand, Placement, place, smallest_bytes
+from pipo.planner.predict import Prediction, Shapes, Workload, predict
+from pipo.planner.schedule import SCHEDULES
 from pipo.transfer.disk import DriveSettings
 
 PROCESS_STEP = 8 * MIB
@@ -29,6 +38,8 @@ KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget 
 LEAST_CONTEXT_TOKENS = 256  # that is taken where nobody asked for one
 WIDE_SHARE = 16  # the transfer's own buffers may take this fraction of the budget
 CHUNK_SHARE = 8  # what a prefill chunk computes in on a device may take this fraction of its limit
+FIRST_DRIVE_S, FIRST_COMPUTE_S = 1.0, 3.0  # what the first plan spends on measuring; `doctor --probe` takes longer
+TYPICAL = Workload(prompt_tokens=256, answer_tokens=256)  # where nobody says what is to come
 NARROW_DRIVE = DriveSettings(chunk_bytes=MIB // 2, num_workers=4)
 
 
@@ -43,6 +54,7 @@ class Plan:
     repacked_types: tuple[str, ...]
     drive: DriveRate
     blueprint: Blueprint = field(repr=False)
+    prediction: Prediction | None = None
 
     @property
     def device(self) -> DeviceShare | None:
@@ -73,8 +85,14 @@ class PlanMaker:
         self._device = device
         self._drive: DriveRate | None = None  # measured for the first plan
 
-    def make(self, context_tokens: int | None = None) -> Plan:
-        """The context (this, else the config's, else the roomiest that fits) bounds prompt plus answer.
+    def make(
+        self,
+        context_tokens: int | None = None,
+        workload: Workload | None = None,
+        machine: MachineProfile | None = None,
+    ) -> Plan:
+        """The context (this, else the config's, else the roomiest that fits) bounds prompt plus answer. With a workload
+        and a machine the plan is the one predicted to serve the workload soonest.
 
         Raises OverBudget naming the smallest `--ram` or `--vram` that works; UsageError for a context the model was
         not made for, or a budget that cannot be read.
@@ -89,7 +107,53 @@ class PlanMaker:
                 f"a context of {context} tokens exceeds the {trained} the model was trained for",
                 hint=f"-c {trained} is the most",
             )
-        return self._plan_at(context, limit) if context is not None else self._plan_roomiest(limit, trained)
+        plan = self._plan_at(context, limit) if context is not None else self._plan_roomiest(limit, trained)
+        return self._best(plan, workload, machine) if workload and machine and not plan.device else plan
+
+    def machine(self, on_probe: Progress = lambda step, fraction: None) -> MachineProfile | None:
+        """The profile of this machine, measured now where no earlier one serves: some seconds, of which `on_probe`
+        hears. None where the budget or the file is too small to tell of anything. Computes on this thread.
+        """
+        model, config = self._model, self._config
+        files = model.manifest.files
+        types = {spec.type for stage in model.stages for spec in stage.matrices.values()}
+        left = ram_bytes(config.ram) - self._process_bytes()
+        if not tells_of_a_drive(files) or left < LEAST_PROBE_BYTES:
+            return None
+
+        def measure(wanted: Sequence[TensorType]) -> MachineProfile:
+            limit = min(left, PROBE_BYTES)
+            scope = Scope(files, wanted, limit_bytes=limit, drive_s=FIRST_DRIVE_S, compute_s=FIRST_COMPUTE_S)
+            assert isinstance(self._compute.backend, CpuBackend)
+            return probe(self._compute.lib, self._compute.backend, self._compute.repack, scope, on_probe)
+
+        known = known_profile(files, self._compute.lib, config.num_threads, sorted(types), measure)
+        return known.profile
+
+    def _best(self, plan: Plan, workload: Workload, machine: MachineProfile) -> Plan:
+        """Of this plan and those with another layout or prefill chunk, the one that serves the workload soonest."""
+        plans = [plan, *self._variants(plan)] if plan.is_streaming else [plan]
+        predicted = [replace(each, prediction=self._predict(each, workload, machine)) for each in plans]
+        return min(predicted, key=_request_s)
+
+    def _variants(self, plan: Plan) -> Iterator[Plan]:
+        """The same limits with other choices; those that do not fit are left out."""
+        layouts = [plan.blueprint.layouts]
+        if self._config.layout == "auto" and plan.repacked_types:
+            layouts.append(WeightLayouts(frozenset()))
+        for layout in layouts:
+            blueprint = replace(plan.blueprint, layouts=layout)
+            wanted = self._demand(blueprint, plan.context_tokens, plan.limit_bytes)
+            for chunk in wanted.chunks:
+                with suppress(OverBudget):
+                    placement = place(replace(wanted, chunks=[chunk]))
+                    yield self._plan_of(blueprint, placement, plan.context_tokens, plan.limit_bytes)
+
+    def _predict(self, plan: Plan, workload: Workload, machine: MachineProfile) -> Prediction:
+        hyper, kv = self._model.manifest.hyper, plan.blueprint.kv_shape(plan.context_tokens)
+        costs = stage_costs(self._model.stages, plan.blueprint.layouts, hyper, (kv.type_k, kv.type_v))
+        shapes = Shapes(costs, hyper.hidden_size)
+        return predict(shapes, plan.placement, machine, workload, SCHEDULES[self._config.schedule])
 
     def smallest_ram_bytes(self, context_tokens: int) -> int:
         """The least budget that `make` takes for this context."""
@@ -199,6 +263,11 @@ class PlanMaker:
 
     def _process_bytes(self) -> int:
         return max(PROCESS_BYTES, round_up(process_memory().anonymous_bytes, PROCESS_STEP))
+
+
+def _request_s(plan: Plan) -> float:
+    assert plan.prediction is not None
+    return plan.prediction.total_s
 
 
 def _preference(placement: DevicePlacement) -> tuple[int, bool]:

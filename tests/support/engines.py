@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial, partialmethod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipo import engine as engine_module
+from pipo import plan
 from pipo.base.config import EngineConfig
 from pipo.engine import Engine
 from pipo.hardware.drive import DriveRate
 from pipo.model_file import ModelFile
 from pipo.pipeline import assembly
 from pipo.pipeline.blueprint import demand
-from pipo.pipeline.forward import Forward
 from pipo.planner.placement import smallest_bytes
 from pipo.transfer.disk import DiskTransfer
 from pipo.transfer.files import Preadv
@@ -29,9 +28,8 @@ def start_engine(path: Path, *, ram_bytes: int = PLENTY, preadv: Preadv | None =
     test run; compute is timed no longer than needed, and the user's cache of drive rates neither read nor written.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "drive_rates", lambda files, **_: (KNOWN_DRIVE,))
-        patch.setattr(Engine, "_process_bytes", lambda self: 0)
-        patch.setattr(Forward, "time_stage", partialmethod(Forward.time_stage, at_least_s=0.0))
+        patch.setattr(plan, "drive_rates", lambda files, **_: (KNOWN_DRIVE,))
+        patch.setattr(plan.PlanMaker, "_process_bytes", lambda self: 0)
         if preadv is not None:
             patch.setattr(assembly, "DiskTransfer", partial(DiskTransfer, preadv=preadv))
         engine = Engine(ModelFile(path), EngineConfig(**{"ram": str(ram_bytes), "threads": 1, **settings}))

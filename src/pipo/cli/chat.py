@@ -56,10 +56,11 @@ def chat(
     check_stdin()
 
     from pipo.cli.session import open_model, open_session
+    from pipo.plan import TYPICAL
 
     opened = open_model(name, config.ram)
     opened.encode_chat([{"role": "user", "content": "hello"}])  # refuse a model without template now
-    with open_session(opened, config, None, output) as session:
+    with open_session(opened, config, None, output, TYPICAL) as session:
         conversation = Conversation(session, sampling, system)
         if sys.stdin.isatty() and not output.quiet:
             print_note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")

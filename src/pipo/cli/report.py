@@ -7,8 +7,15 @@ from collections.abc import Iterator, Mapping
 from pipo.base.units import format_rate, format_size
 from pipo.cli.terminal import Row
 from pipo.engine import Report
+from pipo.pipeline.device_share import DeviceShare
 from pipo.pipeline.stats import PassStats
 from pipo.plan import Plan
+from pipo.planner.simulate import Lane
+
+_LANE_NAMES = {
+    Lane.DRIVE: "drive", Lane.CPU: "CPU", Lane.UPLOAD: "copies to the device", Lane.DEVICE: "device",
+    Lane.DOWNLOAD: "copies back",
+}  # fmt: skip
 
 
 def plan_rows(plan: Plan) -> Iterator[Row]:
@@ -20,8 +27,21 @@ def plan_rows(plan: Plan) -> Iterator[Row]:
     config = plan.blueprint.config
     types = dict.fromkeys((config.cache_type_k, config.cache_type_v))
     yield "context", f"{plan.context_tokens} tokens, {format_size(kv)} of KV cache in {' and '.join(types)}"
+    if plan.device is not None:
+        yield "device", _device_text(plan.device)
     layout = f"repacked {', '.join(plan.repacked_types)}" if plan.repacked_types else "plain"
     yield "prefill", f"{placement.chunk.num_tokens} tokens a pass, {layout} weights"
+
+
+def _device_text(share: DeviceShare) -> str:
+    placement, device = share.placement, share.device
+    text = (
+        f"{device.name} computes {len(share.blocks)} blocks and the head, {format_size(placement.resident_bytes)} stay"
+    )
+    if placement.streamed_bytes:
+        text += f", {format_size(placement.streamed_bytes)} are copied in every pass"
+    kept = "keys and values move" if placement.moves_kv else "keys and values stay"
+    return f"{text}, {kept}; {format_size(placement.num_bytes)} planned of {format_size(share.limit_bytes)}"
 
 
 def weights_text(plan: Plan) -> str:
@@ -33,14 +53,24 @@ def weights_text(plan: Plan) -> str:
     return f"{text}, {format_size(resident)} stay in RAM" if resident > 0 else f"{text}, none stay in RAM"
 
 
-def prediction_row(plan: Plan, seconds_per_pass: float) -> Row:
-    """Known once the engine has started."""
-    text = f"{_rate(1 / seconds_per_pass)} tokens/s"
-    if plan.pass_floor_s == seconds_per_pass:
-        text += ", as fast as the drive delivers"
-    elif plan.is_streaming:
-        text += f"; the drive would allow {_rate(1 / plan.pass_floor_s)}"
-    return "expect", text
+def predicted_tokens_per_s(plan: Plan) -> float | None:
+    """Of decode; where nothing was measured, what the drive allows, and None where nothing streams."""
+    if plan.prediction is not None:
+        return plan.prediction.tokens_per_s
+    return 1 / plan.pass_floor_s if plan.is_streaming else None
+
+
+def prediction_rows(plan: Plan) -> Iterator[Row]:
+    """What to expect, and what limits it."""
+    rate = predicted_tokens_per_s(plan)
+    if rate is None:
+        return
+    if plan.prediction is None:
+        yield "expect", f"{_rate(rate)} tokens/s at most, which the drive allows"
+        return
+    decode, ttft_s = plan.prediction.decode, plan.prediction.ttft_s
+    shares = ", ".join(f"{name} {decode.share(lane):.0%}" for lane, name in _LANE_NAMES.items() if decode.busy[lane])
+    yield "expect", f"{_rate(rate)} tokens/s, first token after {_seconds(ttft_s)}; busy: {shares}"
 
 
 def breakdown_rows(breakdown: Mapping[str, int]) -> Iterator[Row]:
@@ -49,12 +79,13 @@ def breakdown_rows(breakdown: Mapping[str, int]) -> Iterator[Row]:
             yield name, format_size(num_bytes)
 
 
-def status_line(plan: Plan, report: Report, seconds_per_pass: float) -> str:
+def status_line(plan: Plan, report: Report) -> str:
     """One line on what the answer cost."""
     decode = report.decode
     parts = []
     if decode.num_passes:
-        parts.append(f"{_rate(report.tokens_per_s)} tok/s ({_rate(1 / seconds_per_pass)} predicted)")
+        predicted = f" ({_rate(plan.prediction.tokens_per_s)} predicted)" if plan.prediction else ""
+        parts.append(f"{_rate(report.tokens_per_s)} tok/s{predicted}")
     parts.append(f"first token {_seconds(report.timing.ttft_s)}")
     if decode.num_passes and decode.bytes_read:
         parts.append(
@@ -90,10 +121,11 @@ def plan_dict(plan: Plan) -> dict[str, object]:
     }
 
 
-def report_dict(plan: Plan, report: Report, seconds_per_pass: float) -> dict[str, object]:
+def report_dict(plan: Plan, report: Report) -> dict[str, object]:
     return {
         "tokens_per_s": report.tokens_per_s,
-        "predicted_tokens_per_s": 1 / seconds_per_pass,
+        "predicted_tokens_per_s": plan.prediction.tokens_per_s if plan.prediction else None,
+        "predicted_ttft_s": plan.prediction.ttft_s if plan.prediction else None,
         "ttft_s": report.timing.ttft_s,
         "bytes_per_token": bytes_per_token(report),
         "drive_share": drive_share(plan, report),

@@ -78,6 +78,7 @@ def run(
 
     from pipo.cli.session import open_model, open_session
     from pipo.generation.request import logprobs_bytes
+    from pipo.planner.predict import Workload
 
     opened = open_model(name, config.ram)
     trained = opened.manifest.hyper.context_tokens
@@ -86,7 +87,8 @@ def run(
     del text  # of a long prompt, megabytes
     context, max_tokens = fit_answer(len(ids), sampling.max_tokens, config.context_tokens, trained)
     kept_bytes = 0 if logprobs is None else logprobs_bytes(max_tokens, logprobs)
-    with open_session(opened, config, context, output, kept_bytes) as session:
+    workload = Workload(len(ids), max_tokens)
+    with open_session(opened, config, context, output, workload, kept_bytes) as session:
         answer = _answer(session, ids, sampling.params(max_tokens, logprobs), json)
         if trace is not None:
             session.engine.tracer.write_perfetto(trace)
@@ -165,7 +167,7 @@ def _write_json(model: ModelFile, session: Session, answer: Answer, num_prompt: 
     if has_logprobs:
         result["tokens"] = (_token_dict(model, token) for token in answer.tokens)
     result["plan"] = plan_dict(session.plan)
-    result["cost"] = report_dict(session.plan, report, session.engine.seconds_per_pass)
+    result["cost"] = report_dict(session.plan, report)
     write_json_object(result)
 
 

@@ -14,8 +14,10 @@ from pipo.cli.terminal import print_note, print_rows, print_warning, stderr
 from pipo.engine import Engine
 from pipo.hardware.budget import ram_bytes
 from pipo.hardware.memory import available_memory, process_memory
+from pipo.hardware.probe import Progress
 from pipo.model_file import ModelFile
 from pipo.plan import Plan
+from pipo.planner.predict import Workload
 from pipo.store.library import resolve_model
 
 
@@ -37,7 +39,7 @@ class Session:
             return
         if stderr().is_terminal:
             stderr().print()
-        print_note(" · ".join([report.status_line(self.plan, last, self.engine.seconds_per_pass), *more]))
+        print_note(" · ".join([report.status_line(self.plan, last), *more]))
         if self.output.verbose:
             self.print_details()
 
@@ -65,16 +67,17 @@ def open_session(
     config: EngineConfig,
     context_tokens: int | None,
     output: OutputFlags,
+    workload: Workload,
     logprobs_bytes: int = 0,
 ) -> Iterator[Session]:
     """Plan, print the plan, start. Raises OverBudget before it takes any memory."""
     with Engine(model, config) as engine:
-        with starting(output):
-            plan = engine.make_plan(context_tokens, logprobs_bytes)
+        with starting(output) as say:
+            plan = engine.make_plan(context_tokens, logprobs_bytes, workload, say)
             _warn_of_scarcity(plan)
             engine.start(plan)
         if not output.quiet:
-            rows = [*report.plan_rows(plan), report.prediction_row(plan, engine.seconds_per_pass)]
+            rows = [*report.plan_rows(plan), *report.prediction_rows(plan)]
             print_rows(stderr(), model_title(model), rows, style="dim")
             stderr().print()
         yield Session(engine, plan, output)
@@ -90,15 +93,19 @@ def _warn_of_scarcity(plan: Plan) -> None:
 
 
 @contextmanager
-def starting(output: OutputFlags) -> Iterator[None]:
-    """Show that something goes on: the first run on a drive measures it."""
+def starting(output: OutputFlags) -> Iterator[Progress]:
+    """Show that something goes on: the first run on a machine or drive measures it."""
     if output.quiet or not stderr().is_terminal:
-        yield
+        yield lambda step, fraction: None
         return
     status = stderr().status("starting …", spinner_style="dim")
+
+    def say(step: str, fraction: float) -> None:
+        status.update(f"measuring this machine once: {step}, {fraction:.0%} …")
+
     try:
         status.start()
-        yield
+        yield say
     finally:
         status.stop()
 

@@ -58,7 +58,7 @@ def drive_rates(
     if (known := _parse(entries.get(key), file, key)) is not None:
         return known
     rates = measure(files)
-    if not _is_telling(files):
+    if not tells_of_a_drive(files):
         return rates
     _save(file, {**entries, key: [asdict(rate) for rate in rates]})
     return rates
@@ -102,7 +102,7 @@ def known_profile(
     if known is not None and not missing and not fresh:
         return KnownProfile(known, "")
     profile = probe([*have, *missing] if not fresh else types)
-    if _is_telling(files):
+    if tells_of_a_drive(files):
         _save(file, {**entries, key: asdict(profile)})
     return KnownProfile(profile, _why(fresh, bool(entries), key in entries, known, missing))
 
@@ -135,7 +135,8 @@ def _parse_profile(entry: object, file: Path) -> MachineProfile | None:
         return None
 
 
-def _is_telling(files: Sequence[Path]) -> bool:
+def tells_of_a_drive(files: Sequence[Path]) -> bool:
+    """Files smaller than this tell of the latency of a read."""
     return sum(path.stat().st_size for path in files) >= LEAST_TELLING_BYTES
 
 

@@ -48,8 +48,10 @@ COMMON_TYPES = (T.Q4_0, T.Q4_1, T.Q8_0, T.Q4_K, T.Q5_K, T.Q6_K, T.F16, T.BF16)
 # 12.2 to 12.9 at 512, and 12.4 in a pass over 3.6 GiB; of 8 tokens 37 everywhere
 WEIGHTS_BYTES = 256 * MIB
 PROBE_BYTES = 288 * MIB  # what a probe takes at most: weights and activations, or before them the drive's two places
+LEAST_PROBE_BYTES = BlockShape().activation_bytes + 8 * MIB  # with the default block
 _COPY_BYTES = 16 * MIB
 _NOISE_SHARE = 0.1  # of the cores, that other programs may take unmentioned
+
 
 Progress = Callable[[str, float], None]  # what is being measured, and the fraction of the whole that is done
 

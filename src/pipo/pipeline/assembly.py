@@ -12,7 +12,7 @@ from pipo.base.trace import Tracer
 from pipo.base.units import PAGE_BYTES, round_up
 from pipo.compute.dequantise import Dequantiser
 from pipo.kvcache.cache import KvCache
-from pipo.models.stage import ShapeClass, Stage, StageKind
+from pipo.models.stage import ShapeClass, Stage
 from pipo.pipeline.blueprint import Blueprint, vector_bytes, vector_offsets
 from pipo.pipeline.buffers import BufferShape, PassBuffers
 from pipo.pipeline.device_engine import DeviceEngine, InRam
@@ -63,7 +63,6 @@ class Assembly:
         transfer = self._transfer(blueprint, clock, tracer)
         model = Model(stages, units)
         ram, pool = self._places(units, placement)
-        self._model, self._ram = model, ram
         chunk = placement.chunk.num_tokens
         kv, largest = blueprint.kv_shape(context_tokens), blueprint.largest_shape(context_tokens, chunk)
         buffers = self._buffers(blueprint.buffer_shape(context_tokens, chunk))
@@ -76,7 +75,6 @@ class Assembly:
             self._exit.callback(device.close)
             residency = Residency(pool, device.pool, device.units)
             sides, link = Sides(cpu, device.stages, device.stage_idxs), device.link
-        self._on_device = sides.on_device
         executor = Executor(units, ram, residency, transfer, clock, tracer, blueprint.is_aborted, link)
         embedding = self._embedding(blueprint, transfer, executor, chunk)
         schedule = SCHEDULES[blueprint.config.schedule]
@@ -88,20 +86,6 @@ class Assembly:
     def _cache(self, blueprint: Blueprint, context_tokens: int) -> KvCache:
         shape, blocks = blueprint.kv_shape_in_ram(context_tokens), blueprint.kv_blocks_in_ram
         return KvCache(shape, self._arena("KV cache", shape.num_bytes) if blocks else None, blocks)
-
-    def measure_compute_s(self) -> float:
-        """Predicted seconds of compute on the CPU in a pass of one token: the time of its first MLP, scaled by bytes.
-
-        Reads that unit once more than the first pass will. 0 where the CPU computes none.
-        """
-        ours = [unit for unit in self._model.units if unit.stage_idx not in self._on_device]
-        unit = next((u for u in ours if self._model.stages[u.stage_idx].kind is StageKind.MLP), None)
-        if unit is None:
-            return 0.0
-        weight_bytes = sum(unit.num_bytes for unit in ours)
-        place = self._ram.homes.get(unit.unit_id) or self._ram.slots[SlotId(len(self._ram.slots) - 1)]
-        self.transfer.submit(unit.layout.reads, place, "calibration").wait()
-        return self.forward.time_stage(unit.stage_idx, place) * weight_bytes / unit.num_bytes
 
     def _stages(self, blueprint: Blueprint, placement: Placement) -> Sequence[Stage]:
         """The head in pieces when it streams, whole when it is resident (the results are the same)."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -142,17 +140,6 @@ class Forward:
         if self._executor.is_settled and not (needs.on_cpu and needs.on_device) and not self._moves_kv:
             return [Step(StepKind.COMPUTE, WHOLE_PASS)]
         return self._schedule(needs.needs, self._all_units, self._executor.residency.copy())
-
-    def time_stage(self, stage_idx: int, place: Place, at_least_s: float = 0.02) -> float:
-        """Seconds one stage takes for one token: the best of as many runs as `at_least_s` holds, five or more."""
-        self._take_shape(1, 1, 1, self._with_outputs)
-        best, total, num_runs = math.inf, 0.0, 0
-        while num_runs < 5 or total < at_least_s:
-            begin = time.perf_counter()
-            self._sides.cpu.compute(stage_idx, place)
-            seconds = time.perf_counter() - begin
-            best, total, num_runs = min(best, seconds), total + seconds, num_runs + 1
-        return best
 
     def _take_shape(self, num_tokens: int, num_positions: int, num_outputs: int, needs: _Needs) -> None:
         kv_rows = kv_rows_class(num_positions)
