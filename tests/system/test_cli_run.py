@@ -71,7 +71,7 @@ def test_json_is_one_object_with_plan_and_cost(pipo: CommandLine) -> None:
     assert plan["context_tokens"] == found["usage"]["prompt_tokens"] + 12
     assert cost["bytes_per_token"] == plan["streamed_bytes_per_pass"] > 0
     assert cost["decode"]["num_passes"] == 11
-    assert set(cost["decode"]["stall_s"]) == {"queue", "disk", "repack"}
+    assert set(cost["decode"]["stall_s"]) == {"queue", "disk", "repack", "copy"}
     assert 0 < cost["peak_anonymous_bytes"] <= plan["limit_bytes"]
 
 

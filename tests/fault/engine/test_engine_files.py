@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipo import engine as engine_module
+from pipo import plan as plan_module
 from pipo.base.config import EngineConfig
 from pipo.base.errors import FileChanged, PipoError, ReadFailed, UnexpectedEof
 from pipo.engine import Engine
@@ -53,7 +53,7 @@ def test_file_that_changes_between_header_and_start(
     path: Path, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights of one version under the hyper-parameters of another would run, and wrongly."""
-    monkeypatch.setattr(engine_module, "drive_rates", lambda files, **_: (KNOWN_DRIVE,))
+    monkeypatch.setattr(plan_module, "drive_rates", lambda files, **_: (KNOWN_DRIVE,))
     model = ModelFile(path)
     with Engine(model, EngineConfig(ram=str(PLENTY), **SETTINGS)) as engine:
         plan = engine.make_plan()

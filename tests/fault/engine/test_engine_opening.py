@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipo import engine as engine_module
+from pipo import plan as plan_module
 from pipo.base.config import EngineConfig
 from pipo.base.errors import ReadFailed, UsageError
 from pipo.compute.devices import CpuBackend
@@ -51,7 +52,7 @@ def test_a_drive_that_cannot_be_measured(path: Path, closed: list[CpuBackend], m
     def fail(*_: object, **__: object) -> None:
         raise ReadFailed("no", path=str(path), offset=0, wanted_bytes=1, got_bytes=0)
 
-    monkeypatch.setattr(engine_module, "drive_rates", fail)
+    monkeypatch.setattr(plan_module, "drive_rates", fail)
     with Engine(ModelFile(path), EngineConfig(ram="1GB")) as engine, pytest.raises(ReadFailed):
         engine.make_plan()
     assert len(closed) == 1
