@@ -47,10 +47,12 @@ def _device_text(share: DeviceShare) -> str:
 def weights_text(plan: Plan) -> str:
     total, streamed = plan.weight_bytes, plan.placement.streamed_bytes
     if not streamed:
-        return f"all {format_size(total)} stay in RAM, nothing streams"
+        where = "in RAM" if plan.device is None else f"in RAM or on {plan.device.device.name}"
+        return f"all {format_size(total)} stay {where}, nothing streams from disk"
     text = f"{_of(streamed, total)} stream from disk in every pass"
     resident = total - streamed
-    return f"{text}, {format_size(resident)} stay in RAM" if resident > 0 else f"{text}, none stay in RAM"
+    where = "in RAM" if plan.device is None else f"in RAM or on {plan.device.device.name}"
+    return f"{text}, {format_size(resident) if resident > 0 else 'none'} stay {where}"
 
 
 def predicted_tokens_per_s(plan: Plan) -> float | None:
