@@ -114,7 +114,7 @@ class PlanMaker:
         """The profile of this machine, measured now where no earlier one serves: some seconds, of which `on_probe`
         hears. None where the budget or the file is too small to tell of anything. Computes on this thread.
         """
-        model, config = self._model, self._config
+        model, config, device = self._model, self._config, self._device
         files = model.manifest.files
         types = {spec.type for stage in model.stages for spec in stage.matrices.values()}
         left = ram_bytes(config.ram) - self._process_bytes()
@@ -125,9 +125,10 @@ class PlanMaker:
             limit = min(left, PROBE_BYTES)
             scope = Scope(files, wanted, limit_bytes=limit, drive_s=FIRST_DRIVE_S, compute_s=FIRST_COMPUTE_S)
             assert isinstance(self._compute.backend, CpuBackend)
-            return probe(self._compute.lib, self._compute.backend, self._compute.repack, scope, on_probe)
+            return probe(self._compute.lib, self._compute.backend, self._compute.repack, scope, on_probe, device)
 
-        known = known_profile(files, self._compute.lib, config.num_threads, sorted(types), measure)
+        name = f"{device.name} {device.info.description}" if device else None
+        known = known_profile(files, self._compute.lib, config.num_threads, sorted(types), measure, device=name)
         return known.profile
 
     def _best(self, plan: Plan, workload: Workload, machine: MachineProfile) -> Plan:

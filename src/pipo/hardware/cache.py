@@ -83,6 +83,7 @@ def known_profile(
     types: Sequence[TensorType],
     probe: Probe,
     *,
+    device: str | None = None,
     fresh: bool = False,
     file: Path | None = None,
 ) -> KnownProfile:
@@ -94,7 +95,7 @@ def known_profile(
     Raises what `probe` raises.
     """
     file = file or profile_file()
-    key = profile_key(files[0], lib, num_threads)
+    key = profile_key(files[0], lib, num_threads, device)
     entries = _load(file)
     known = _parse_profile(entries.get(key), file)
     have = [TensorType[name] for name in known.cpu.products] if known is not None else []
@@ -117,12 +118,12 @@ def _why(fresh: bool, has_others: bool, has_entry: bool, known: MachineProfile |
     return "what is kept is of another machine, drive or libggml" if has_others else "nothing was measured before"
 
 
-def profile_key(path: Path, lib: Library, num_threads: int) -> str:
-    """Names all that the figures depend on."""
+def profile_key(path: Path, lib: Library, num_threads: int, device: str | None = None) -> str:
+    """Names all that the figures depend on. `device` is what computes beside the CPU."""
     memory_gib = round(physical_memory_bytes() / GIB)
     machine = f"{machine_name()}, {available_cores()} cores, {num_threads} threads, {memory_gib} GiB"
     library = f"libggml {lib.version_text} of {lib.provider.name} with {' '.join(cpu_features(lib))}"
-    return f"{machine}; drive {drive_key(path)}; {library}"
+    return f"{machine}; drive {drive_key(path)}; {library}" + (f"; device {device}" if device else "")
 
 
 def _parse_profile(entry: object, file: Path) -> MachineProfile | None:
