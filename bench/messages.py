@@ -79,6 +79,15 @@ class FirstToken:
     peak_anonymous_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class PassForecast:
+    """What the planner's simulator says of a steady pass, from figures measured on this machine."""
+
+    seconds: float
+    compute_s: float
+    drive_s: float
+
+
 # requests
 
 
@@ -117,6 +126,14 @@ class Library(Request[str]):
 @dataclass(frozen=True, slots=True)
 class Plan(Request[PlanFacts]):
     setup: PipoSetup
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast(Request[PassForecast]):
+    """Of passes of `num_tokens`, each of which continues the prompt of the one before."""
+
+    setup: PipoSetup
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,10 +27,12 @@ from pipo.pipeline.device_share import DeviceShare, device_demand
 from pipo.pipeline.stage_costs import stage_costs
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.units import WeightLayouts
+from pipo.planner.cost import PassLoad
 from pipo.planner.device_placement import DeviceDemand, DevicePlacement, place_on_device, smallest_vram_bytes
 from pipo.planner.placement import Demand, Placement, place, smallest_bytes
-from pipo.planner.predict import Prediction, Shapes, Workload, predict
+from pipo.planner.predict import Prediction, Shapes, Workload, forecast, predict
 from pipo.planner.schedule import SCHEDULES
+from pipo.planner.simulate import Forecast
 from pipo.transfer.disk import DriveSettings
 
 PROCESS_STEP = 8 * MIB
@@ -120,16 +122,16 @@ class PlanMaker:
         left = ram_bytes(config.ram) - self._process_bytes()
         if not tells_of_a_drive(files) or left < LEAST_PROBE_BYTES:
             return None
+        limit = min(left, PROBE_BYTES)
 
         def measure(wanted: Sequence[TensorType]) -> MachineProfile:
-            limit = min(left, PROBE_BYTES)
             scope = Scope(files, wanted, limit_bytes=limit, drive_s=FIRST_DRIVE_S, compute_s=FIRST_COMPUTE_S)
             assert isinstance(self._compute.backend, CpuBackend)
             return probe(self._compute.lib, self._compute.backend, self._compute.repack, scope, on_probe, device)
 
-        name = f"{device.name} {device.info.description}" if device else None
-        known = known_profile(files, self._compute.lib, config.num_threads, sorted(types), measure, device=name)
-        return known.profile
+        kind = f"; device {device.name} {device.info.description}" if device else ""
+        kind += "" if limit == PROBE_BYTES else f"; in {limit // MIB // 32 * 32} MiB"
+        return known_profile(files, self._compute.lib, config.num_threads, sorted(types), measure, kind=kind).profile
 
     def _best(self, plan: Plan, workload: Workload, machine: MachineProfile) -> Plan:
         """Of this plan and those with another layout or prefill chunk, the one that serves the workload soonest."""
@@ -151,10 +153,16 @@ class PlanMaker:
                     yield self._plan_of(blueprint, placement, plan.context_tokens, plan.limit_bytes)
 
     def _predict(self, plan: Plan, workload: Workload, machine: MachineProfile) -> Prediction:
+        return predict(self._shapes(plan), plan.placement, machine, workload, SCHEDULES[self._config.schedule])
+
+    def forecast(self, plan: Plan, load: PassLoad, machine: MachineProfile) -> Forecast:
+        """A pass among many of this load, on the CPU."""
+        return forecast(self._shapes(plan), plan.placement, machine, load, SCHEDULES[self._config.schedule])
+
+    def _shapes(self, plan: Plan) -> Shapes:
         hyper, kv = self._model.manifest.hyper, plan.blueprint.kv_shape(plan.context_tokens)
         costs = stage_costs(self._model.stages, plan.blueprint.layouts, hyper, (kv.type_k, kv.type_v))
-        shapes = Shapes(costs, hyper.hidden_size)
-        return predict(shapes, plan.placement, machine, workload, SCHEDULES[self._config.schedule])
+        return Shapes(costs, hyper.hidden_size)
 
     def smallest_ram_bytes(self, context_tokens: int) -> int:
         """The least budget that `make` takes for this context."""

@@ -83,19 +83,20 @@ def known_profile(
     types: Sequence[TensorType],
     probe: Probe,
     *,
-    device: str | None = None,
+    kind: str = "",
     fresh: bool = False,
     file: Path | None = None,
 ) -> KnownProfile:
     """The profile of this machine, these threads, this libggml and the drive that holds `files`, with these types at
     least: that of an earlier run, else measured now and kept.
 
-    `fresh` measures in any case. What belongs to another machine is left where it is; what cannot be used costs a
+    `kind` tells apart what was measured: with another device, or with less memory than a probe wants. `fresh` measures
+    in any case. What belongs to another machine is left where it is; what cannot be used costs a
     measurement and a line in the log, never the run. Files too small to tell of a drive: see `drive_rates`.
     Raises what `probe` raises.
     """
     file = file or profile_file()
-    key = profile_key(files[0], lib, num_threads, device)
+    key = profile_key(files[0], lib, num_threads) + kind
     entries = _load(file)
     known = _parse_profile(entries.get(key), file)
     have = [TensorType[name] for name in known.cpu.products] if known is not None else []
@@ -118,12 +119,12 @@ def _why(fresh: bool, has_others: bool, has_entry: bool, known: MachineProfile |
     return "what is kept is of another machine, drive or libggml" if has_others else "nothing was measured before"
 
 
-def profile_key(path: Path, lib: Library, num_threads: int, device: str | None = None) -> str:
-    """Names all that the figures depend on. `device` is what computes beside the CPU."""
+def profile_key(path: Path, lib: Library, num_threads: int) -> str:
+    """Names all that the figures depend on."""
     memory_gib = round(physical_memory_bytes() / GIB)
     machine = f"{machine_name()}, {available_cores()} cores, {num_threads} threads, {memory_gib} GiB"
     library = f"libggml {lib.version_text} of {lib.provider.name} with {' '.join(cpu_features(lib))}"
-    return f"{machine}; drive {drive_key(path)}; {library}" + (f"; device {device}" if device else "")
+    return f"{machine}; drive {drive_key(path)}; {library}"
 
 
 def _parse_profile(entry: object, file: Path) -> MachineProfile | None:

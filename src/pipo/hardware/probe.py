@@ -13,7 +13,7 @@ from pipo.base.cores import available_cores
 from pipo.base.errors import UsageError
 from pipo.base.machine import ComputeProfile, LayoutRates, LinkProfile, MachineProfile, RepackProfile
 from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
-from pipo.base.units import MIB
+from pipo.base.units import MIB, PAGE_BYTES, round_down
 from pipo.compute.device import ComputeDevice
 from pipo.compute.devices import CpuBackend
 from pipo.compute.ggml import Library
@@ -85,7 +85,7 @@ class Scope:
 
     @property
     def weights_bytes(self) -> int:
-        return min(WEIGHTS_BYTES, self.limit_bytes - self.block.activation_bytes)
+        return round_down(min(WEIGHTS_BYTES, self.limit_bytes - self.block.activation_bytes), PAGE_BYTES)
 
     @property
     def combos(self) -> Sequence[DriveSettings]:

@@ -68,6 +68,15 @@ def predict(
     return Prediction(ttft_s, line.forecast(_costs(shapes, machine, load, is_whole)), workload)
 
 
+def forecast(
+    shapes: Shapes, placement: Placement, machine: MachineProfile, load: PassLoad, schedule: Schedule
+) -> Forecast:
+    """A pass among many of this load."""
+    needs = [Need(i, stage.unit_id) for i, stage in enumerate(shapes.stages)]
+    line = Line(needs, schedule, residency_of(placement))
+    return line.forecast(_costs(shapes, machine, load, all(placement.resident)))
+
+
 def residency_of(placement: Placement) -> Residency:
     """Before the first pass: nothing has been read. Units are numbered as in the demand."""
     free: list[deque[SlotId]] = []
