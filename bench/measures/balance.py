@@ -11,9 +11,10 @@ from dataclasses import replace
 
 from bench.lab import Lab, Running
 from bench.messages import FirstToken, Forecast, PassForecast, PipoSetup, Prefill
-from bench.rows import Row, row
+from bench.rows import Row, row, skipped
 from pipo.base.config import SCHEDULE_NAMES
 from pipo.base.units import MIB
+from pipo.hardware.cache import tells_of_a_drive
 
 SHARES = (0.05, 0.5, 0.8)  # of the memory between the smallest budget and all resident
 TOKENS = (1, 8, 16, 32, 64, 128)  # of a pass
@@ -23,6 +24,9 @@ _SLOWER = SCHEDULE_NAMES[1:]
 
 
 def measure(lab: Lab) -> Iterator[Row]:
+    if not tells_of_a_drive([lab.path]):
+        yield skipped("balance", "all", "the file is too small to measure a drive with")
+        return
     widest = replace(lab.setup(lab.roomy_bytes), prefill_chunk=max(TOKENS))
     roomy, smallest = lab.plan(widest), lab.plan(replace(widest, ram_bytes=1)).smallest_bytes + 48 * MIB
     lab.forecast(Forecast(lab.setup(lab.roomy_bytes), 1))  # measures the machine with room for it
