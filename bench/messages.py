@@ -93,7 +93,9 @@ class PassForecast:
 
 @dataclass(frozen=True, slots=True)
 class PipoSetup:
-    """`layout` and `schedule` as in EngineConfig."""
+    """`layout` and `schedule` as in EngineConfig. `request`: tokens of prompt and answer it is planned for, as
+    `pipo run` plans; None plans for none.
+    """
 
     path: Path
     ram_bytes: int
@@ -102,6 +104,7 @@ class PipoSetup:
     schedule: str = "pipelined"
     layout: str = "auto"
     prefill_chunk: int | None = None
+    request: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

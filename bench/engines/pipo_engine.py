@@ -31,6 +31,7 @@ from pipo.model_file import ModelFile
 from pipo.pipeline.units import make_units
 from pipo.plan import Plan as EnginePlan
 from pipo.planner.cost import PassLoad
+from pipo.planner.predict import Workload
 from pipo.planner.simulate import Lane
 
 _TELLING_FEATURES = frozenset({"AVX2", "AVX512", "AVX512_BF16", "AMX_INT8", "NEON", "SVE", "LLAMAFILE", "REPACK"})
@@ -60,7 +61,7 @@ class PipoEngine(TimedEngine[PipoSetup]):
     def _start(self, setup: PipoSetup) -> Started:
         begin = perf_counter()
         self._engine = Engine(ModelFile(setup.path), _config(setup))
-        self._engine.start(self._engine.make_plan())
+        self._engine.start(self._engine.make_plan(workload=_workload(setup)))
         return Started(perf_counter() - begin, _library())
 
     def _decode(self, num_passes: int) -> Passes:
@@ -111,10 +112,14 @@ def _config(setup: PipoSetup) -> EngineConfig:
     )
 
 
+def _workload(setup: PipoSetup) -> Workload | None:
+    return Workload(*setup.request) if setup.request else None
+
+
 def _plan(setup: PipoSetup) -> PlanFacts:
     with Engine(ModelFile(setup.path), _config(setup)) as engine:
         try:
-            plan = engine.make_plan()
+            plan = engine.make_plan(workload=_workload(setup))
         except OverBudget as error:
             return PlanFacts(fits=False, smallest_bytes=error.smallest_bytes or 0)
         return PlanFacts(
