@@ -20,10 +20,22 @@ def ram_bytes(text: str) -> int:
     percent = _PERCENT.fullmatch(text)
     if percent is None:
         return parse_size(text, what="--ram")
-    share = float(percent[1])
-    if not 0 < share <= 100:
-        raise UsageError(f"--ram {text!r:.80} must be more than 0% and at most 100%")
-    return int(available_memory().limit_bytes * share / 100)
+    return int(available_memory().limit_bytes * _share(percent[1], text, "--ram"))
+
+
+def part_of(text: str | None, whole_bytes: int, *, what: str) -> int:
+    """`--ram` or `--vram` for a machine that has `whole_bytes`: all of it for None and "auto". Raises UsageError."""
+    if text is None or text == "auto":
+        return whole_bytes
+    percent = _PERCENT.fullmatch(text)
+    return int(whole_bytes * _share(percent[1], text, what)) if percent else parse_size(text, what=what)
+
+
+def _share(number: str, text: str, what: str) -> float:
+    """0 to 1."""
+    if not 0 < float(number) <= 100:
+        raise UsageError(f"{what} {text!r:.80} must be more than 0% and at most 100%")
+    return float(number) / 100
 
 
 def vram_bytes(text: str, free_bytes: int) -> int:

@@ -29,7 +29,7 @@ class StageCost:
 @dataclass(frozen=True, slots=True)
 class PassLoad:
     """What one pass computes: `num_sequences`, each with `tokens_each` new tokens, of which every one sees
-    `num_positions` cached ones on average.
+    `num_positions` on average: those before the pass and half of the pass's own.
     """
 
     num_sequences: int = 1
@@ -39,6 +39,11 @@ class PassLoad:
     @property
     def num_tokens(self) -> int:
         return self.num_sequences * self.tokens_each
+
+    @property
+    def cached_positions(self) -> float:
+        """Of one sequence, before the pass: those whose keys and values have to be there when it begins."""
+        return max(self.num_positions - self.tokens_each / 2, 0.0)
 
 
 def step_costs(
@@ -53,7 +58,7 @@ def step_costs(
     up, down = (device.from_host, device.to_host) if device else (None, None)
     unit_bytes = {stage.unit_id: stage.unit_bytes for stage in stages if stage.unit_id is not None}
     kv_bytes = {i: stage.kv_bytes_per_position for i, stage in enumerate(stages) if stage.kv_bytes_per_position}
-    cached = load.num_positions * load.num_sequences
+    cached = load.cached_positions * load.num_sequences
     hidden_bytes = 4 * hidden_size * load.num_tokens
     return StepCosts(
         read={s.unit_id: machine.unit_read_s(s.unit_bytes, s.repacked_as) for s in stages if s.unit_id is not None},
