@@ -23,7 +23,7 @@ from rich.console import Console
 from bench.child import Child, ChildFailed
 from bench.lab import FULL, QUICK, Lab, Settings, Unmeasurable
 from bench.machine import describe_machine
-from bench.measures import memory, raw, resident, schedules, streaming, ttft
+from bench.measures import balance, memory, raw, resident, schedules, streaming, ttft
 from bench.messages import Library
 from bench.model_files import ModelSource, model_file
 from bench.output import ResultFile, make_console, print_table
@@ -40,6 +40,7 @@ MEASURES: dict[str, Measure] = {
     "resident": resident.measure,
     "memory": memory.measure,
     "schedules": schedules.measure,
+    "balance": balance.measure,
 }
 RESULTS = Path(__file__).parent / "results"
 # what each measure runs on when nothing is named; `None` is the small real model, where it was pulled
@@ -51,6 +52,7 @@ DEFAULTS: dict[str, tuple[ModelSource, ...]] = {
         SEVEN_B,
         ModelSource(shape="llama-7b", type="q4_k"),
     ),
+    "balance": (ModelSource(shape="tinyllama-1.1b", type="q4_0"),),
     "memory": (ModelSource(path=KNOWN_MODELS["smollm2"].path), SEVEN_B),
 }
 

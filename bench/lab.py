@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import TracebackType
 
 from bench.cgroup import Cgroup, limit_around, memory_limit, reason_against
 from bench.child import Child
-from bench.messages import LlamaSetup, PipoSetup, Plan, PlanFacts, Start
+from bench.messages import Forecast, LlamaSetup, PassForecast, PipoSetup, Plan, PlanFacts, Start
 from bench.providers import Provider, importable
 from bench.raw_drive import RawDrive
 from pipo.base.units import GIB, MIB
@@ -86,6 +87,17 @@ class Lab:
     def plan(self, setup: PipoSetup) -> PlanFacts:
         """What pipo would do, asked of a process that plans and nothing else."""
         return self._planner.ask(Plan(setup))
+
+    def forecast(self, request: Forecast) -> PassForecast:
+        return self._planner.ask(request)
+
+    @contextmanager
+    def started(self, setups: Mapping[str, PipoSetup]) -> Iterator[dict[str, Running]]:
+        """An engine for each, until the block ends. Raises ChildFailed."""
+        with ExitStack() as stack:
+            environment = {"XDG_CACHE_HOME": str(self.settings.cache_folder)}
+            children = {name: stack.enter_context(Child("pipo", environment=environment)) for name in setups}
+            yield {name: self._started(child, Start(setups[name]), None) for name, child in children.items()}
 
     @cached_property
     def _planner(self) -> Child:

@@ -79,12 +79,23 @@ class FirstToken:
     peak_anonymous_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class PassForecast:
+    """What the planner's simulator says of a steady pass, from figures measured on this machine."""
+
+    seconds: float
+    compute_s: float
+    drive_s: float
+
+
 # requests
 
 
 @dataclass(frozen=True, slots=True)
 class PipoSetup:
-    """`layout` and `schedule` as in EngineConfig."""
+    """`layout` and `schedule` as in EngineConfig. `request`: tokens of prompt and answer it is planned for, as
+    `pipo run` plans; None plans for none.
+    """
 
     path: Path
     ram_bytes: int
@@ -93,6 +104,7 @@ class PipoSetup:
     schedule: str = "pipelined"
     layout: str = "auto"
     prefill_chunk: int | None = None
+    request: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +129,14 @@ class Library(Request[str]):
 @dataclass(frozen=True, slots=True)
 class Plan(Request[PlanFacts]):
     setup: PipoSetup
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast(Request[PassForecast]):
+    """Of passes of `num_tokens`, each of which continues the prompt of the one before."""
+
+    setup: PipoSetup
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,18 @@ from time import perf_counter
 from typing import Any
 
 from bench.engines.timed_engine import PROMPT_TOKENS, TimedEngine
-from bench.messages import FirstToken, Library, Passes, PipoSetup, Plan, PlanFacts, Request, Started
+from bench.messages import (
+    FirstToken,
+    Forecast,
+    Library,
+    Passes,
+    PassForecast,
+    PipoSetup,
+    Plan,
+    PlanFacts,
+    Request,
+    Started,
+)  # fmt: skip
 from bench.prompts import random_prompt
 from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget
@@ -19,6 +30,9 @@ from pipo.generation.request import SamplingParams
 from pipo.model_file import ModelFile
 from pipo.pipeline.units import make_units
 from pipo.plan import Plan as EnginePlan
+from pipo.planner.cost import PassLoad
+from pipo.planner.predict import Workload
+from pipo.planner.simulate import Lane
 
 _TELLING_FEATURES = frozenset({"AVX2", "AVX512", "AVX512_BF16", "AMX_INT8", "NEON", "SVE", "LLAMAFILE", "REPACK"})
 
@@ -36,6 +50,8 @@ class PipoEngine(TimedEngine[PipoSetup]):
                 return _library()
             case Plan():
                 return _plan(request.setup)
+            case Forecast():
+                return _forecast(request.setup, request.num_tokens)
         return super().answer(request)
 
     def close(self) -> None:
@@ -45,7 +61,7 @@ class PipoEngine(TimedEngine[PipoSetup]):
     def _start(self, setup: PipoSetup) -> Started:
         begin = perf_counter()
         self._engine = Engine(ModelFile(setup.path), _config(setup))
-        self._engine.start(self._engine.make_plan())
+        self._engine.start(self._engine.make_plan(workload=_workload(setup)))
         return Started(perf_counter() - begin, _library())
 
     def _decode(self, num_passes: int) -> Passes:
@@ -96,10 +112,14 @@ def _config(setup: PipoSetup) -> EngineConfig:
     )
 
 
+def _workload(setup: PipoSetup) -> Workload | None:
+    return Workload(*setup.request) if setup.request else None
+
+
 def _plan(setup: PipoSetup) -> PlanFacts:
     with Engine(ModelFile(setup.path), _config(setup)) as engine:
         try:
-            plan = engine.make_plan()
+            plan = engine.make_plan(workload=_workload(setup))
         except OverBudget as error:
             return PlanFacts(fits=False, smallest_bytes=error.smallest_bytes or 0)
         return PlanFacts(
@@ -113,6 +133,12 @@ def _plan(setup: PipoSetup) -> PlanFacts:
             drive=plan.blueprint.drive,
             streamed_extents=tuple(_streamed_extents(engine.model, plan)),
         )
+
+
+def _forecast(setup: PipoSetup, num_tokens: int) -> PassForecast:
+    with Engine(ModelFile(setup.path), _config(setup)) as engine:
+        expected = engine.forecast(engine.make_plan(), PassLoad(1, num_tokens, num_tokens * 3))
+    return PassForecast(expected.seconds, expected.busy[Lane.CPU], expected.busy[Lane.DRIVE])
 
 
 def _streamed_extents(model: ModelFile, plan: EnginePlan) -> list[Extent]:

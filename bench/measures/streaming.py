@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bench.child import ChildFailed
 from bench.lab import Lab, Running, peers
@@ -21,6 +21,7 @@ from pipo.base.units import MIB, format_size
 MOST_OVER_FLOOR = 1.10  # of a pass, against the slower of drive and compute
 LEAST_AHEAD = 2.3  # of llama.cpp in the same limit
 PEER = "llama.cpp mapped"
+ANSWER = (8, 256)  # tokens of prompt and answer: decode is what is measured
 
 
 @dataclass(slots=True)
@@ -34,7 +35,7 @@ class _Samples:
 
 
 def measure(lab: Lab) -> Iterator[Row]:
-    setup = lab.setup(lab.tight_bytes())
+    setup = replace(lab.setup(lab.tight_bytes()), request=ANSWER)
     facts = lab.plan(setup)
     yield skipped("plan", "pipo", _plan_text(setup.ram_bytes, facts))
     like = lab.resident_like(facts)

@@ -30,7 +30,9 @@ from pipo.pipeline.assembly import Assembly
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
 from pipo.plan import Plan, PlanMaker, check_types
+from pipo.planner.cost import PassLoad
 from pipo.planner.predict import Workload
+from pipo.planner.simulate import Forecast
 from pipo.text.chat_template import Message
 
 TRACE_SHARE = 16  # the zones of a trace may take this fraction of the budget
@@ -118,6 +120,17 @@ class Engine:
         # on every one of them sleeps at each barrier (0.15 ms a block and token, measured on two cores)
         (profile,) = self._worker.stream(lambda: iter([self._planner.machine(on_probe)]))
         return profile
+
+    def forecast(self, plan: Plan, load: PassLoad, on_probe: Progress = lambda step, fraction: None) -> Forecast:
+        """What a pass among many of this load would take on this machine, which is measured at first.
+
+        Raises UsageError where the machine cannot be measured with this budget and file.
+        """
+        self._check_open()
+        machine = self._machine(on_probe)
+        if machine is None:
+            raise UsageError("the budget or the file is too small to measure this machine with")
+        return self._planner.forecast(plan, load, machine)
 
     def smallest_ram_bytes(self, context_tokens: int) -> int:
         """The least budget that `make_plan` takes for this context."""

@@ -19,11 +19,11 @@ from pipo.hardware.budget import part_of
 from pipo.hardware.cache import kept_profile
 from pipo.hardware.drive import DriveRate
 from pipo.hardware.host import GivenHost, ThisHost, rate_of_profile
-from pipo.hardware.probe import Progress
+from pipo.hardware.probe import PROBE_BYTES, Progress
 from pipo.model_file import ModelFile
 from pipo.pipeline.device_layout import AbsentDevice
 from pipo.pipeline.stage_graphs import Compute
-from pipo.plan import Plan, PlanMaker, check_types
+from pipo.plan import Plan, PlanMaker, check_types, probe_kind
 from pipo.planner.batch import BatchCurve, BatchPoint, batch_point
 from pipo.planner.predict import Workload, decode_load
 from pipo.planner.variations import with_compute, with_drive, with_link
@@ -73,17 +73,19 @@ class Outlook:
         """
         host = ThisHost(self._config)
         device = choose_device(self._lib, self._config.device)
-        machine, drive = self._figures_here(host, on_probe)
+        machine, drive = self._figures_here(host, device, on_probe)
         vram = host.vram_bytes(device.free_bytes) if device else 0
         return Case(machine, drive, device, host.ram_bytes(), vram, workload, context_tokens)
 
-    def _figures_here(self, host: ThisHost, on_probe: Progress) -> tuple[MachineProfile, DriveRate]:
+    def _figures_here(
+        self, host: ThisHost, device: ComputeDevice | None, on_probe: Progress
+    ) -> tuple[MachineProfile, DriveRate]:
         files = self._model.manifest.files
         if self._model.has_weights:
-            machine = PlanMaker(self._model, self._config, self._compute, None, host).machine(on_probe)
+            machine = PlanMaker(self._model, self._config, self._compute, device, host).machine(on_probe)
             if machine is not None:
                 return machine, host.drive_rate(files)
-        kept = kept_profile(files, self._lib, self._config.num_threads)
+        kept = kept_profile(files, self._lib, self._config.num_threads, kind=probe_kind(device, PROBE_BYTES))
         if kept is None:
             raise UsageError(
                 f"{files[0]}: has no weights, or too few, to measure the drive with",

@@ -27,10 +27,12 @@ from pipo.pipeline.device_share import DeviceShare, PassSizes, device_demand
 from pipo.pipeline.stage_costs import stage_costs
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.units import WeightLayouts
+from pipo.planner.cost import PassLoad
 from pipo.planner.device_placement import DeviceDemand, place_on_device, smallest_vram_bytes
 from pipo.planner.placement import Demand, Placement, place, smallest_bytes
-from pipo.planner.predict import Placed, Prediction, Shapes, Workload, predict
+from pipo.planner.predict import Placed, Prediction, Shapes, Workload, forecast, predict
 from pipo.planner.schedule import SCHEDULES
+from pipo.planner.simulate import Forecast
 from pipo.transfer.disk import DriveSettings
 
 PROCESS_STEP = 8 * MIB
@@ -134,21 +136,22 @@ class PlanMaker:
         """The profile of this machine, measured now where no earlier one serves: some seconds, of which `on_probe`
         hears. None where the budget or the file is too small to tell of anything. Computes on this thread.
         """
-        model, config = self._model, self._config
+        model, config, device = self._model, self._config, self._device
         files = model.manifest.files
         types = {spec.type for stage in model.stages for spec in stage.matrices.values()}
         left = self._host.ram_bytes() - self._process_bytes()
         if not tells_of_a_drive(files) or left < LEAST_PROBE_BYTES:
             return None
+        limit = round_down(min(left, PROBE_BYTES), PAGE_BYTES)
 
         def measure(wanted: Sequence[TensorType]) -> MachineProfile:
-            limit = round_down(min(left, PROBE_BYTES), PAGE_BYTES)
             scope = Scope(files, wanted, limit_bytes=limit, drive_s=FIRST_DRIVE_S, compute_s=FIRST_COMPUTE_S)
             assert isinstance(self._compute.backend, CpuBackend)
-            return probe(self._compute.lib, self._compute.backend, self._compute.repack, scope, on_probe)
+            assert not isinstance(device, AbsentDevice)
+            return probe(self._compute.lib, self._compute.backend, self._compute.repack, scope, on_probe, device)
 
-        known = known_profile(files, self._compute.lib, config.num_threads, sorted(types), measure)
-        return known.profile
+        kind = probe_kind(device, limit)
+        return known_profile(files, self._compute.lib, config.num_threads, sorted(types), measure, kind=kind).profile
 
     def _best(self, plan: Plan, workload: Workload, machine: MachineProfile) -> Plan:
         """The one that serves the workload soonest: first of this plan and those with another share of the device, then
@@ -188,6 +191,10 @@ class PlanMaker:
 
     def _predict(self, plan: Plan, workload: Workload, machine: MachineProfile) -> Prediction:
         return predict(self.placed(plan, machine), workload, SCHEDULES[self._config.schedule])
+
+    def forecast(self, plan: Plan, load: PassLoad, machine: MachineProfile) -> Forecast:
+        """A pass among many of this load."""
+        return forecast(self.placed(plan, machine), load, SCHEDULES[self._config.schedule])
 
     def placed(self, plan: Plan, machine: MachineProfile) -> Placed:
         """The plan as the planner's arithmetic sees it."""
@@ -329,6 +336,12 @@ class PlanMaker:
 def _request_s(plan: Plan) -> float:
     assert plan.prediction is not None
     return plan.prediction.total_s
+
+
+def probe_kind(device: ComputeDevice | AbsentDevice | None, limit_bytes: int) -> str:
+    """What tells a profile that was measured with this device and memory apart from others of the machine."""
+    kind = f"; device {device.name} {device.info.description}" if isinstance(device, ComputeDevice) else ""
+    return kind if limit_bytes == PROBE_BYTES else f"{kind}; in {limit_bytes // MIB // 32 * 32} MiB"
 
 
 def _preference(share: DeviceShare) -> tuple[int, bool]:

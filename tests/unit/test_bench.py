@@ -35,6 +35,7 @@ SUBJECTS = {
     "memory": set[tuple[str, str]](),
     "schedules": {("pass", "pipelined"), ("pass", "layer"), ("pass", "sequential")},
 }
+TOO_SMALL = {"balance"}  # measures that a toy cannot serve
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,10 @@ def _of(entries: list[dict[str, Any]], measure: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("measure", MEASURES)
 def test_every_measure_gives_its_numbers(entries: list[dict[str, Any]], measure: str) -> None:
     rows = _of(entries, measure)
+    if measure in TOO_SMALL:
+        (entry,) = rows
+        assert "too small" in entry["note"]
+        return
     assert not [entry for entry in rows if entry["subject"] == "all"], "the measure as a whole failed"
     measured = {(entry["metric"], entry["subject"]): entry for entry in rows if "median" in entry}
     assert SUBJECTS[measure] <= measured.keys()

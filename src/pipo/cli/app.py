@@ -51,10 +51,28 @@ def _print_version(is_wanted: bool) -> None:
         raise typer.Exit
 
 
+def _print_devices(is_wanted: bool) -> None:
+    if is_wanted:
+        from pipo.cli.doctor import device_lines
+
+        try:
+            print("\n".join(device_lines()))
+        except PipoError as error:
+            print_error(error.message, error.hint)
+            raise typer.Exit(error.exit_code) from error
+        raise typer.Exit
+
+
 @app.callback()
 def _pipo(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+    list_devices: Annotated[
+        bool,
+        typer.Option(
+            "--list-devices", callback=_print_devices, is_eager=True, help="Show what --device can name and end."
+        ),
     ] = False,
 ) -> None:
     pass

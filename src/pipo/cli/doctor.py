@@ -172,6 +172,19 @@ def _library_facts(lib: Library) -> LibraryFacts:
     )
 
 
+def device_lines() -> list[str]:
+    """What `--device` can name, one a line. Raises LibraryError."""
+    from pipo.compute.devices import DeviceKind, list_devices
+    from pipo.compute.ggml import load
+
+    lines = []
+    for device in list_devices(load()):
+        name = "cpu" if device.kind is DeviceKind.CPU else device.name
+        sizes = f"{format_size(device.free_bytes)} free of {format_size(device.total_bytes)}"
+        lines.append(f"{name}: {device.description}, {sizes}")
+    return lines
+
+
 def repacked_types(lib: Library) -> tuple[str, ...]:
     """The types with repacked kernels on this CPU."""
     from pipo.base.tensor_type import TensorType

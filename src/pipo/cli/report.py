@@ -56,17 +56,21 @@ def weights_text(plan: Plan) -> str:
     if plan.device is not None:
         return _weights_with_device_text(plan, plan.device)
     if not streamed:
-        return f"all {format_size(total)} stay in RAM, nothing streams"
-    text = f"{_of(streamed, total)} stream from disk in every pass"
+        return f"all {format_size(total)} stay in RAM, nothing streams from disk"
     resident = total - streamed
-    return f"{text}, {format_size(resident)} stay in RAM" if resident > 0 else f"{text}, none stay in RAM"
+    stay = f"{format_size(resident) if resident > 0 else 'none'} stay in RAM"
+    return f"{_of(streamed, total)} stream from disk in every pass, {stay}"
 
 
 def _weights_with_device_text(plan: Plan, share: DeviceShare) -> str:
     total, streamed = plan.weight_bytes, plan.placement.streamed_bytes
     in_ram, there = format_size(plan.placement.resident_bytes), format_size(share.placement.resident_bytes)
     homes = f"{in_ram} stay in RAM, {there} on {share.device.name}"
-    return f"{_of(streamed, total)} stream from disk in every pass, {homes}" if streamed else f"none stream, {homes}"
+    return (
+        f"{_of(streamed, total)} stream from disk in every pass, {homes}"
+        if streamed
+        else f"{homes}, nothing streams from disk"
+    )
 
 
 def predicted_tokens_per_s(plan: Plan) -> float | None:

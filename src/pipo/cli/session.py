@@ -11,9 +11,10 @@ from pipo.base.units import format_size
 from pipo.cli import report
 from pipo.cli.flags import OutputFlags
 from pipo.cli.terminal import print_note, print_rows, print_warning, stderr
-from pipo.engine import Engine
+from pipo.engine import Engine, Report
 from pipo.hardware.budget import ram_bytes
 from pipo.hardware.memory import available_memory, process_memory
+from pipo.hardware.predictions import Outcome, keep_outcome
 from pipo.hardware.probe import Progress
 from pipo.model_file import ModelFile
 from pipo.plan import Plan
@@ -35,6 +36,7 @@ class Session:
         if last is None:
             return
         self._warn_of_excess(last.peak_anonymous_bytes)
+        self._keep(last)
         if self.output.quiet:
             return
         if stderr().is_terminal:
@@ -42,6 +44,25 @@ class Session:
         print_note(" · ".join([report.status_line(self.plan, last), *more]))
         if self.output.verbose:
             self.print_details()
+
+    def _keep(self, last: Report) -> None:
+        """How good the prediction was, for answers that there was one for."""
+        prediction, plan = self.plan.prediction, self.plan
+        if prediction is None or not last.timing.num_decoded:
+            return
+        keep_outcome(
+            Outcome(
+                model=str(self.engine.model.path),
+                ram_bytes=plan.limit_bytes,
+                device=plan.device.device.name if plan.device else "",
+                layout=" ".join(plan.repacked_types) or "plain",
+                chunk_tokens=plan.placement.chunk.num_tokens,
+                predicted_tokens_per_s=prediction.tokens_per_s,
+                tokens_per_s=last.tokens_per_s,
+                predicted_ttft_s=prediction.ttft_s,
+                ttft_s=last.timing.ttft_s,
+            )
+        )
 
     def _warn_of_excess(self, peak_bytes: int) -> None:
         """A broken promise is said, quiet or not."""

@@ -49,6 +49,10 @@ class Graph:
     def leaf_names(self) -> Iterable[str]:
         return self._pointers.keys()
 
+    def leaf_bytes(self, name: str) -> int:
+        """What the leaf takes in plain layout."""
+        return int(self._lib.nbytes(self._leaves[name]))
+
     def binding(self, addresses: Mapping[str, int]) -> Binding:
         """What `bind` writes to point these leaves, and every view of them, at memory. Keep it and bind it often."""
         return [

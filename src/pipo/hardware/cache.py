@@ -83,18 +83,20 @@ def known_profile(
     types: Sequence[TensorType],
     probe: Probe,
     *,
+    kind: str = "",
     fresh: bool = False,
     file: Path | None = None,
 ) -> KnownProfile:
     """The profile of this machine, these threads, this libggml and the drive that holds `files`, with these types at
     least: that of an earlier run, else measured now and kept.
 
-    `fresh` measures in any case. What belongs to another machine is left where it is; what cannot be used costs a
+    `kind` tells apart what was measured: with another device, or with less memory than a probe wants. `fresh` measures
+    in any case. What belongs to another machine is left where it is; what cannot be used costs a
     measurement and a line in the log, never the run. Files too small to tell of a drive: see `drive_rates`.
     Raises what `probe` raises.
     """
     file = file or profile_file()
-    key = profile_key(files[0], lib, num_threads)
+    key = profile_key(files[0], lib, num_threads) + kind
     entries = _load(file)
     known = _parse_profile(entries.get(key), file)
     have = [TensorType[name] for name in known.cpu.products] if known is not None else []
@@ -108,11 +110,11 @@ def known_profile(
 
 
 def kept_profile(
-    files: Sequence[Path], lib: Library, num_threads: int, *, file: Path | None = None
+    files: Sequence[Path], lib: Library, num_threads: int, *, kind: str = "", file: Path | None = None
 ) -> MachineProfile | None:
     """Of this machine, these threads, this libggml and this drive, from an earlier run. Measures nothing."""
     file = file or profile_file()
-    return _parse_profile(_load(file).get(profile_key(files[0], lib, num_threads)), file)
+    return _parse_profile(_load(file).get(profile_key(files[0], lib, num_threads) + kind), file)
 
 
 def _why(fresh: bool, has_others: bool, has_entry: bool, known: MachineProfile | None, missing: object) -> str:

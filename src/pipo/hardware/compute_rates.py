@@ -14,7 +14,7 @@ from pipo.base.manifest import Rope
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import KIB, PAGE_BYTES, round_down, round_up
 from pipo.compute.graphs import Builder, Tensor, WeightType
-from pipo.hardware.meter import Meter
+from pipo.hardware.meter import AnyMeter
 
 # ggml's repacked kernels take four rows at once and the rest one by one, so few rows want more points
 PRODUCT_TOKENS = (1, 2, 3, 4, 7, 8, 15, 16, 32, 64, 128, 512)
@@ -71,7 +71,7 @@ class MatrixRate:
         return MatrixRate(self.elements.best_of(other.elements), start)
 
 
-def measure_overheads(meter: Meter, type_: TensorType, duration_s: float, num_stages: int = 16) -> Overheads:
+def measure_overheads(meter: AnyMeter, type_: TensorType, duration_s: float, num_stages: int = 16) -> Overheads:
     """From stages of a small model, which find their caches as cold as their weights leave them, less their products.
 
     The same ops over hot caches take two thirds of it.
@@ -87,7 +87,7 @@ def measure_overheads(meter: Meter, type_: TensorType, duration_s: float, num_st
     return Overheads(max(whole_s - products_s, 0.0) / num_stages, _graph_start_s(meter, duration_s / 3))
 
 
-def _graph_start_s(meter: Meter, duration_s: float) -> float:
+def _graph_start_s(meter: AnyMeter, duration_s: float) -> float:
     """Of a graph that has next to nothing to do, bound anew for every run."""
     with meter.built(lambda ops: ops.expand(ops.add_inplace(*(ops.leaf(name, _F32, 32) for name in "ab")))) as graph:
         starts = (meter.activations.address, meter.activations.address + 64 * KIB)
@@ -95,7 +95,7 @@ def _graph_start_s(meter: Meter, duration_s: float) -> float:
 
 
 def measure_products(
-    meter: Meter, layout: WeightType, duration_s: float, shape: BlockShape = BlockShape()
+    meter: AnyMeter, layout: WeightType, duration_s: float, shape: BlockShape = BlockShape()
 ) -> MatrixRate:
     """Large matrices, and small ones for what does not depend on size. Cost: about `duration_s`, more where a backend
     is slow.
@@ -128,7 +128,7 @@ def _whole_blocks(num_elements: int, type_: TensorType) -> int:
 
 
 def _product_s(
-    meter: Meter, layout: WeightType, size: int, num_tokens: int, most_used: int, duration_s: float
+    meter: AnyMeter, layout: WeightType, size: int, num_tokens: int, most_used: int, duration_s: float
 ) -> float:
     """Seconds of one square matrix, of many in a graph. Every run takes the next ones of the place."""
     num_bytes = round_up(size * layout.type.row_bytes(size), PAGE_BYTES)
@@ -150,14 +150,14 @@ def _product_s(
 
 
 def measure_attention(
-    meter: Meter, type_: TensorType, duration_s: float, shape: BlockShape = BlockShape()
+    meter: AnyMeter, type_: TensorType, duration_s: float, shape: BlockShape = BlockShape()
 ) -> ProductRate:
     """By query rows: seconds per element of K or V that is seen."""
     each_s = duration_s / len(ATTENTION_TOKENS)
     return ProductRate(tuple((n, _attention_s(meter, type_, n, each_s, shape)) for n in ATTENTION_TOKENS))
 
 
-def _attention_s(meter: Meter, type_: TensorType, num_tokens: int, duration_s: float, shape: BlockShape) -> float:
+def _attention_s(meter: AnyMeter, type_: TensorType, num_tokens: int, duration_s: float, shape: BlockShape) -> float:
     num_bytes = round_up(shape.num_positions * type_.row_bytes(shape.hidden_size), PAGE_BYTES)
     inputs = _Inputs(num_tokens, shape.num_positions)
 
@@ -177,7 +177,7 @@ def _attention_s(meter: Meter, type_: TensorType, num_tokens: int, duration_s: f
 
 
 def measure_activations(
-    meter: Meter, duration_s: float, shape: BlockShape = BlockShape(), num_tokens: int = 64
+    meter: AnyMeter, duration_s: float, shape: BlockShape = BlockShape(), num_tokens: int = 64
 ) -> float:
     """Seconds per element that goes into or comes out of a product, of all that a block computes between those."""
 
@@ -213,13 +213,15 @@ class _Inputs:
         return {name: self._arrays[short].ctypes.data for name, short in named.items() if short in self._arrays}
 
 
-def _side_by_side(meter: Meter, leaf_names: Iterable[str], step: int) -> dict[str, int]:
+def _side_by_side(meter: AnyMeter, leaf_names: Iterable[str], step: int) -> dict[str, int]:
     """Each leaf on its own `step` bytes of the weights' place, from the start again where they do not all fit."""
     num_steps = max(meter.weights.num_bytes // step, 1)
     return {name: meter.weights.address + i % num_steps * step for i, name in enumerate(leaf_names)}
 
 
-def _small_places(meter: Meter, leaf_names: Iterable[str], type_: TensorType, inputs: _Inputs) -> list[dict[str, int]]:
+def _small_places(
+    meter: AnyMeter, leaf_names: Iterable[str], type_: TensorType, inputs: _Inputs
+) -> list[dict[str, int]]:
     """Weights elsewhere in every run, the rest where it was."""
     names = list(leaf_names)
     weights = [name for name in names if _short(name).startswith("w_")]

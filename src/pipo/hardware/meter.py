@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import MIB
@@ -19,6 +21,30 @@ from pipo.tiers.ram import Place
 
 Lay = Callable[[Builder], None]
 _LEAST_RUNS = 2  # the first finds cold caches, and does not count
+
+
+class Span(Protocol):
+    """Bytes one after another."""
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class AnyMeter(Protocol):
+    """On the CPU or on a device."""
+
+    @property
+    def weights(self) -> Span: ...
+
+    @property
+    def activations(self) -> Span: ...
+
+    def graph_s(self, graph: Graph, addresses: Sequence[Mapping[str, int]], duration_s: float) -> float: ...
+
+    def built(self, lay: Lay, max_nodes: int = 128) -> AbstractContextManager[Graph]: ...
 
 
 class Meter:
@@ -70,20 +96,26 @@ class Meter:
     @contextmanager
     def built(self, lay: Lay, max_nodes: int = 128) -> Iterator[Graph]:
         """A graph with a workspace of its own."""
-        ops, workspace = Builder(self._lib, self._repack, max_nodes), Workspace(self._lib)
+        with build(Builder(self._lib, self._repack, max_nodes), Workspace(self._lib), lay) as graph:
+            yield graph
+
+
+@contextmanager
+def build(ops: Builder, workspace: Workspace, lay: Lay) -> Iterator[Graph]:
+    """A graph, given back with its workspace."""
+    try:
         try:
-            try:
-                lay(ops)
-            except BaseException:
-                ops.free()
-                raise
-            graph = ops.build(workspace)
-            try:
-                yield graph
-            finally:
-                graph.free()
+            lay(ops)
+        except BaseException:
+            ops.free()
+            raise
+        graph = ops.build(workspace)
+        try:
+            yield graph
         finally:
-            workspace.close()
+            graph.free()
+    finally:
+        workspace.close()
 
 
 def typical_s(run: Callable[[int], None], duration_s: float) -> float:
@@ -102,9 +134,13 @@ def typical_s(run: Callable[[int], None], duration_s: float) -> float:
     return max(counted[(len(counted) - 1) // 4], 1e-9)
 
 
+def pattern() -> npt.NDArray[np.uint8]:
+    """A MiB of ordinary numbers in every type: halves of 0.01 to 1, never a denormal, never NaN."""
+    return np.random.default_rng(0).integers(0x20, 0x40, MIB, np.uint8)
+
+
 def _fill(place: Place) -> None:
-    """Bytes that are ordinary numbers in every type: halves of 0.01 to 1, never a denormal, never NaN."""
-    pattern = np.random.default_rng(0).integers(0x20, 0x40, MIB, np.uint8)
+    bytes_ = pattern()
     for start in range(0, place.num_bytes, MIB):
         num_bytes = min(MIB, place.num_bytes - start)
-        place.view[start : start + num_bytes] = pattern[:num_bytes].data
+        place.view[start : start + num_bytes] = bytes_[:num_bytes].data

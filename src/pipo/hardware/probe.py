@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from pipo.base.cores import available_cores
 from pipo.base.errors import UsageError
 from pipo.base.machine import ComputeProfile, LayoutRates, LinkProfile, MachineProfile, RepackProfile
 from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
-from pipo.base.units import MIB
+from pipo.base.units import MIB, PAGE_BYTES, round_down
+from pipo.compute.device import ComputeDevice
 from pipo.compute.devices import CpuBackend
 from pipo.compute.ggml import Library
 from pipo.compute.graphs import WeightType
@@ -26,6 +27,7 @@ from pipo.hardware.compute_rates import (
     measure_overheads,
     measure_products,
 )
+from pipo.hardware.device_meter import DeviceMeter
 from pipo.hardware.drive import (
     PROBE_COMBOS,
     QUICK_COMBOS,
@@ -83,7 +85,7 @@ class Scope:
 
     @property
     def weights_bytes(self) -> int:
-        return min(WEIGHTS_BYTES, self.limit_bytes - self.block.activation_bytes)
+        return round_down(min(WEIGHTS_BYTES, self.limit_bytes - self.block.activation_bytes), PAGE_BYTES)
 
     @property
     def combos(self) -> Sequence[DriveSettings]:
@@ -98,14 +100,45 @@ def probe(
     repack: RepackBuffer | None,
     scope: Scope,
     on_progress: Progress = lambda step, fraction: None,
+    device: ComputeDevice | None = None,
 ) -> MachineProfile:
-    """Measure the drive under `scope.files`, copies, repacking, and the backend: under 20 s with the default scope.
+    """Measure the drive under `scope.files`, copies, repacking, and the backend: under 20 s with the default scope. A
+    `device` beside the CPU takes as long as the CPU once more.
 
     Memory: `scope.limit_bytes`, given back before it returns. Cost: see Scope. Threads: computes on the calling
     thread, which must be the one that computes later (two OpenMP teams slow each other). What `on_progress` raises
     ends the probe. Raises TransferError, ComputeError, OverBudget.
     """
-    return _Probe(lib, backend, repack, scope, on_progress).run()
+    profile = _Probe(lib, backend, repack, scope, on_progress).run()
+    if device is None:
+        return profile
+    on_progress(f"device {device.name}", 1.0)
+    return replace(profile, devices=(profile.cpu, measure_device(device, scope)))
+
+
+def measure_device(device: ComputeDevice, scope: Scope) -> ComputeProfile:
+    """What it computes and how fast bytes go there and back. Takes an eighth of its memory at most, given back before
+    it returns. Raises OutOfDeviceMemory, ComputeError.
+    """
+    weights_bytes = min(scope.weights_bytes, device.free_bytes // 8)
+    each_s = scope.compute_s / (len(scope.types) + 2)
+    with DeviceMeter(device, weights_bytes, scope.block.activation_bytes) as meter:
+        overheads = measure_overheads(meter, scope.types[0], 0.5 * each_s)
+        up, down = meter.links(0.2 * each_s)
+        rates = {t: measure_products(meter, WeightType(t), each_s, scope.block) for t in scope.types}
+        return ComputeProfile(
+            name=device.name,
+            is_cpu=False,
+            num_threads=1,
+            memory_bytes=device.info.total_bytes,
+            products={t.name: LayoutRates(rate.elements, plain_start=rate.start) for t, rate in rates.items()},
+            attention={t.name: measure_attention(meter, t, 0.5 * each_s, scope.block) for t in scope.cache_types},
+            activation_s_per_element=measure_activations(meter, 0.3 * each_s, scope.block),
+            stage_overhead_s=overheads.stage_s,
+            graph_start_s=overheads.graph_start_s,
+            from_host=up,
+            to_host=down,
+        )
 
 
 class _Probe:

@@ -123,6 +123,11 @@ def predict(placed: Placed, workload: Workload, schedule: Schedule) -> Predictio
     return Prediction(ttft_s, line.forecast(placed.costs(decode_load(workload))), workload)
 
 
+def forecast(placed: Placed, load: PassLoad, schedule: Schedule) -> Forecast:
+    """A pass among many of this load."""
+    return placed.line(schedule).forecast(placed.costs(load))
+
+
 def decode_load(workload: Workload) -> PassLoad:
     """A pass half-way through the answers."""
     return PassLoad(workload.num_sequences, 1, workload.prompt_tokens + workload.answer_tokens / 2)
