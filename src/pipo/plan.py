@@ -28,9 +28,10 @@ from pipo.pipeline.stage_costs import stage_costs
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.units import WeightLayouts
 from pipo.planner.cost import PassLoad
+from pipo.planner.depth import best_depth, simulated_pass_s
 from pipo.planner.device_placement import DeviceDemand, place_on_device, smallest_vram_bytes
 from pipo.planner.placement import Demand, Placement, place, smallest_bytes
-from pipo.planner.predict import Placed, Prediction, Shapes, Workload, forecast, predict
+from pipo.planner.predict import Placed, Prediction, Shapes, Workload, decode_load, forecast, predict
 from pipo.planner.schedule import SCHEDULES
 from pipo.planner.simulate import Forecast
 from pipo.transfer.disk import DriveSettings
@@ -163,7 +164,17 @@ class PlanMaker:
             return min(predicted, key=_request_s)
 
         best = soonest([plan, *self._device_variants(plan)])
-        return soonest([best, *self._variants(best)]) if best.is_streaming else best
+        if not best.is_streaming:
+            return best
+        best = soonest([best, *self._variants(best)])
+        return soonest([best, self._with_best_depth(best, workload, machine)])
+
+    def _with_best_depth(self, plan: Plan, workload: Workload, machine: MachineProfile) -> Plan:
+        """With the fewest slots that decode has no avoidable stall with."""
+        wanted = self._demand(plan.blueprint, plan.context_tokens, plan.limit_bytes)
+        schedule = SCHEDULES[self._config.schedule]
+        pass_s = simulated_pass_s(self.placed(plan, machine), wanted, decode_load(workload), schedule)
+        return replace(plan, placement=best_depth(wanted, plan.placement, pass_s))
 
     def _variants(self, plan: Plan) -> Iterator[Plan]:
         """The same limits with other choices; those that do not fit are left out."""

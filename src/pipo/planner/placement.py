@@ -130,9 +130,9 @@ def place(demand: Demand) -> Placement:
     if everything and everything.chunk.num_tokens >= min(ENOUGH_CHUNK_TOKENS, demand.chunks[-1].num_tokens):
         return everything
     chunk = _largest_affordable_chunk(demand)
-    best = _fill(demand, chunk, extra_slots=0)
+    best = with_slots(demand, chunk, extra_slots=0)
     assert best is not None, "the smallest placement fits"
-    filled = _fill(demand, chunk, _extra_slots(demand, best)) or best
+    filled = with_slots(demand, chunk, _extra_slots(demand, best)) or best
     return everything if everything and not filled.streamed_bytes else filled
 
 
@@ -182,7 +182,7 @@ def _largest_affordable_chunk(demand: Demand) -> ChunkCost:
     return affordable[-1] if affordable else demand.chunks[0]
 
 
-def _fill(demand: Demand, chunk: ChunkCost, extra_slots: int) -> Placement | None:
+def with_slots(demand: Demand, chunk: ChunkCost, extra_slots: int) -> Placement | None:
     """Stream as few evenly spread blocks as fit, then keep single units for what is left. None: so many slots do not
     fit.
     """
