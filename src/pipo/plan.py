@@ -41,7 +41,7 @@ KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget 
 LEAST_CONTEXT_TOKENS = 256  # that is taken where nobody asked for one
 CHUNK_SHARE = 8  # what a prefill chunk computes in on a device may take this fraction of its limit
 FIRST_DRIVE_S, FIRST_COMPUTE_S = 1.0, 3.0  # what the first plan spends on measuring; `doctor --probe` takes longer
-MAX_DEVICE_PLANS = 12  # of those worth a look on a device, how many are predicted, evenly apart
+MAX_DEVICE_PLANS = 8  # of those worth a look on a device, how many are predicted, evenly apart
 TYPICAL = Workload(prompt_tokens=256, answer_tokens=256)  # where nobody says what is to come
 NARROW_DRIVE = DriveSettings(chunk_bytes=MIB // 2, num_workers=4)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -208,3 +209,23 @@ def test_a_profile_that_was_cut_off_names_its_file(pipo: CommandLine, llama_7b: 
     file = tmp_path / "there.json"
     file.write_text(profiles.load("t4-208gb").to_json()[:999])
     refused(pipo("plan", llama_7b, "--machine", str(file)), 1, str(file), "must be JSON")
+
+
+def test_advice_on_a_batch_as_text_json_and_picture(pipo: CommandLine, llama_7b: str, tmp_path: Path) -> None:
+    file = tmp_path / "curve.svg"
+    there = (llama_7b, *THERE, "--device", "cpu", "--advise", "--svg", str(file))
+    found = plan(pipo, *there)["batch"]
+    numbers = [point["num_sequences"] for point in found["points"]]
+    assert numbers == [1 << i for i in range(len(numbers))] and len(numbers) > 2
+    best = next(point for point in found["points"] if point["num_sequences"] == found["best_num_sequences"])
+    assert 0.95 * found["plateau_tokens_per_s"] <= best["tokens_per_s"] <= found["plateau_tokens_per_s"]
+    assert found["is_prediction_only"] and found["ending"] in ("memory", "kv_traffic", "compute", "weights")
+    drawn = ElementTree.parse(file).getroot()
+    assert drawn.tag.endswith("svg") and "within" not in file.read_text()
+    shown = pipo("plan", *there).out.split("\nbatch\n")[1]
+    assert "prediction only" in shown and shown.count("◀") == 1 and len(shown.splitlines()) <= 20
+    assert plan(pipo, *there[:-3])["batch"] is None
+
+
+def test_a_picture_that_cannot_be_written_is_said(pipo: CommandLine, llama_7b: str, tmp_path: Path) -> None:
+    refused(pipo("plan", llama_7b, *THERE, "--advise", "--svg", str(tmp_path)), 2, "--svg", "cannot be written")

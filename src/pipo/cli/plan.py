@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +15,11 @@ from pipo.cli.prompt import only_model
 
 if TYPE_CHECKING:
     from pipo.base.config import EngineConfig
+    from pipo.hardware.probe import Progress
     from pipo.model_file import ModelFile
-    from pipo.outlook import Case, Outlook
+    from pipo.outlook import Case, Change, Outlook
+    from pipo.plan import Plan
+    from pipo.planner.batch import BatchCurve
     from pipo.planner.predict import Workload
 
 PROMPT_TOKENS = ANSWER_TOKENS = 256  # where nobody says
@@ -47,7 +52,7 @@ def plan(
     _check_flags(machine, memory, compute, advise, svg)
     config = make_config(memory, compute)
 
-    from pipo.cli.session import open_model
+    from pipo.cli.session import open_model, starting
     from pipo.outlook import Outlook
 
     opened = open_model(name, None, header_only=True)
@@ -55,9 +60,12 @@ def plan(
         config = _config_elsewhere(config, machine, compute)
     trained = opened.manifest.hyper.context_tokens
     workload, context = fit_workload(config.context_tokens, prompt_tokens, answer_tokens, batch, trained)
-    with Outlook(opened, config) as outlook:
-        case = _case(outlook, machine, memory, workload, context, output)
-        _show(opened, outlook, case, json=json, advise=advise, svg=svg)
+    with Outlook(opened, config) as outlook, starting(output) as say:
+        case = _case(outlook, machine, memory, workload, context, say)
+        found = _find(outlook, case, advise=advise)
+    if svg is not None:
+        _draw(svg, opened, case, found.curve)
+    _show(opened, case, found, json)
 
 
 def _check_flags(
@@ -91,14 +99,12 @@ def _case(
     memory: MemoryFlags,
     workload: Workload,
     context_tokens: int,
-    output: OutputFlags,
+    on_probe: Progress,
 ) -> Case:
-    from pipo.cli.session import starting
     from pipo.hardware import profiles
 
     if machine is None:
-        with starting(output) as say:
-            case = outlook.case_here(workload, context_tokens, say)
+        case = outlook.case_here(workload, context_tokens, on_probe)
     else:
         profile = profiles.find(machine)
         case = outlook.case_elsewhere(profile, memory.ram, memory.vram, workload, context_tokens)
@@ -128,27 +134,43 @@ def fit_workload(
     return Workload(prompt_tokens, answer_tokens, batch), context or prompt_tokens + answer_tokens
 
 
-def _show(model: ModelFile, outlook: Outlook, case: Case, *, json: bool, advise: bool, svg: Path | None) -> None:
-    from pipo.cli import curve as curves
-    from pipo.cli import plan_report
+@dataclass(frozen=True, slots=True)
+class Found:
+    """All that is to be shown. `curve` is there with --advise."""
+
+    plan: Plan
+    changes: Sequence[Change]
+    curve: BatchCurve | None
+
+
+def _find(outlook: Outlook, case: Case, *, advise: bool) -> Found:
+    found = outlook.plan(case)
+    if found.prediction is None:
+        return Found(found, [], None)
+    changes = outlook.what_would_help(case, found)
+    return Found(found, changes, outlook.batch_curve(case) if advise else None)
+
+
+def _show(model: ModelFile, case: Case, found: Found, json: bool) -> None:
+    from pipo.cli import curve, plan_report
     from pipo.cli.terminal import write_json
 
-    found = outlook.plan(case)
-    changes = outlook.what_would_help(case, found) if found.prediction else []
-    curve = outlook.batch_curve(case) if advise and found.prediction else None
-    if svg is not None and curve is not None:
-        _write(svg, curves.picture(curve, *plan_report.titles(model, case)))
     if json:
-        batch = None if curve is None else curves.as_dict(curve)
-        write_json(plan_report.as_dict(model, case, found, changes) | {"batch": batch})
+        batch = None if found.curve is None else curve.as_dict(found.curve)
+        write_json(plan_report.as_dict(model, case, found.plan, found.changes) | {"batch": batch})
         return
-    plan_report.print_plan(model, case, found, changes)
-    if curve is not None:
-        plan_report.print_curve(curve)
+    plan_report.print_plan(model, case, found.plan, found.changes)
+    if found.curve is not None:
+        plan_report.print_curve(found.curve)
 
 
-def _write(file: Path, text: str) -> None:
+def _draw(file: Path, model: ModelFile, case: Case, curve: BatchCurve | None) -> None:
+    from pipo.cli.curve import picture
+    from pipo.cli.plan_report import titles
+
+    if curve is None:
+        raise UsageError(f"--svg {file}: nothing to draw, the device's speed is not known", hint="pipo doctor --probe")
     try:
-        file.write_text(text, encoding="utf-8")
+        file.write_text(picture(curve, *titles(model, case)), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--svg {file}: cannot be written: {error.strerror}") from error

@@ -16,8 +16,8 @@ from pipo.planner.simulate import Forecast, Line, StepCosts
 
 # seconds from one pass's logits to the next one's first graph: sampling, detokenising, handing over (docs/log.md)
 BETWEEN_PASSES_S = 0.0003
-COLD_PASSES = 4  # of a prefill, simulated one by one: what stays arrives, the slots fill
-LIKE_PASSES = 12  # simulated of the rest; each stands for those around it, which differ in the positions they see
+COLD_PASSES = 3  # of a prefill, simulated one by one: what stays arrives, the slots fill
+LIKE_PASSES = 6  # simulated of the rest; each stands for those around it, which differ in the positions they see
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,8 @@ def predict(placed: Placed, workload: Workload, schedule: Schedule) -> Predictio
     """The prompts one after another, then one pass in the middle of the answers."""
     line = placed.line(schedule)
     ttft_s = _prefill_s(placed, line, workload)
-    return Prediction(ttft_s, line.forecast(placed.costs(decode_load(workload))), workload)
+    decode = line.forecast(placed.costs(decode_load(workload)), num_warm=1)  # the prefill has filled the slots
+    return Prediction(ttft_s, decode, workload)
 
 
 def forecast(placed: Placed, load: PassLoad, schedule: Schedule) -> Forecast:
