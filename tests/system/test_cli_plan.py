@@ -229,3 +229,13 @@ def test_advice_on_a_batch_as_text_json_and_picture(pipo: CommandLine, llama_7b:
 
 def test_a_picture_that_cannot_be_written_is_said(pipo: CommandLine, llama_7b: str, tmp_path: Path) -> None:
     refused(pipo("plan", llama_7b, *THERE, "--advise", "--svg", str(tmp_path)), 2, "--svg", "cannot be written")
+
+
+@pytest.mark.parametrize(("key", "value"), [("ram_bytes", 10**400), ("num_cores", -1)])
+def test_a_profile_of_no_machine_is_refused(
+    pipo: CommandLine, llama_7b: str, tmp_path: Path, key: str, value: int
+) -> None:
+    """Figures from a file must not end in infinities."""
+    file = tmp_path / "there.json"
+    file.write_text(json.dumps(json.loads(profiles.load("t4-208gb").to_json()) | {key: value}))
+    refused(pipo("plan", llama_7b, "--machine", str(file)), 1, str(file), key)

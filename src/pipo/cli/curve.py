@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pipo.base import svg
 from pipo.base.units import format_size
-from pipo.cli.report import LANE_NAMES, rate_text
+from pipo.cli.report import LANE_NAMES, rate_text, seconds_text
 from pipo.planner.batch import NEAR, BatchCurve, BatchPoint, Ending
 
 BATCH_NOTE = "prediction only: pipo answers one sequence at a time so far"
@@ -44,7 +44,8 @@ def _sequences(point: BatchPoint) -> str:
 
 
 def _per_sequence(point: BatchPoint) -> str:
-    return f"a token of each every {point.pass_s:.3g} s"
+    every = f"{1000 * point.pass_s:.0f} ms" if point.pass_s < 1 else seconds_text(point.pass_s)
+    return f"a token of each every {every}"
 
 
 def as_dict(curve: BatchCurve) -> dict[str, object]:

@@ -87,9 +87,10 @@ def _config_elsewhere(config: EngineConfig, machine: str, compute: ComputeFlags)
     """Without what settings say of this machine's devices; the threads are the profile's."""
     from dataclasses import replace
 
+    from pipo.base.config import MAX_THREADS
     from pipo.hardware import profiles
 
-    threads = profiles.find(machine).cpu.num_threads
+    threads = min(profiles.find(machine).cpu.num_threads, MAX_THREADS)
     return replace(config, device=compute.device or "auto", threads=threads)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from pipo.base.errors import UsageError
-from pipo.base.units import MIB, parse_size
+from pipo.base.units import MAX_SIZE_BYTES, MIB, parse_size
 from pipo.hardware.memory import auto_budget_bytes, available_memory
 
 _LEFT_ON_DEVICE_BYTES = 512 * MIB  # for the driver's scratch and the screen, or a tenth where that is more
@@ -25,6 +25,7 @@ def ram_bytes(text: str) -> int:
 
 def part_of(text: str | None, whole_bytes: int, *, what: str) -> int:
     """`--ram` or `--vram` for a machine that has `whole_bytes`: all of it for None and "auto". Raises UsageError."""
+    whole_bytes = min(whole_bytes, MAX_SIZE_BYTES)  # a profile comes from a file
     if text is None or text == "auto":
         return whole_bytes
     percent = _PERCENT.fullmatch(text)
