@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pipo.base.machine import LinkProfile
-from pipo.planner.cost import PassLoad, step_costs
+from pipo.planner.cost import PassLoad, stage_seconds, step_costs
 from pipo.planner.device_placement import place_on_device
 from pipo.planner.placement import UnitRole
 from pipo.planner.predict import BETWEEN_PASSES_S, Workload, decode_load, predict, residency_of
@@ -49,6 +49,15 @@ def test_only_positions_before_the_pass_are_loaded() -> None:
     assert loaded_s(PassLoad(1, 64, 32)) == pytest.approx(link.latency_s)
     assert loaded_s(PassLoad(1, 64, 100 + 32)) == pytest.approx(link.seconds(100 * SIZES.kv_per_position))
     assert loaded_s(PassLoad(3, 1, 100.5)) == pytest.approx(link.seconds(3 * 100 * SIZES.kv_per_position))
+
+
+def test_a_head_computes_one_row_of_each_sequence() -> None:
+    """However long the prompt: only the newest token's logits are wanted."""
+    *_, head = shapes(SIZES).stages
+    head = replace(head, is_head=True)
+    cpu = WITH_GPU.cpu
+    assert stage_seconds(head, cpu, PassLoad(1, 128, 64)) == pytest.approx(stage_seconds(head, cpu, PassLoad(1, 1)))
+    assert stage_seconds(head, cpu, PassLoad(4, 32, 64)) == pytest.approx(stage_seconds(head, cpu, PassLoad(4, 1)))
 
 
 def test_a_model_that_stays_on_the_device_is_one_graph_there() -> None:

@@ -16,7 +16,7 @@ class StageCost:
     """A stage as the planner sees it: what it computes, and the unit it computes with (None: always there).
 
     `repacked_as` is the type whose rows are repacked while they are read. `kv_bytes_per_position` is what a cached
-    position takes for an attention stage.
+    position takes for an attention stage. `is_head` computes the newest row of each sequence alone.
     """
 
     work: StageWork
@@ -24,6 +24,7 @@ class StageCost:
     unit_bytes: int = 0
     repacked_as: TensorType | None = None
     kv_bytes_per_position: int = 0
+    is_head: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,6 @@ def _seconds(link: LinkProfile | None, num_bytes: float) -> float:
 
 def stage_seconds(stage: StageCost, device: ComputeProfile, load: PassLoad) -> float:
     """Every sequence has keys and values of its own; the products serve all rows at once."""
-    once = device.stage_s(stage.work, load.num_tokens)
+    once = device.stage_s(stage.work, load.num_sequences if stage.is_head else load.num_tokens)
     attention = device.attention_s(stage.work, load.tokens_each, load.num_positions)
     return once + device.graph_start_s + attention * load.num_sequences
