@@ -239,3 +239,14 @@ def test_a_profile_of_no_machine_is_refused(
     file = tmp_path / "there.json"
     file.write_text(json.dumps(json.loads(profiles.load("t4-208gb").to_json()) | {key: value}))
     refused(pipo("plan", llama_7b, "--machine", str(file)), 1, str(file), key)
+
+
+def test_a_device_that_is_of_no_use_is_said(pipo: CommandLine, llama_7b: str) -> None:
+    ended = pipo("plan", llama_7b, *THERE, "--vram", "10MB")
+    assert ended.code == 0 and "GPU is left out" in ended.out
+
+
+def test_more_than_the_machine_has_is_planned_with_a_warning(pipo: CommandLine, llama_7b: str) -> None:
+    ended = pipo("plan", llama_7b, *THERE, "--ram", "64GiB", "--vram", "24GiB")
+    assert ended.code == 0 and ended.err.count("warning:") == 2
+    assert "--ram 64.0 GiB is more than the 16.0 GiB that the machine has" in ended.err

@@ -11,7 +11,7 @@ from pipo.planner.batch import NEAR, BatchCurve, BatchPoint, Ending
 
 BATCH_NOTE = "prediction only: pipo answers one sequence at a time so far"
 BAR_WIDTH = 40  # of the plateau
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 64, 24, 64, 48
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 416, 64, 24, 88, 48
 CURVE, KNEE = "#2f6db5", "#c8632b"
 _ENDINGS = {
     Ending.MEMORY: "keys and values of more sequences do not fit",
@@ -70,13 +70,13 @@ def as_dict(curve: BatchCurve) -> dict[str, object]:
     }
 
 
-def picture(curve: BatchCurve, title: str, subtitle: str) -> str:
-    """An SVG file: batch size doubling to the right, tokens per second upwards."""
+def picture(curve: BatchCurve, title: str, *lines: str) -> str:
+    """An SVG file: batch size doubling to the right, tokens per second upwards. Up to two `lines` under the title."""
     top = curve.plateau * 1.1
     places = [(_x(i, len(curve.points)), _y(point.tokens_per_s, top)) for i, point in enumerate(curve.points)]
     elements = [
         svg.text(16, 24, title, size=16, weight=600),
-        svg.text(16, 43, subtitle, size=12),
+        *(svg.text(16, 43 + 16 * i, line, size=12) for i, line in enumerate(lines)),
         *_axes(curve, top),
         svg.polyline(places, CURVE),
         *(svg.dot(x, y, CURVE) for x, y in places),

@@ -109,9 +109,24 @@ def _case(
     else:
         profile = profiles.find(machine)
         case = outlook.case_elsewhere(profile, memory.ram, memory.vram, workload, context_tokens)
+        _warn_of_more_than_there_is(case)
     if memory.vram is not None and case.device is None:
         raise UsageError(f"--vram {memory.vram}: {case.machine.name} has no device besides the CPU")
     return case
+
+
+def _warn_of_more_than_there_is(case: Case) -> None:
+    """What a machine does not have may be planned with all the same: it could be bought."""
+    from pipo.base.units import format_size
+    from pipo.cli.terminal import print_warning
+
+    device = case.machine.devices[1] if case.device is not None else None
+    for flag, limit, there in (
+        ("--ram", case.ram_bytes, case.machine.ram_bytes),
+        ("--vram", case.vram_bytes, device.memory_bytes if device else case.vram_bytes),
+    ):
+        if limit > there:
+            print_warning(f"{flag} {format_size(limit)} is more than the {format_size(there)} that the machine has")
 
 
 def fit_workload(

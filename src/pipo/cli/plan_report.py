@@ -40,14 +40,14 @@ def print_curve(curve: BatchCurve) -> None:
         stdout().print(f"  {each}")
 
 
-def titles(model: ModelFile, case: Case) -> tuple[str, str]:
+def titles(model: ModelFile, case: Case) -> tuple[str, str, str]:
     """Of a picture: the model, and what the figures are of."""
     workload = case.workload
     machine = f"{case.machine.name}, {format_size(case.ram_bytes)} of RAM"
     if case.device is not None:
         machine += f", {format_size(case.vram_bytes)} of device memory"
     tokens = f"prompts of {workload.prompt_tokens}, answers of {workload.answer_tokens} tokens"
-    return f"{model.manifest.name}: tokens per second by batch size", f"{machine}; {tokens}. Predicted."
+    return f"{model.manifest.name}: tokens per second by batch size", machine, f"{tokens}, predicted"
 
 
 def _machine_rows(case: Case) -> Iterator[Row]:
@@ -61,6 +61,8 @@ def _machine_rows(case: Case) -> Iterator[Row]:
 
 def _prediction_rows(case: Case, plan: Plan) -> Iterator[Row]:
     workload = case.workload
+    if case.device is not None and plan.device is None:
+        yield "device", f"{case.device.name} is left out: it has too little memory for this, or the CPU alone is sooner"
     sequences = "1 sequence" if workload.num_sequences == 1 else f"{workload.num_sequences} sequences at a time"
     yield "workload", f"{sequences}, prompts of {workload.prompt_tokens} tokens, answers of {workload.answer_tokens}"
     if workload.num_sequences > 1:
