@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from pipo.base.clock import RealClock
 from pipo.base.config import EngineConfig
-from pipo.base.errors import OverBudget, UnsupportedModel, UsageError
+from pipo.base.errors import OverBudget, UsageError
 from pipo.base.machine import MachineProfile
 from pipo.base.trace import MAX_ZONES, ZONE_BYTES, NullTracer, Tracer
 from pipo.base.units import MIB
@@ -29,7 +29,7 @@ from pipo.model_file import ModelFile
 from pipo.pipeline.assembly import Assembly
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
-from pipo.plan import Plan, PlanMaker
+from pipo.plan import Plan, PlanMaker, check_types
 from pipo.planner.cost import PassLoad
 from pipo.planner.predict import Workload
 from pipo.planner.simulate import Forecast
@@ -63,6 +63,7 @@ class Engine:
     """
 
     def __init__(self, model: ModelFile, config: EngineConfig) -> None:
+        _check_can_run(model, config)
         self.model = model
         self.config = config
         limit = ram_bytes(config.ram)  # first: a budget that cannot be read must leave nothing behind
@@ -71,7 +72,7 @@ class Engine:
         self.report: Report | None = None
         self._clock = RealClock()
         self._lib = ggml.load()
-        self._check_types()
+        check_types(self._lib, model)
         self._backend = CpuBackend(self._lib, config.num_threads)
         try:
             self._compute = Compute(self._lib, self._backend, RepackBuffer.find(self._lib))
@@ -280,15 +281,12 @@ class Engine:
         self._planner.kept_bytes["trace"] = self.tracer.most_bytes
         return True
 
-    def _check_types(self) -> None:
-        for spec in self.model.manifest.tensors.values():
-            if not self._lib.multiplies(spec.type):
-                is_new = not self._lib.computes(spec.type)
-                raise UnsupportedModel(
-                    f"{self.model.manifest.name}: {spec.name} is {spec.type.name}, which libggml "
-                    f"{self._lib.version_text} does not compute",
-                    hint="pip install 'pipo[native]' brings a newer libggml" if is_new else None,
-                )
+
+def _check_can_run(model: ModelFile, config: EngineConfig) -> None:
+    if model.is_header_only:
+        raise UsageError(f"{model.path}: was opened for its header alone", hint="open it without header_only to run it")
+    if config.num_sequences > 1:
+        raise UsageError(f"num_sequences is {config.num_sequences}: an engine answers one sequence at a time")
 
 
 def _tracer(limit_bytes: int) -> Tracer:

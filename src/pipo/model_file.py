@@ -24,18 +24,21 @@ from pipo.text.vocabulary import TOKENS_KEY
 PROCESS_BYTES = 48 * MIB
 IMPORTED_BYTES = 28 * MIB  # before the tokenizer is built; 23 to 26 measured
 LONG_TEXT_TOKENS = 4096
+_BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own are
 
 
 class ModelFile:
     """A model's header and tokenizer, without weights: what is needed to count a prompt before planning for it.
 
     Raises ModelNotFound, MalformedFile, UnsupportedModel; OverBudget where building the tokenizer would take more than
-    `limit_bytes`, None being no limit.
+    `limit_bytes`, None being no limit. With `header_only` the weights need not be there: such a file can be planned
+    for, and no engine takes it.
     """
 
-    def __init__(self, path: Path, limit_bytes: int | None = None) -> None:
+    def __init__(self, path: Path, limit_bytes: int | None = None, *, header_only: bool = False) -> None:
         self.path = path
-        self.checkpoint: Checkpoint = open_checkpoint(path, check_architecture)
+        self.is_header_only = header_only
+        self.checkpoint: Checkpoint = open_checkpoint(path, check_architecture, header_only=header_only)
         self.stages = stages_of(self.manifest)
         self._check_vocabulary(limit_bytes)
         self.tokenizer = Tokenizer.from_metadata(self.checkpoint.metadata)
@@ -65,6 +68,18 @@ class ModelFile:
     @property
     def manifest(self) -> Manifest:
         return self.checkpoint.manifest
+
+    @property
+    def has_weights(self) -> bool:
+        """The files are as long as they must be, and have no holes: what is read from them tells of a drive."""
+        ends = [0] * len(self.manifest.files)
+        for spec in self.manifest.tensors.values():
+            ends[spec.extent.file_idx] = max(ends[spec.extent.file_idx], spec.extent.end)
+        facts = [file.stat() for file in self.manifest.files]
+        return all(
+            fact.st_size >= end and 2 * _BLOCK_BYTES * fact.st_blocks >= end  # half: file systems that compress
+            for fact, end in zip(facts, ends, strict=True)
+        )
 
     def most_bytes(self, num_tokens: int) -> int:
         """No text of more UTF-8 bytes fits into `num_tokens` tokens."""

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
 
 from pipo.base.config import EngineConfig
-from pipo.base.errors import OverBudget, UsageError
+from pipo.base.errors import OverBudget, UnsupportedModel, UsageError
 from pipo.base.machine import MachineProfile
 from pipo.base.tensor_type import TensorType
-from pipo.base.units import MIB, format_size, round_up
+from pipo.base.units import MIB, PAGE_BYTES, format_size, round_down, round_up
 from pipo.compute.device import ComputeDevice
 from pipo.compute.devices import CpuBackend
-from pipo.hardware.budget import ram_bytes, vram_bytes
-from pipo.hardware.cache import drive_rates, known_profile, tells_of_a_drive
-from pipo.hardware.drive import QUICK_COMBOS, DriveRate, best_rate, measure_drive
+from pipo.compute.ggml import Library
+from pipo.hardware.cache import known_profile, tells_of_a_drive
+from pipo.hardware.drive import DriveRate
+from pipo.hardware.host import WIDE_SHARE, Host, ThisHost
 from pipo.hardware.memory import process_memory
 from pipo.hardware.probe import PROBE_BYTES, Progress, Scope, probe
 from pipo.kvcache.cache import ROWS_PER_CLASS, kv_rows_class
 from pipo.model_file import PROCESS_BYTES, ModelFile
 from pipo.pipeline.blueprint import CHUNKS, Blueprint, choose_layouts, demand
-from pipo.pipeline.device_share import DeviceShare, device_demand
+from pipo.pipeline.device_layout import AbsentDevice
+from pipo.pipeline.device_share import DeviceShare, PassSizes, device_demand
 from pipo.pipeline.stage_costs import stage_costs
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.units import WeightLayouts
 from pipo.planner.cost import PassLoad
-from pipo.planner.device_placement import DeviceDemand, DevicePlacement, place_on_device, smallest_vram_bytes
+from pipo.planner.depth import best_depth, simulated_pass_s
+from pipo.planner.device_placement import DeviceDemand, place_on_device, smallest_vram_bytes
 from pipo.planner.placement import Demand, Placement, place, smallest_bytes
-from pipo.planner.predict import Prediction, Shapes, Workload, forecast, predict
+from pipo.planner.predict import Placed, Prediction, Shapes, Workload, decode_load, forecast, predict
 from pipo.planner.schedule import SCHEDULES
 from pipo.planner.simulate import Forecast
 from pipo.transfer.disk import DriveSettings
@@ -38,10 +39,10 @@ from pipo.transfer.disk import DriveSettings
 PROCESS_STEP = 8 * MIB
 KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget for its keys and values
 LEAST_CONTEXT_TOKENS = 256  # that is taken where nobody asked for one
-WIDE_SHARE = 16  # the transfer's own buffers may take this fraction of the budget
 CHUNK_SHARE = 8  # what a prefill chunk computes in on a device may take this fraction of its limit
 BESIDE_PROBE_BYTES = 24 * MIB  # masks, graphs, ggml's own scratch: outside the probe's account
 FIRST_DRIVE_S, FIRST_COMPUTE_S = 1.0, 3.0  # what the first plan spends on measuring; `doctor --probe` takes longer
+MAX_DEVICE_PLANS = 8  # of those worth a look on a device, how many are predicted, evenly apart
 TYPICAL = Workload(prompt_tokens=256, answer_tokens=256)  # where nobody says what is to come
 NARROW_DRIVE = DriveSettings(chunk_bytes=MIB // 2, num_workers=4)
 
@@ -74,19 +75,39 @@ class Plan:
         return self.placement.streamed_bytes / self.drive.bytes_per_s
 
 
+def check_types(lib: Library, model: ModelFile) -> None:
+    """Raises UnsupportedModel where this libggml has no products with a type of the model's."""
+    for spec in model.manifest.tensors.values():
+        if not lib.multiplies(spec.type):
+            raise UnsupportedModel(
+                f"{model.manifest.name}: {spec.name} is {spec.type.name}, which libggml "
+                f"{lib.version_text} does not compute",
+                hint=None if lib.computes(spec.type) else "pip install 'pipo[native]' brings a newer libggml",
+            )
+
+
 class PlanMaker:
     """Plans one model on one machine. `kept_bytes` is charged besides what the model needs, by name.
 
-    `device` is what may compute beside the CPU. Takes no memory worth a word.
+    `device` is what may compute beside the CPU, `host` the machine, this one unless another is named. Takes no memory
+    worth a word.
     """
 
-    def __init__(self, model: ModelFile, config: EngineConfig, compute: Compute, device: ComputeDevice | None) -> None:
+    def __init__(
+        self,
+        model: ModelFile,
+        config: EngineConfig,
+        compute: Compute,
+        device: ComputeDevice | AbsentDevice | None,
+        host: Host | None = None,
+    ) -> None:
         self.kept_bytes: dict[str, int] = {}
         self._model = model
         self._config = config
         self._compute = compute
         self._device = device
-        self._drive: DriveRate | None = None  # measured for the first plan
+        self._host = host or ThisHost(config)
+        self._known_shares: dict[int, list[DeviceShare]] = {}  # by context
 
     def make(
         self,
@@ -100,9 +121,7 @@ class PlanMaker:
         Raises OverBudget naming the smallest `--ram` or `--vram` that works; UsageError for a context the model was
         not made for, or a budget that cannot be read.
         """
-        limit = ram_bytes(self._config.ram)
-        if self._drive is None:
-            self._drive = _drive_rate(self._model.manifest.files, limit)
+        limit = self._host.ram_bytes()
         context = context_tokens or self._config.context_tokens
         trained = self._model.manifest.hyper.context_tokens
         if context is not None and context > trained:
@@ -111,7 +130,9 @@ class PlanMaker:
                 hint=f"-c {trained} is the most",
             )
         plan = self._plan_at(context, limit) if context is not None else self._plan_roomiest(limit, trained)
-        return self._best(plan, workload, machine) if workload and machine and not plan.device else plan
+        if workload is None or machine is None or not _knows_device(machine, plan):
+            return plan
+        return self._best(plan, workload, machine)
 
     def machine(self, on_probe: Progress = lambda step, fraction: None) -> MachineProfile | None:
         """The profile of this machine, measured now where no earlier one serves: some seconds, of which `on_probe`
@@ -120,24 +141,41 @@ class PlanMaker:
         model, config, device = self._model, self._config, self._device
         files = model.manifest.files
         types = {spec.type for stage in model.stages for spec in stage.matrices.values()}
-        limit = min(ram_bytes(config.ram) - self._process_bytes() - BESIDE_PROBE_BYTES, PROBE_BYTES)
+        room = self._host.ram_bytes() - self._process_bytes() - BESIDE_PROBE_BYTES
+        limit = round_down(min(room, PROBE_BYTES), PAGE_BYTES)
         if not tells_of_a_drive(files) or limit < Scope(files, sorted(types)).least_bytes:
             return None
 
         def measure(wanted: Sequence[TensorType]) -> MachineProfile:
             scope = Scope(files, wanted, limit_bytes=limit, drive_s=FIRST_DRIVE_S, compute_s=FIRST_COMPUTE_S)
             assert isinstance(self._compute.backend, CpuBackend)
+            assert not isinstance(device, AbsentDevice)
             return probe(self._compute.lib, self._compute.backend, self._compute.repack, scope, on_probe, device)
 
-        kind = f"; device {device.name} {device.info.description}" if device else ""
-        kind += "" if limit == PROBE_BYTES else f"; in {limit // MIB // 32 * 32} MiB"
+        kind = probe_kind(device, limit)
         return known_profile(files, self._compute.lib, config.num_threads, sorted(types), measure, kind=kind).profile
 
     def _best(self, plan: Plan, workload: Workload, machine: MachineProfile) -> Plan:
-        """Of this plan and those with another layout or prefill chunk, the one that serves the workload soonest."""
-        plans = [plan, *self._variants(plan)] if plan.is_streaming else [plan]
-        predicted = [replace(each, prediction=self._predict(each, workload, machine)) for each in plans]
-        return min(predicted, key=_request_s)
+        """The one that serves the workload soonest: first of this plan and those with another share of the device, then
+        of that one's other layouts and prefill chunks.
+        """
+
+        def soonest(plans: Iterable[Plan]) -> Plan:
+            predicted = (replace(each, prediction=self._predict(each, workload, machine)) for each in plans)
+            return min(predicted, key=_request_s)
+
+        best = soonest([plan, *self._device_variants(plan)])
+        if not best.is_streaming:
+            return best
+        best = soonest([best, *self._variants(best)])
+        return soonest([best, self._with_best_depth(best, workload, machine)])
+
+    def _with_best_depth(self, plan: Plan, workload: Workload, machine: MachineProfile) -> Plan:
+        """With the fewest slots that decode has no avoidable stall with."""
+        wanted = self._demand(plan.blueprint, plan.context_tokens, plan.limit_bytes)
+        schedule = SCHEDULES[self._config.schedule]
+        pass_s = simulated_pass_s(self.placed(plan, machine), wanted, decode_load(workload), schedule)
+        return replace(plan, placement=best_depth(wanted, plan.placement, pass_s))
 
     def _variants(self, plan: Plan) -> Iterator[Plan]:
         """The same limits with other choices; those that do not fit are left out."""
@@ -152,21 +190,35 @@ class PlanMaker:
                     placement = place(replace(wanted, chunks=[chunk]))
                     yield self._plan_of(blueprint, placement, plan.context_tokens, plan.limit_bytes)
 
+    def _device_variants(self, plan: Plan) -> Iterator[Plan]:
+        """More or less of the model on the device, and, where nobody asked for one, nothing."""
+        if plan.device is None:
+            return
+        shares: list[DeviceShare | None] = [*_thinned(self._shares(plan.context_tokens))]
+        if self._config.device == "auto" and self._config.compute == "auto":
+            shares.append(None)
+        for share in shares:
+            with suppress(OverBudget):
+                yield self._plan_with(share, plan.context_tokens, plan.limit_bytes)
+
     def _predict(self, plan: Plan, workload: Workload, machine: MachineProfile) -> Prediction:
-        return predict(self._shapes(plan), plan.placement, machine, workload, SCHEDULES[self._config.schedule])
+        return predict(self.placed(plan, machine), workload, SCHEDULES[self._config.schedule])
 
     def forecast(self, plan: Plan, load: PassLoad, machine: MachineProfile) -> Forecast:
-        """A pass among many of this load, on the CPU."""
-        return forecast(self._shapes(plan), plan.placement, machine, load, SCHEDULES[self._config.schedule])
+        """A pass among many of this load."""
+        return forecast(self.placed(plan, machine), load, SCHEDULES[self._config.schedule])
 
-    def _shapes(self, plan: Plan) -> Shapes:
+    def placed(self, plan: Plan, machine: MachineProfile) -> Placed:
+        """The plan as the planner's arithmetic sees it."""
         hyper, kv = self._model.manifest.hyper, plan.blueprint.kv_shape(plan.context_tokens)
         costs = stage_costs(self._model.stages, plan.blueprint.layouts, hyper, (kv.type_k, kv.type_v))
-        return Shapes(costs, hyper.hidden_size)
+        on_device = plan.device.placement if plan.device else None
+        return Placed(Shapes(costs, hyper.hidden_size), machine, plan.placement, on_device)
 
     def smallest_ram_bytes(self, context_tokens: int) -> int:
         """The least budget that `make` takes for this context."""
-        return smallest_bytes(self._demand(self._blueprint(context_tokens, False, NARROW_DRIVE), context_tokens, 0))
+        blueprint = self._blueprint(False, NARROW_DRIVE, self._share(context_tokens))
+        return smallest_bytes(self._demand(blueprint, context_tokens, 0))
 
     def _plan_roomiest(self, limit: int, trained: int) -> Plan:
         """Halve a context that nobody asked for until the rest fits beside it. Raises OverBudget for the least one."""
@@ -179,24 +231,29 @@ class PlanMaker:
 
     def _roomiest_context(self, limit: int, trained: int) -> int:
         """The largest power of two whose keys and values take at most a quarter of the budget, or the least one."""
-        blueprint = self._blueprint_of(False, NARROW_DRIVE, None)
+        blueprint = self._blueprint(False, NARROW_DRIVE, None)
         context = min(LEAST_CONTEXT_TOKENS, trained)
-        while context * 2 <= trained and blueprint.kv_shape(context * 2).num_bytes * KV_SHARE <= limit:
+        while context * 2 <= trained and self._kv_bytes(blueprint, context * 2) * KV_SHARE <= limit:
             context *= 2
         return context
 
+    def _kv_bytes(self, blueprint: Blueprint, context_tokens: int) -> int:
+        return blueprint.kv_shape(context_tokens).num_bytes * self._config.num_sequences
+
     def _plan_at(self, context_tokens: int, limit: int) -> Plan:
+        return self._plan_with(self._share(context_tokens), context_tokens, limit)
+
+    def _plan_with(self, share: DeviceShare | None, context_tokens: int, limit: int) -> Plan:
         """Try the faster set-ups first; the last, the narrowest, is the one that names the smallest budget."""
-        assert self._drive is not None
         wide = self._drive.settings
         for all_resident, drive in ((True, wide), (False, wide), (True, NARROW_DRIVE)):
-            blueprint = self._blueprint(context_tokens, all_resident, drive)
+            blueprint = self._blueprint(all_resident, drive, share)
             if blueprint.bounce_bytes * WIDE_SHARE > limit and drive is wide:
                 continue
             placement = self._try(blueprint, context_tokens, limit)
             if placement is not None and not (all_resident and placement.streamed_bytes):
                 return self._plan_of(blueprint, placement, context_tokens, limit)
-        blueprint = self._blueprint(context_tokens, False, NARROW_DRIVE)
+        blueprint = self._blueprint(False, NARROW_DRIVE, share)
         try:
             placement = place(self._demand(blueprint, context_tokens, limit))
         except OverBudget as error:
@@ -224,10 +281,11 @@ class PlanMaker:
     def _demand(self, blueprint: Blueprint, context_tokens: int, limit: int) -> Demand:
         return demand(blueprint, context_tokens, limit, self._process_bytes(), self.kept_bytes)
 
-    def _blueprint(self, context_tokens: int, all_resident: bool, drive: DriveSettings) -> Blueprint:
-        return self._blueprint_of(all_resident, drive, self._share(context_tokens))
+    @property
+    def _drive(self) -> DriveRate:
+        return self._host.drive_rate(self._model.manifest.files)
 
-    def _blueprint_of(self, all_resident: bool, drive: DriveSettings, share: DeviceShare | None) -> Blueprint:
+    def _blueprint(self, all_resident: bool, drive: DriveSettings, share: DeviceShare | None) -> Blueprint:
         there = share.tensors if share else frozenset()
         model, config = self._model, self._config
         layouts = choose_layouts(model.stages, self._compute.repack, config.layout, all_resident, there)
@@ -235,36 +293,49 @@ class PlanMaker:
 
     def _share(self, context_tokens: int) -> DeviceShare | None:
         """What the device computes; None where there is none, or where "auto" found one too small."""
+        return min(self._shares(context_tokens), key=_preference, default=None)
+
+    def _shares(self, context_tokens: int) -> list[DeviceShare]:
+        """All that are worth a look. Raises OverBudget where there is none and one was asked for."""
+        if context_tokens not in self._known_shares:
+            self._known_shares[context_tokens] = self._find_shares(context_tokens)
+        return self._known_shares[context_tokens]
+
+    def _find_shares(self, context_tokens: int) -> list[DeviceShare]:
         device = self._device
         if device is None:
-            return None
-        limit = vram_bytes(self._config.vram, device.free_bytes)
+            return []
+        limit = self._host.vram_bytes(device.free_bytes)
         chunk = self._device_chunk(device, context_tokens, limit)
         wanted = self._device_demand(device, context_tokens, chunk, limit)
         found = [each for each in place_on_device(wanted) if each.is_all or self._config.compute == "auto"]
-        if found:
-            return DeviceShare(device, min(found, key=_preference), self._model.stages, limit, chunk)
-        if self._config.device == "auto" and self._config.compute == "auto":
-            return None
-        raise _over_vram(device, wanted)
+        if not found and (self._config.device != "auto" or self._config.compute != "auto"):
+            raise _over_vram(device, wanted)
+        return [DeviceShare(device, each, self._model.stages, limit, chunk) for each in found]
 
-    def _device_chunk(self, device: ComputeDevice, context_tokens: int, limit: int) -> int:
+    def _device_chunk(self, device: ComputeDevice | AbsentDevice, context_tokens: int, limit: int) -> int:
         """The largest prefill chunk whose arrays and intermediates take a small share of the device."""
+        least = self._config.num_sequences
         for chunk in sorted(CHUNKS, reverse=True):
-            fixed = self._device_demand(device, context_tokens, chunk, limit).fixed
+            fixed = self._device_demand(device, context_tokens, max(chunk, least), limit).fixed
             if fixed["activations"] * CHUNK_SHARE <= limit:
-                return chunk
-        return CHUNKS[0]
+                return max(chunk, least)
+        return max(CHUNKS[0], least)
 
-    def _device_demand(self, device: ComputeDevice, context_tokens: int, chunk: int, limit: int) -> DeviceDemand:
-        blueprint, model = self._blueprint_of(False, NARROW_DRIVE, None), self._model
-        chunk = min(chunk, context_tokens)
-        shape, buffers = blueprint.largest_shape(context_tokens, chunk), blueprint.buffer_shape(context_tokens, chunk)
-        kv = blueprint.kv_shape(context_tokens)
-        return device_demand(model.stages, model.manifest.hyper, device, shape, buffers, kv, limit)
+    def _device_demand(
+        self, device: ComputeDevice | AbsentDevice, context_tokens: int, chunk: int, limit: int
+    ) -> DeviceDemand:
+        blueprint, model = self._blueprint(False, NARROW_DRIVE, None), self._model
+        chunk = max(min(chunk, context_tokens), self._config.num_sequences)
+        sizes = PassSizes(
+            blueprint.largest_shape(context_tokens, chunk),
+            blueprint.buffer_shape(context_tokens, chunk),
+            blueprint.kv_shape(context_tokens),
+            self._config.num_sequences,
+        )
+        return device_demand(model.stages, model.manifest.hyper, device, self._compute, sizes, limit)
 
     def _plan_of(self, blueprint: Blueprint, placement: Placement, context_tokens: int, limit: int) -> Plan:
-        assert self._drive is not None
         tensors = self._model.manifest.tensors
         repacked = {tensors[name].type.name for name in blueprint.layouts.repacked}
         weights = sum(spec.num_bytes for stage in self._model.stages for spec in stage.matrices.values())
@@ -279,23 +350,36 @@ def _request_s(plan: Plan) -> float:
     return plan.prediction.total_s
 
 
-def _preference(placement: DevicePlacement) -> tuple[int, bool]:
+def probe_kind(device: ComputeDevice | AbsentDevice | None, limit_bytes: int) -> str:
+    """What tells a profile that was measured with this device and memory apart from others of the machine."""
+    kind = f"; device {device.name} {device.info.description}" if isinstance(device, ComputeDevice) else ""
+    return kind if limit_bytes == PROBE_BYTES else f"{kind}; in {limit_bytes // MIB // 32 * 32} MiB"
+
+
+def _preference(share: DeviceShare) -> tuple[int, bool]:
     """Least is copied per pass, and keys and values stay."""
-    return placement.streamed_bytes, placement.moves_kv
+    return share.placement.streamed_bytes, share.placement.moves_kv
 
 
-def _over_vram(device: ComputeDevice, wanted: DeviceDemand) -> OverBudget:
+def _knows_device(machine: MachineProfile, plan: Plan) -> bool:
+    """The profile has what computes beside the CPU."""
+    if plan.device is None:
+        return True
+    return [device.name for device in machine.devices[1:2]] == [plan.device.device.name]
+
+
+def _thinned(shares: Sequence[DeviceShare]) -> Sequence[DeviceShare]:
+    """Evenly apart, the first and the last among them."""
+    if len(shares) <= MAX_DEVICE_PLANS:
+        return shares
+    step = (len(shares) - 1) / (MAX_DEVICE_PLANS - 1)
+    return [shares[round(i * step)] for i in range(MAX_DEVICE_PLANS)]
+
+
+def _over_vram(device: ComputeDevice | AbsentDevice, wanted: DeviceDemand) -> OverBudget:
     least = smallest_vram_bytes(wanted)
     return OverBudget(
         f"{device.name} would need {format_size(least)} at least, the limit is {format_size(wanted.limit_bytes)}",
         smallest_bytes=least,
         hint=f"--vram {-(-least // MIB)}MiB where the device has it, or --device cpu",
     )
-
-
-def _drive_rate(files: Sequence[Path], limit_bytes: int) -> DriveRate:
-    """The best way to read this drive, measured at first use with buffers that are small beside the budget."""
-    affordable = [c for c in QUICK_COMBOS if 2 * c.chunk_bytes * c.num_workers * WIDE_SHARE <= limit_bytes]
-    combos = affordable or QUICK_COMBOS[:1]
-    kind = "" if len(combos) == len(QUICK_COMBOS) else f":first-{len(combos)}"
-    return best_rate(drive_rates(files, measure=partial(measure_drive, combos=combos), kind=kind))

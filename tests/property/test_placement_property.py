@@ -16,6 +16,7 @@ from pipo.planner.placement import (
     Placement,
     UnitRole,
     UnitSize,
+    first_fitting,
     place,
     smallest_bytes,
 )
@@ -156,3 +157,24 @@ def test_more_ram_streams_no_more_bytes(demand: Demand, share: int, other: int) 
     deeper = sum(slots.num_bytes for slots in after.slots if slots.num_slots > 1)
     block = sum(unit.slot_bytes for unit in demand.units[:2])
     assert after.streamed_bytes < before.streamed_bytes + deeper + block
+
+
+@given(st.integers(1, 300), st.integers(0, 400))
+def test_halving_finds_the_first_that_fits_in_few_attempts(num: int, first: int) -> None:
+    """Where every later one fits too."""
+    asked: list[int] = []
+
+    def attempt(i: int) -> int | None:
+        asked.append(i)
+        return i if i >= first else None
+
+    found = first_fitting(attempt, num)
+    assert found == (first if first < num else None)
+    assert len(asked) <= (num.bit_length() + 2 if first < num else num)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_whatever_fits_in_between_is_found(fits: list[bool]) -> None:
+    found = first_fitting(lambda i: i if fits[i] else None, len(fits))
+    assert (found is not None) == any(fits)
+    assert found is None or fits[found]

@@ -11,6 +11,7 @@ import pytest
 from pipo import plan
 from pipo.base.config import EngineConfig
 from pipo.engine import Engine
+from pipo.hardware import host
 from pipo.hardware.drive import DriveRate
 from pipo.model_file import ModelFile
 from pipo.pipeline import assembly
@@ -28,7 +29,7 @@ def start_engine(path: Path, *, ram_bytes: int = PLENTY, preadv: Preadv | None =
     test run; compute is timed no longer than needed, and the user's cache of drive rates neither read nor written.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "drive_rates", lambda files, **_: (KNOWN_DRIVE,))
+        patch.setattr(host, "drive_rates", lambda files, **_: (KNOWN_DRIVE,))
         patch.setattr(plan.PlanMaker, "_process_bytes", lambda self: 0)
         if preadv is not None:
             patch.setattr(assembly, "DiskTransfer", partial(DiskTransfer, preadv=preadv))

@@ -23,7 +23,7 @@ from pipo.formats.checkpoint import open_checkpoint
 from pipo.models.registry import stages_of
 from pipo.pipeline.assembly import Assembly
 from pipo.pipeline.blueprint import Blueprint, choose_layouts, demand
-from pipo.pipeline.device_share import DeviceShare, device_demand
+from pipo.pipeline.device_share import DeviceShare, PassSizes, device_demand
 from pipo.pipeline.forward import Forward
 from pipo.pipeline.stage_graphs import Compute
 from pipo.planner.device_placement import DeviceDemand, DevicePlacement
@@ -61,12 +61,8 @@ class Rig:
     def device_demand(self, device: ComputeDevice, limit_bytes: int, chunk: int) -> DeviceDemand:
         """For a device that computes chunks of up to `chunk` tokens."""
         plan, context = self.blueprint, self.context_tokens
-        shape, buffers, kv = (
-            plan.largest_shape(context, chunk),
-            plan.buffer_shape(context, chunk),
-            plan.kv_shape(context),
-        )
-        return device_demand(plan.stages, plan.manifest.hyper, device, shape, buffers, kv, limit_bytes)
+        sizes = PassSizes(plan.largest_shape(context, chunk), plan.buffer_shape(context, chunk), plan.kv_shape(context))
+        return device_demand(plan.stages, plan.manifest.hyper, device, plan.compute, sizes, limit_bytes)
 
     def on_device(self, device: ComputeDevice, placement: DevicePlacement) -> Rig:
         """The same model, some of whose stages compute on a device."""

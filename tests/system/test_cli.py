@@ -15,7 +15,7 @@ from pipo.cli import app
 from pipo.cli.flags import Call, OutputFlags
 from tests.support.command_line import BINARY, CommandLine
 
-VERBS = ("run", "chat", "pull", "list", "show", "doctor")
+VERBS = ("run", "chat", "pull", "list", "show", "plan", "doctor")
 HEAVY = ("numpy", "tokenizers", "jinja2", "pipo.engine", "pipo.compute", "pipo.store.fetch", "ssl", "asyncio")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(r"```(sh|python)\n(.*?)```", re.DOTALL)
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs" / "guide").glob("*.md")])
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("guide/*.md"), *(ROOT / "docs").glob("concepts/*.md")])
 _NOT_HERE = ("make ", "pip install")  # run by the README's own commands, not inside them
 
 

@@ -47,7 +47,7 @@ def test_a_tokenizer_over_the_budget_is_refused_and_the_number_named_is_enough(p
 def test_more_tokens_than_the_model_has_rows_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(path)
     object.__setattr__(checkpoint.manifest.hyper, "vocab_size", NUM_TOKENS - 1)
-    monkeypatch.setattr("pipo.model_file.open_checkpoint", lambda path, check: checkpoint)
+    monkeypatch.setattr("pipo.model_file.open_checkpoint", lambda path, check, header_only: checkpoint)
     monkeypatch.setattr("pipo.model_file.stages_of", lambda manifest: [])
     with pytest.raises(UnsupportedModel, match=f"the tokenizer has {NUM_TOKENS} tokens, the model {NUM_TOKENS - 1}"):
         ModelFile(path)

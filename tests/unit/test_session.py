@@ -21,7 +21,7 @@ def test_a_peak_above_the_limit_is_said_even_when_quiet(
 ) -> None:
     stderr.cache_clear()
     engine: Any = SimpleNamespace(report=SimpleNamespace(peak_anonymous_bytes=peak_bytes))
-    plan: Any = SimpleNamespace(limit_bytes=100 << 20)
+    plan: Any = SimpleNamespace(limit_bytes=100 << 20, prediction=None)
     Session(engine, plan, OutputFlags(quiet=True)).print_cost()
     stderr.cache_clear()
     said = capsys.readouterr().err

@@ -16,7 +16,7 @@ CACHE_TYPE_NAMES = ("f16", "f32", "q8_0", "q4_0")
 MAX_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h; it checks none: 20,000 hang, and 2^31 wrap around to none
 ENV_PREFIX = "PIPO_"
 _ELSEWHERE = {"PIPO_GGML", "PIPO_TEST_MODEL"}  # read by compute.ggml and by the tests
-_CODE_ONLY = {"trace", "max_outputs"}  # mean nothing without a program that uses what they give
+_CODE_ONLY = {"trace", "max_outputs", "num_sequences"}  # mean nothing without a program that uses what they give
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class EngineConfig:
     layout: str = "auto"  # of weights with repacked kernels
     prefill_chunk: int | None = None
     max_outputs: int = 1  # positions of one pass that may ask for logits
+    num_sequences: int = 1  # that have keys and values at a time: more than one can be planned for, not run yet
     trace: bool = False
 
     def __post_init__(self) -> None:
@@ -49,7 +50,7 @@ class EngineConfig:
         _check_choice("layout", self.layout, LAYOUT_NAMES)
         _check_choice("cache_type_k", self.cache_type_k, CACHE_TYPE_NAMES)
         _check_choice("cache_type_v", self.cache_type_v, CACHE_TYPE_NAMES)
-        for name in ("context_tokens", "threads", "prefill_chunk", "max_outputs"):
+        for name in ("context_tokens", "threads", "prefill_chunk", "max_outputs", "num_sequences"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise UsageError(f"{name} must be a whole number, found {value!r:.80}")

@@ -104,6 +104,13 @@ class MalformedProfile(PipoError):
         self.wanted = wanted
         self.found = found
 
+    def in_file(self, path: object) -> MalformedProfile:
+        """The same of a file that the user named."""
+        error = MalformedProfile(self.key, self.wanted, self.found)
+        error.message = f"{path}: {self.message.removeprefix('a machine profile ')}"
+        error.hint = "`pipo doctor --probe --json` on that machine writes one"
+        return error
+
 
 class LibraryError(PipoError):
     pass

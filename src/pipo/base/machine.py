@@ -19,6 +19,7 @@ from pipo.base.strict_json import decode, parse
 from pipo.base.tensor_type import TensorType
 
 T = TypeVar("T")
+_BEYOND = 1e30  # seconds, bytes and rates of any machine; what is made of such figures stays finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,11 +267,13 @@ def _check_types(key: str, rates: Mapping[str, object]) -> None:
 
 
 def _positive(key: str, figure: float) -> None:
-    _require(math.isfinite(figure) and figure > 0, key, "more than zero", figure)
+    _require(figure > 0, key, "more than zero", figure)
+    _require(1 / _BEYOND < figure < _BEYOND, key, "between 1e-30 and 1e30", figure)
 
 
 def _not_negative(key: str, figure: float) -> None:
-    _require(math.isfinite(figure) and figure >= 0, key, "zero or more", figure)
+    _require(figure >= 0, key, "zero or more", figure)
+    _require(figure < _BEYOND, key, "below 1e30", figure)
 
 
 def _require(is_met: bool, key: str, wanted: str, found: object) -> None:

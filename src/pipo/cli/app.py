@@ -15,6 +15,7 @@ from pipo.cli.chat import chat
 from pipo.cli.doctor import doctor
 from pipo.cli.flags import Call, spread
 from pipo.cli.list import list_models
+from pipo.cli.plan import plan
 from pipo.cli.pull import pull
 from pipo.cli.run import run
 from pipo.cli.show import show
@@ -37,6 +38,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "pull": pull,
     "list": list_models,
     "show": show,
+    "plan": plan,
     "doctor": doctor,
 }
 for _name, _verb in _VERBS.items():

@@ -12,7 +12,7 @@ from pipo.pipeline.stats import PassStats
 from pipo.plan import Plan
 from pipo.planner.simulate import Lane
 
-_LANE_NAMES = {
+LANE_NAMES = {
     Lane.DRIVE: "drive", Lane.CPU: "CPU", Lane.UPLOAD: "copies to the device", Lane.DEVICE: "device",
     Lane.DOWNLOAD: "copies back",
 }  # fmt: skip
@@ -23,14 +23,21 @@ def plan_rows(plan: Plan) -> Iterator[Row]:
     placement = plan.placement
     yield "weights", weights_text(plan)
     yield "memory", f"{format_size(placement.num_bytes)} planned, the limit is {format_size(plan.limit_bytes)}"
-    kv = placement.breakdown["KV cache"]
     config = plan.blueprint.config
-    types = dict.fromkeys((config.cache_type_k, config.cache_type_v))
-    yield "context", f"{plan.context_tokens} tokens, {format_size(kv)} of KV cache in {' and '.join(types)}"
+    types = " and ".join(dict.fromkeys((config.cache_type_k, config.cache_type_v)))
+    each = f" for each of {config.num_sequences} sequences" if config.num_sequences > 1 else ""
+    yield "context", f"{plan.context_tokens} tokens{each}, {format_size(_kv_bytes(plan))} of KV cache in {types}"
     if plan.device is not None:
         yield "device", _device_text(plan.device)
     layout = f"repacked {', '.join(plan.repacked_types)}" if plan.repacked_types else "plain"
     yield "prefill", f"{placement.chunk.num_tokens} tokens a pass, {layout} weights"
+
+
+def _kv_bytes(plan: Plan) -> int:
+    """Wherever they live; what they pass through on a device is not counted twice."""
+    share = plan.device.placement if plan.device else None
+    there = share.kv_bytes if share and not share.moves_kv else 0
+    return plan.placement.breakdown["KV cache"] + there
 
 
 def _device_text(share: DeviceShare) -> str:
@@ -46,13 +53,24 @@ def _device_text(share: DeviceShare) -> str:
 
 def weights_text(plan: Plan) -> str:
     total, streamed = plan.weight_bytes, plan.placement.streamed_bytes
+    if plan.device is not None:
+        return _weights_with_device_text(plan, plan.device)
     if not streamed:
-        where = "in RAM" if plan.device is None else f"in RAM or on {plan.device.device.name}"
-        return f"all {format_size(total)} stay {where}, nothing streams from disk"
-    text = f"{_of(streamed, total)} stream from disk in every pass"
+        return f"all {format_size(total)} stay in RAM, nothing streams from disk"
     resident = total - streamed
-    where = "in RAM" if plan.device is None else f"in RAM or on {plan.device.device.name}"
-    return f"{text}, {format_size(resident) if resident > 0 else 'none'} stay {where}"
+    stay = f"{format_size(resident) if resident > 0 else 'none'} stay in RAM"
+    return f"{_of(streamed, total)} stream from disk in every pass, {stay}"
+
+
+def _weights_with_device_text(plan: Plan, share: DeviceShare) -> str:
+    total, streamed = plan.weight_bytes, plan.placement.streamed_bytes
+    in_ram, there = format_size(plan.placement.resident_bytes), format_size(share.placement.resident_bytes)
+    homes = f"{in_ram} stay in RAM, {there} on {share.device.name}"
+    return (
+        f"{_of(streamed, total)} stream from disk in every pass, {homes}"
+        if streamed
+        else f"{homes}, nothing streams from disk"
+    )
 
 
 def predicted_tokens_per_s(plan: Plan) -> float | None:
@@ -68,11 +86,11 @@ def prediction_rows(plan: Plan) -> Iterator[Row]:
     if rate is None:
         return
     if plan.prediction is None:
-        yield "expect", f"{_rate(rate)} tokens/s at most, which the drive allows"
+        yield "expect", f"{rate_text(rate)} tokens/s at most, which the drive allows"
         return
     decode, ttft_s = plan.prediction.decode, plan.prediction.ttft_s
-    shares = ", ".join(f"{name} {decode.share(lane):.0%}" for lane, name in _LANE_NAMES.items() if decode.busy[lane])
-    yield "expect", f"{_rate(rate)} tokens/s, first token after {_seconds(ttft_s)}; busy: {shares}"
+    shares = ", ".join(f"{name} {decode.share(lane):.0%}" for lane, name in LANE_NAMES.items() if decode.busy[lane])
+    yield "expect", f"{rate_text(rate)} tokens/s, first token after {seconds_text(ttft_s)}; busy: {shares}"
 
 
 def breakdown_rows(breakdown: Mapping[str, int]) -> Iterator[Row]:
@@ -86,9 +104,9 @@ def status_line(plan: Plan, report: Report) -> str:
     decode = report.decode
     parts = []
     if decode.num_passes:
-        predicted = f" ({_rate(plan.prediction.tokens_per_s)} predicted)" if plan.prediction else ""
-        parts.append(f"{_rate(report.tokens_per_s)} tok/s{predicted}")
-    parts.append(f"first token {_seconds(report.timing.ttft_s)}")
+        predicted = f" ({rate_text(plan.prediction.tokens_per_s)} predicted)" if plan.prediction else ""
+        parts.append(f"{rate_text(report.tokens_per_s)} tok/s{predicted}")
+    parts.append(f"first token {seconds_text(report.timing.ttft_s)}")
     if decode.num_passes and decode.bytes_read:
         parts.append(
             f"{format_size(bytes_per_token(report))}/token at {format_rate(decode.bytes_per_s)}, "
@@ -104,7 +122,7 @@ def detail_rows(report: Report) -> Iterator[Row]:
     timing = report.timing
     cached = f", {timing.cached_tokens} were in the KV cache" if timing.cached_tokens else ""
     rate = timing.prefill_tokens / report.prefill.wall_s if report.prefill.wall_s else 0.0
-    yield "prefill", f"{timing.prefill_tokens} tokens at {_rate(rate)} tok/s{cached}; {_stats_text(report.prefill)}"
+    yield "prefill", f"{timing.prefill_tokens} tokens at {rate_text(rate)} tok/s{cached}; {_stats_text(report.prefill)}"
     yield "decode", f"{report.num_generated} tokens; {_stats_text(report.decode)}"
 
 
@@ -178,13 +196,13 @@ def _of(part_bytes: float, whole_bytes: float) -> str:
     return f"{number} of {whole}" if whole.endswith(unit) else f"{part} of {whole}"
 
 
-def _rate(per_s: float) -> str:
+def rate_text(per_s: float) -> str:
     """Three digits: `0.123`, `4.56`, `78.9`, `1234`."""
     digits = 3 if per_s < 1 else 2 if per_s < 10 else 1 if per_s < 100 else 0
     return f"{per_s:.{digits}f}"
 
 
-def _seconds(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
     return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"

@@ -77,9 +77,9 @@ class Session:
         print_rows(stderr(), "memory", report.breakdown_rows(self.engine.ledger_breakdown))
 
 
-def open_model(name: str, ram: str | None) -> ModelFile:
+def open_model(name: str, ram: str | None, *, header_only: bool = False) -> ModelFile:
     """`ram` is the budget its tokenizer must be built in; None: whatever it takes. Raises ModelError, OverBudget."""
-    return ModelFile(resolve_model(name), None if ram is None else ram_bytes(ram))
+    return ModelFile(resolve_model(name), None if ram is None else ram_bytes(ram), header_only=header_only)
 
 
 @contextmanager

@@ -27,13 +27,16 @@ class Checkpoint:
     metadata: GgufMetadata
 
 
-def open_checkpoint(path: Path, check_architecture: CheckArchitecture = lambda file, name: None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, check_architecture: CheckArchitecture = lambda file, name: None, *, header_only: bool = False
+) -> Checkpoint:
     """Open a model in place; one shard stands for all. Reads headers only, and maps nothing.
 
-    `check_architecture` knows which families there are, and raises before their keys are read.
+    `check_architecture` knows which families there are, and raises before their keys are read. `header_only`: the
+    weights need not be there.
     Raises: ModelNotFound, UnsupportedModel, MalformedFile, ReadFailed.
     """
-    gguf = open_gguf(path)
+    gguf = open_gguf(path, header_only=header_only)
     _check_is_model(gguf.metadata, check_architecture)
     hyper, extra = read_hyper_parameters(gguf.metadata, gguf.tensors)
     manifest = Manifest(_name_of(gguf), gguf.files, gguf.identities, hyper, gguf.tensors, extra)

@@ -71,22 +71,26 @@ class _Shard:
         return self.metadata.path
 
 
-def open_gguf(path: Path) -> Gguf:
+def open_gguf(path: Path, *, header_only: bool = False) -> Gguf:
     """Read the header of `path`, and those of its sister shards where there are any; any shard opens the set.
+
+    `header_only` takes a file that ends before its weights do: enough to plan with, never to run.
 
     Raises: ModelNotFound (no such file, missing shards), UnsupportedModel (another format, version, byte order or
     tensor type), MalformedFile (everything else), ReadFailed (the disk).
     Cost: 12 ms for 49k tokens, 49k merges and 272 tensors. Memory: one window of 256 KiB, and what it returns.
     """
-    opened = _read_shard(path)
+    opened = _read_shard(path, header_only=header_only)
     if opened.split is None:
         return Gguf((path,), (opened.metadata.identity,), opened.metadata, opened.tensors)
     paths = _shard_paths(path, opened.split)
-    shards = (opened if p == path else _read_shard(p, FileIdx(idx)) for idx, p in enumerate(paths))
+    shards = (
+        opened if p == path else _read_shard(p, FileIdx(idx), header_only=header_only) for idx, p in enumerate(paths)
+    )
     return _join(paths, shards, opened.split)
 
 
-def _read_shard(path: Path, file_idx: FileIdx | None = None) -> _Shard:
+def _read_shard(path: Path, file_idx: FileIdx | None = None, *, header_only: bool) -> _Shard:
     with open_model_file(path) as file:
         identity = FileIdentity.of(os.fstat(file.fileno()))
         reader = HeaderReader(file, path, identity.num_bytes)
@@ -97,6 +101,8 @@ def _read_shard(path: Path, file_idx: FileIdx | None = None) -> _Shard:
             if file_idx is None:
                 file_idx = FileIdx(0 if split is None else split.idx)
             tensors = _read_tensors(reader, num_tensors, _alignment_of(metadata), file_idx)
+            if not header_only:
+                _check_end(reader, tensors.values())
         finally:
             forget_cached(file.fileno(), 0, reader.position + _READAHEAD_BYTES)
     return _Shard(metadata, split, tensors)
@@ -157,7 +163,7 @@ def _read_tensors(reader: HeaderReader, count: int, alignment: int, file_idx: Fi
         name: TensorSpec(name, type_, shape, Extent(file_idx, data_start + offset, type_.nbytes(shape)))
         for name, (type_, shape, offset) in table.items()
     }
-    _check_extents(reader, tensors.values())
+    _check_overlaps(reader, tensors.values())
     return tensors
 
 
@@ -204,16 +210,19 @@ def _read_offset(reader: HeaderReader, alignment: int) -> int:
     return offset
 
 
-def _check_extents(reader: HeaderReader, tensors: Iterable[TensorSpec]) -> None:
-    """Every tensor lies inside the file and none over another."""
-    in_order = sorted(tensors, key=lambda tensor: tensor.extent.offset)
-    for tensor in in_order:
+def _check_end(reader: HeaderReader, tensors: Iterable[TensorSpec]) -> None:
+    """Every tensor lies inside the file."""
+    for tensor in sorted(tensors, key=lambda tensor: tensor.extent.offset):
         if tensor.extent.end > reader.file_bytes:
             reader.subject = f"tensor {tensor.name!r}"
             raise reader.malformed(
                 f"takes bytes {tensor.extent.offset} to {tensor.extent.end}, the file ends at {reader.file_bytes}",
                 hint="the file is incomplete: download it again",
             )
+
+
+def _check_overlaps(reader: HeaderReader, tensors: Iterable[TensorSpec]) -> None:
+    in_order = sorted(tensors, key=lambda tensor: tensor.extent.offset)
     for before, after in pairwise(in_order):
         if after.extent.offset < before.extent.end:
             reader.subject = f"tensor {after.name!r}"

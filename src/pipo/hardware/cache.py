@@ -109,6 +109,14 @@ def known_profile(
     return KnownProfile(profile, _why(fresh, bool(entries), key in entries, known, missing))
 
 
+def kept_profile(
+    files: Sequence[Path], lib: Library, num_threads: int, *, kind: str = "", file: Path | None = None
+) -> MachineProfile | None:
+    """Of this machine, these threads, this libggml and this drive, from an earlier run. Measures nothing."""
+    file = file or profile_file()
+    return _parse_profile(_load(file).get(profile_key(files[0], lib, num_threads) + kind), file)
+
+
 def _why(fresh: bool, has_others: bool, has_entry: bool, known: MachineProfile | None, missing: object) -> str:
     if fresh:
         return "a fresh measurement was asked for"

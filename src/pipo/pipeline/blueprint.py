@@ -75,11 +75,16 @@ class Blueprint:
 
     def buffer_shape(self, context_tokens: int, chunk_tokens: int) -> BufferShape:
         h, rows = self.manifest.hyper, kv_rows_class(context_tokens)
-        return BufferShape(h.hidden_size, h.vocab_size, chunk_tokens, rows, self.config.max_outputs)
+        return BufferShape(h.hidden_size, h.vocab_size, chunk_tokens, rows, self.num_outputs)
+
+    @property
+    def num_outputs(self) -> int:
+        """Positions of one pass that may ask for logits: the newest of each sequence at least."""
+        return max(self.config.max_outputs, self.config.num_sequences)
 
     def largest_shape(self, context_tokens: int, chunk_tokens: int) -> ShapeClass:
         kv = self.kv_shape(context_tokens)
-        return ShapeClass(chunk_tokens, kv.num_rows, self.config.max_outputs, kv.type_k, kv.type_v)
+        return ShapeClass(chunk_tokens, kv.num_rows, self.num_outputs, kv.type_k, kv.type_v)
 
     def is_aborted(self) -> bool:
         assert isinstance(self.compute.backend, CpuBackend)
@@ -136,13 +141,14 @@ def demand(
         ]
     finally:
         graphs.close()
+    num_sequences = blueprint.config.num_sequences
     fixed = {
-        "KV cache": round_up(blueprint.kv_shape_in_ram(context_tokens).num_bytes, PAGE_BYTES),
+        "KV cache": round_up(blueprint.kv_shape_in_ram(context_tokens).num_bytes, PAGE_BYTES) * num_sequences,
         "transfer buffers": blueprint.bounce_bytes,
         "norms": vector_bytes(blueprint.stages),
         "graphs": graphs_bytes(len(blueprint.stages)),
         "encoding": round_up(context_tokens * ENCODING_BYTES_PER_TOKEN, PAGE_BYTES),
-        "answer": round_up(context_tokens * ANSWER_BYTES_PER_TOKEN, PAGE_BYTES),
+        "answer": round_up(context_tokens * ANSWER_BYTES_PER_TOKEN, PAGE_BYTES) * num_sequences,
         "process": process_bytes + GROWTH_BYTES,
         **kept_bytes,
     }
@@ -151,11 +157,12 @@ def demand(
 
 
 def _chunks(blueprint: Blueprint, context_tokens: int) -> list[int]:
-    """Ascending."""
+    """Ascending. A pass takes a token of every sequence at least."""
+    least = blueprint.config.num_sequences
     most = blueprint.device.chunk_tokens if blueprint.device else context_tokens
     if blueprint.config.prefill_chunk is not None:
-        return [min(blueprint.config.prefill_chunk, context_tokens, most)]
-    return sorted({min(chunk, context_tokens, most) for chunk in CHUNKS})
+        return [max(min(blueprint.config.prefill_chunk, context_tokens, most), least)]
+    return sorted({max(min(chunk, context_tokens, most), least) for chunk in CHUNKS})
 
 
 def _chunk_bytes(blueprint: Blueprint, graphs: StageGraphs, context_tokens: int, chunk_tokens: int) -> int:

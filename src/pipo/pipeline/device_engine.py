@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pipo.base.clock import Clock
 from pipo.base.manifest import HyperParameters
 from pipo.base.trace import Tracer
-from pipo.compute.device import DevicePlace
+from pipo.compute.device import ComputeDevice, DevicePlace
 from pipo.compute.device_backend import DeviceBackend
 from pipo.kvcache.cache import KvCache, KvShape
 from pipo.models.stage import ShapeClass, StageKind
@@ -62,12 +62,13 @@ class DeviceEngine:
         self._share = share
         self._model = model
         self._units = [unit for unit in model.units if unit.stage_idx in self.stage_idxs]
+        assert isinstance(share.device, ComputeDevice), "an engine runs on what is here"
         self._device = share.device
         self._exit = ExitStack()
         self._arena = DeviceArena(self._device, self.ledger)
         self._exit.callback(self._arena.close)
         # closed before the memory is given back: a queue's descriptors name it, and drivers may follow them later
-        self._backend = self._exit.enter_context(DeviceBackend(share.device))
+        self._backend = self._exit.enter_context(DeviceBackend(self._device))
         try:
             self._build(hyper, ram, kv, shape, clock, tracer)
         except BaseException:

@@ -13,7 +13,7 @@ from pipo.compute.device_backend import DeviceBackend
 from pipo.kvcache.cache import KvShape
 from pipo.models.stage import ShapeClass, Stage, StageKind
 from pipo.pipeline.buffers import BufferShape
-from pipo.pipeline.device_layout import unit_on_device, vectors_on_device
+from pipo.pipeline.device_layout import AbsentDevice, DeviceSizes, unit_on_device, vectors_on_device
 from pipo.pipeline.stage_graphs import Compute, StageGraphs
 from pipo.pipeline.units import ROLES, WeightLayouts
 from pipo.planner.device_placement import DeviceDemand, DevicePlacement, DeviceUnit
@@ -22,10 +22,20 @@ PLAIN = WeightLayouts(frozenset())  # repacked kernels are the CPU's
 
 
 @dataclass(frozen=True, slots=True)
+class PassSizes:
+    """Of the largest pass: its graphs, its arrays, and the cache of all blocks for one of its sequences."""
+
+    shape: ShapeClass
+    buffers: BufferShape
+    kv: KvShape
+    num_sequences: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceShare:
     """A placement on a device. `stages` has the head in one piece."""
 
-    device: ComputeDevice
+    device: ComputeDevice | AbsentDevice
     placement: DevicePlacement
     stages: Sequence[Stage]
     limit_bytes: int
@@ -59,17 +69,28 @@ class DeviceShare:
 def device_demand(
     stages: Sequence[Stage],
     hyper: HyperParameters,
-    device: ComputeDevice,
-    shape: ShapeClass,
-    buffers: BufferShape,
-    kv: KvShape,
+    device: ComputeDevice | AbsentDevice,
+    cpu: Compute,
+    sizes: PassSizes,
     limit_bytes: int,
 ) -> DeviceDemand:
-    """What each unit, and a pass of the largest shape, would take there. `kv` is the shape of all blocks."""
+    """What each unit, and the largest pass, would take there.
+
+    On a device that is not here the intermediates are taken to be as large as the CPU's: the graphs are the same, and
+    what a driver takes for itself is known to neither.
+    """
+    if isinstance(device, AbsentDevice):
+        with closing(StageGraphs(cpu, hyper, PLAIN)) as graphs:
+            return _demand_of(stages, device, graphs.measure(stages, sizes.shape), sizes, limit_bytes)
     with DeviceBackend(device) as backend, closing(StageGraphs(Compute(device.lib, backend), hyper, PLAIN)) as graphs:
-        workspace = graphs.measure(stages, shape)
+        return _demand_of(stages, device, graphs.measure(stages, sizes.shape), sizes, limit_bytes)
+
+
+def _demand_of(
+    stages: Sequence[Stage], device: DeviceSizes, workspace: int, sizes: PassSizes, limit_bytes: int
+) -> DeviceDemand:
     fixed = {
-        "activations": workspace + sum(array_bytes(buffers, device).values()),
+        "activations": workspace + sum(array_bytes(sizes.buffers, device).values()),
         "norms": vectors_on_device(stages, device).num_bytes,
     }
     units = [
@@ -77,17 +98,17 @@ def device_demand(
         for stage in stages
         if stage.matrices
     ]
-    return DeviceDemand(units, fixed, kv_block_bytes(kv, device), limit_bytes)
+    return DeviceDemand(units, fixed, kv_block_bytes(sizes.kv, device) * sizes.num_sequences, limit_bytes)
 
 
-def array_bytes(buffers: BufferShape, device: ComputeDevice) -> dict[str, int]:
+def array_bytes(buffers: BufferShape, device: DeviceSizes) -> dict[str, int]:
     return {name: round_up(size, device.alignment) for name, size in buffers.sizes.items()}
 
 
-def kv_sizes(kv: KvShape, device: ComputeDevice) -> list[int]:
+def kv_sizes(kv: KvShape, device: DeviceSizes) -> list[int]:
     """Of the keys and the values of one block."""
     return [round_up(size, device.alignment) for size in (kv.layer_bytes_k, kv.layer_bytes_v)]
 
 
-def kv_block_bytes(kv: KvShape, device: ComputeDevice) -> int:
+def kv_block_bytes(kv: KvShape, device: DeviceSizes) -> int:
     return sum(kv_sizes(kv, device))

@@ -40,6 +40,7 @@ def _cost(
         unit_bytes=weight_bytes(stage),
         repacked_as=repacked[0] if repacked else None,
         kv_bytes_per_position=sum(type_.row_bytes(kv_size) for type_ in cache_types) if attends else 0,
+        is_head=stage.kind is StageKind.HEAD,
     )
 
 

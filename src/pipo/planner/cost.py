@@ -16,7 +16,7 @@ class StageCost:
     """A stage as the planner sees it: what it computes, and the unit it computes with (None: always there).
 
     `repacked_as` is the type whose rows are repacked while they are read. `kv_bytes_per_position` is what a cached
-    position takes for an attention stage.
+    position takes for an attention stage. `is_head` computes the newest row of each sequence alone.
     """
 
     work: StageWork
@@ -24,12 +24,13 @@ class StageCost:
     unit_bytes: int = 0
     repacked_as: TensorType | None = None
     kv_bytes_per_position: int = 0
+    is_head: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PassLoad:
     """What one pass computes: `num_sequences`, each with `tokens_each` new tokens, of which every one sees
-    `num_positions` cached ones on average.
+    `num_positions` on average: those before the pass and half of the pass's own.
     """
 
     num_sequences: int = 1
@@ -39,6 +40,11 @@ class PassLoad:
     @property
     def num_tokens(self) -> int:
         return self.num_sequences * self.tokens_each
+
+    @property
+    def cached_positions(self) -> float:
+        """Of one sequence, before the pass: those whose keys and values have to be there when it begins."""
+        return max(self.num_positions - self.tokens_each / 2, 0.0)
 
 
 def step_costs(
@@ -53,7 +59,7 @@ def step_costs(
     up, down = (device.from_host, device.to_host) if device else (None, None)
     unit_bytes = {stage.unit_id: stage.unit_bytes for stage in stages if stage.unit_id is not None}
     kv_bytes = {i: stage.kv_bytes_per_position for i, stage in enumerate(stages) if stage.kv_bytes_per_position}
-    cached = load.num_positions * load.num_sequences
+    cached = load.cached_positions * load.num_sequences
     hidden_bytes = 4 * hidden_size * load.num_tokens
     return StepCosts(
         read={s.unit_id: machine.unit_read_s(s.unit_bytes, s.repacked_as) for s in stages if s.unit_id is not None},
@@ -75,6 +81,6 @@ def _seconds(link: LinkProfile | None, num_bytes: float) -> float:
 
 def stage_seconds(stage: StageCost, device: ComputeProfile, load: PassLoad) -> float:
     """Every sequence has keys and values of its own; the products serve all rows at once."""
-    once = device.stage_s(stage.work, load.num_tokens)
+    once = device.stage_s(stage.work, load.num_sequences if stage.is_head else load.num_tokens)
     attention = device.attention_s(stage.work, load.tokens_each, load.num_positions)
     return once + device.graph_start_s + attention * load.num_sequences

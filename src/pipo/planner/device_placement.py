@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pipo.planner.placement import SlotClass, UnitRole, spread
+from pipo.planner.placement import SlotClass, UnitRole, first_fitting, spread
 
 SLOTS_PER_CLASS = 2  # one is filled while the other computes
 
@@ -88,12 +88,15 @@ def place_on_device(demand: DeviceDemand) -> Iterator[DevicePlacement]:
     num_blocks = len(demand.blocks)
     for num_streamed in range(num_blocks + 1):
         for moves_kv in (False, True):
-            fitting = (
-                _placement(demand, num_streamed, num_resident, moves_kv)
-                for num_resident in range(num_blocks - num_streamed, -1, -1)
-                if num_resident + num_streamed
-            )
-            best = next((each for each in fitting if each.num_bytes <= demand.limit_bytes), None)
+            most = num_blocks - num_streamed
+
+            def staying(
+                num_on_cpu: int, num_streamed: int = num_streamed, most: int = most, moves_kv: bool = moves_kv
+            ) -> DevicePlacement | None:
+                placement = _placement(demand, num_streamed, most - num_on_cpu, moves_kv)
+                return placement if placement.num_bytes <= demand.limit_bytes else None
+
+            best = first_fitting(staying, most + 1 if num_streamed else most)
             if best is not None:
                 yield best
 

@@ -6,12 +6,15 @@ spread evenly between the resident ones, which keeps the drive busy while reside
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import TypeVar
 
 from pipo.base.errors import OverBudget
 from pipo.base.units import PAGE_BYTES, format_size, round_up
+
+Fit = TypeVar("Fit")
 
 MAX_EXTRA_SLOTS = 15
 # all weights stay in RAM sooner than a chunk of more tokens than this is taken: streaming is paid for every token of an
@@ -127,9 +130,9 @@ def place(demand: Demand) -> Placement:
     if everything and everything.chunk.num_tokens >= min(ENOUGH_CHUNK_TOKENS, demand.chunks[-1].num_tokens):
         return everything
     chunk = _largest_affordable_chunk(demand)
-    best = _fill(demand, chunk, extra_slots=0)
+    best = with_slots(demand, chunk, extra_slots=0)
     assert best is not None, "the smallest placement fits"
-    filled = _fill(demand, chunk, _extra_slots(demand, best)) or best
+    filled = with_slots(demand, chunk, _extra_slots(demand, best)) or best
     return everything if everything and not filled.streamed_bytes else filled
 
 
@@ -179,39 +182,65 @@ def _largest_affordable_chunk(demand: Demand) -> ChunkCost:
     return affordable[-1] if affordable else demand.chunks[0]
 
 
-def _fill(demand: Demand, chunk: ChunkCost, extra_slots: int) -> Placement | None:
+def with_slots(demand: Demand, chunk: ChunkCost, extra_slots: int) -> Placement | None:
     """Stream as few evenly spread blocks as fit, then keep single units for what is left. None: so many slots do not
     fit.
     """
     blocks = sorted({u.block_idx for u in demand.units if u.block_idx >= 0 and not u.is_staged})
     best: Placement | None = None
     for head_resident in (True, False):
-        for num_streamed in range(len(blocks) + 1):
+
+        def streaming(num_streamed: int, head_resident: bool = head_resident) -> Placement | None:
             streamed = spread(blocks, num_streamed)
             resident = [
                 not u.is_staged and (u.block_idx not in streamed if u.block_idx >= 0 else head_resident)
                 for u in demand.units
             ]
             candidate = _with_residents(demand, chunk, resident, extra_slots)
-            if candidate.num_bytes <= demand.limit_bytes:
-                candidate = _keep_more(demand, candidate, extra_slots)
-                if best is None or candidate.streamed_bytes < best.streamed_bytes:
-                    best = candidate
-                break
+            return candidate if candidate.num_bytes <= demand.limit_bytes else None
+
+        candidate = first_fitting(streaming, len(blocks) + 1)
+        if candidate is not None:
+            candidate = _keep_more(demand, candidate, extra_slots)
+            if best is None or candidate.streamed_bytes < best.streamed_bytes:
+                best = candidate
     return best
+
+
+def first_fitting(attempt: Callable[[int], Fit | None], num: int) -> Fit | None:
+    """What the first of the `num` attempts that fits gives; None where none does. A later one takes less room, but for
+    what blocks of unequal size do: halving finds a neighbour of the first, or the first itself.
+    """
+    fitting = attempt(0)
+    if fitting is not None or num == 1:
+        return fitting
+    fitting = attempt(num - 1)
+    if fitting is None:
+        return next((found for i in range(1, num - 1) if (found := attempt(i)) is not None), None)
+    low, high = 0, num - 1  # the one does not fit, the other does
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = attempt(middle)
+        low, high, fitting = (middle, high, fitting) if found is None else (low, middle, found)
+    return fitting
 
 
 def _keep_more(demand: Demand, placement: Placement, extra_slots: int) -> Placement:
     """Make further single units resident while they fit, largest first."""
     order = sorted(range(len(demand.units)), key=lambda i: -demand.units[i].place_bytes)
+    too_large: set[UnitSize] = set()  # one like them did not fit
     for i in order:
-        if placement.resident[i] or demand.units[i].is_staged:
+        alike = replace(demand.units[i], block_idx=-1)
+        if placement.resident[i] or demand.units[i].is_staged or alike in too_large:
             continue
         resident = list(placement.resident)
         resident[i] = True
         candidate = _with_residents(demand, placement.chunk, resident, extra_slots)
         if candidate.num_bytes <= demand.limit_bytes and candidate.streamed_bytes < placement.streamed_bytes:
             placement = candidate
+            too_large.clear()  # one unit less may want fewer or smaller slots
+        else:
+            too_large.add(alike)
     return placement
 
 

@@ -8,13 +8,16 @@ from dataclasses import dataclass, replace
 
 from pipo.base.machine import MachineProfile
 from pipo.planner.cost import PassLoad, StageCost, step_costs
-from pipo.planner.placement import Placement
-from pipo.planner.residency import Need, Pool, Residency, SlotId, UnitId
+from pipo.planner.device_placement import DevicePlacement
+from pipo.planner.placement import Placement, SlotClass
+from pipo.planner.residency import Need, Pool, Residency, SlotId, UnitId, empty_pool
 from pipo.planner.schedule import Schedule
 from pipo.planner.simulate import Forecast, Line, StepCosts
 
 # seconds from one pass's logits to the next one's first graph: sampling, detokenising, handing over (docs/log.md)
 BETWEEN_PASSES_S = 0.0003
+COLD_PASSES = 3  # of a prefill, simulated one by one: what stays arrives, the slots fill
+LIKE_PASSES = 6  # simulated of the rest; each stands for those around it, which differ in the positions they see
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,9 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """`ttft_s` from a cold start, reading what stays in RAM included. `decode`: one pass in the middle of an answer."""
+    """`ttft_s` from a cold start, reading what stays in RAM included, until the last prompt has been read. `decode`:
+    one pass in the middle of an answer.
+    """
 
     ttft_s: float
     decode: Forecast
@@ -53,53 +58,127 @@ class Shapes:
     hidden_size: int
 
 
-def predict(
-    shapes: Shapes, placement: Placement, machine: MachineProfile, workload: Workload, schedule: Schedule
-) -> Prediction:
-    needs = [Need(i, stage.unit_id) for i, stage in enumerate(shapes.stages)]
-    line = Line(needs, schedule, residency_of(placement))
-    is_whole = all(placement.resident)
-    ttft_s = sum(
-        line.run_pass(_costs(shapes, machine, load, is_whole))
-        for load in _prefill_loads(workload, placement.chunk.num_tokens)
-    )
-    positions = workload.prompt_tokens + workload.answer_tokens / 2
-    load = PassLoad(workload.num_sequences, 1, positions)
-    return Prediction(ttft_s, line.forecast(_costs(shapes, machine, load, is_whole)), workload)
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A model on a machine: who lives where in RAM and, where one computes, on the machine's first device."""
+
+    shapes: Shapes
+    machine: MachineProfile
+    ram: Placement
+    device: DevicePlacement | None = None
+
+    @property
+    def on_device(self) -> frozenset[int]:
+        """The stages that compute there. One without weights computes where the next one does."""
+        if self.device is None:
+            return frozenset()
+        found, is_there = set(), False
+        for i in reversed(range(len(self.shapes.stages))):
+            unit = self.shapes.stages[i].unit_id
+            is_there = self.device.computes[unit] if unit is not None else is_there
+            found |= {i} if is_there else set()
+        return frozenset(found)
+
+    @property
+    def moves_kv(self) -> bool:
+        return self.device is not None and self.device.moves_kv
+
+    @property
+    def streamed_to_device(self) -> list[UnitId]:
+        """The units that are copied there in every pass."""
+        if self.device is None:
+            return []
+        facts = zip(self.device.computes, self.device.resident, strict=True)
+        return [UnitId(i) for i, (computes, stays) in enumerate(facts) if computes and not stays]
+
+    @property
+    def is_one_graph(self) -> bool:
+        """All stages stay on one side, which then computes a pass as a whole."""
+        if self.device is None:
+            return all(self.ram.resident)
+        return self.device.is_all and all(self.device.resident) and not self.moves_kv
+
+    def line(self, schedule: Schedule) -> Line:
+        """Before the first pass."""
+        there = self.on_device
+        needs = [
+            Need(i, stage.unit_id, self.moves_kv and i in there and stage.kv_bytes_per_position > 0)
+            for i, stage in enumerate(self.shapes.stages)
+        ]
+        return Line(needs, schedule, residency_of(self.ram, self.device))
+
+    def costs(self, load: PassLoad) -> StepCosts:
+        there = self.on_device
+        costs = step_costs(self.shapes.stages, self.machine, load, self.shapes.hidden_size, there)
+        if self.is_one_graph:
+            start_s = self.machine.devices[1 if there else 0].graph_start_s
+            costs = replace(costs, compute={stage: seconds - start_s for stage, seconds in costs.compute.items()})
+        return replace(costs, between_passes=BETWEEN_PASSES_S)
 
 
-def forecast(
-    shapes: Shapes, placement: Placement, machine: MachineProfile, load: PassLoad, schedule: Schedule
-) -> Forecast:
+def predict(placed: Placed, workload: Workload, schedule: Schedule) -> Prediction:
+    """The prompts one after another, then one pass in the middle of the answers."""
+    line = placed.line(schedule)
+    ttft_s = _prefill_s(placed, line, workload)
+    decode = line.forecast(placed.costs(decode_load(workload)), num_warm=1)  # the prefill has filled the slots
+    return Prediction(ttft_s, decode, workload)
+
+
+def forecast(placed: Placed, load: PassLoad, schedule: Schedule) -> Forecast:
     """A pass among many of this load."""
-    needs = [Need(i, stage.unit_id) for i, stage in enumerate(shapes.stages)]
-    line = Line(needs, schedule, residency_of(placement))
-    return line.forecast(_costs(shapes, machine, load, all(placement.resident)))
+    return placed.line(schedule).forecast(placed.costs(load))
 
 
-def residency_of(placement: Placement) -> Residency:
+def decode_load(workload: Workload) -> PassLoad:
+    """A pass half-way through the answers."""
+    return PassLoad(workload.num_sequences, 1, workload.prompt_tokens + workload.answer_tokens / 2)
+
+
+def residency_of(placement: Placement, device: DevicePlacement | None = None) -> Residency:
     """Before the first pass: nothing has been read. Units are numbered as in the demand."""
-    free: list[deque[SlotId]] = []
-    first = 0
-    for slot_class in placement.slots:
-        free.append(deque(SlotId(first + i) for i in range(slot_class.num_slots)))
-        first += slot_class.num_slots
-    streamed = {UnitId(i): placement.slot_class[i] for i, stays in enumerate(placement.resident) if not stays}
-    resident = {UnitId(i) for i, stays in enumerate(placement.resident) if stays}
-    return Residency(Pool(streamed, free, resident))
+    ram = _pool(placement.resident, placement.slot_class, placement.slots)
+    if device is None:
+        return Residency(ram)
+    there = frozenset(UnitId(i) for i, computes in enumerate(device.computes) if computes)
+    return Residency(ram, _pool(device.resident, device.slot_class, device.slots, there), there)
+
+
+def _pool(
+    stays: Sequence[bool], slot_class: Sequence[int], slots: Sequence[SlotClass], units: frozenset[UnitId] | None = None
+) -> Pool:
+    """Of these units, all where None is named."""
+    pool, first = empty_pool(), 0
+    for each in slots:
+        pool.free.append(deque(SlotId(first + i) for i in range(each.num_slots)))
+        first += each.num_slots
+    ours = [UnitId(i) for i in range(len(stays)) if units is None or i in units]
+    pool.classes = {unit: slot_class[unit] for unit in ours if not stays[unit]}
+    pool.missing = {unit for unit in ours if stays[unit]}
+    return pool
+
+
+def _prefill_s(placed: Placed, line: Line, workload: Workload) -> float:
+    """Seconds until the last prompt has been read. Cost: COLD_PASSES and twice LIKE_PASSES simulated at most."""
+
+    def run(loads: Sequence[PassLoad]) -> float:
+        return sum(line.run_pass(placed.costs(load)) * count for load, count in _thinned(loads))
+
+    loads = list(_prefill_loads(workload, placed.ram.chunk.num_tokens))
+    first_s = sum(line.run_pass(placed.costs(load)) for load in loads[:COLD_PASSES]) + run(loads[COLD_PASSES:])
+    num_more = workload.num_sequences - 1
+    return first_s + num_more * run(loads) if num_more else first_s
+
+
+def _thinned(loads: Sequence[PassLoad]) -> Iterator[tuple[PassLoad, int]]:
+    """Up to LIKE_PASSES of the loads, and how many each stands for."""
+    per_group = -(-len(loads) // LIKE_PASSES) or 1
+    for first in range(0, len(loads), per_group):
+        group = loads[first : first + per_group]
+        yield group[len(group) // 2], len(group)
 
 
 def _prefill_loads(workload: Workload, chunk_tokens: int) -> Iterator[PassLoad]:
-    """A row of the chunk sees all positions before the chunk and half of the chunk, on average."""
+    """Of one sequence. A row of the chunk sees all positions before the chunk and half of the chunk, on average."""
     for start in range(0, workload.prompt_tokens, chunk_tokens):
         tokens = min(chunk_tokens, workload.prompt_tokens - start)
-        for _ in range(workload.num_sequences):
-            yield PassLoad(1, tokens, start + tokens / 2)
-
-
-def _costs(shapes: Shapes, machine: MachineProfile, load: PassLoad, is_whole: bool) -> StepCosts:
-    costs = step_costs(shapes.stages, machine, load, shapes.hidden_size)
-    if is_whole:  # one graph for all stages
-        start_s = machine.cpu.graph_start_s
-        costs = replace(costs, compute={stage: seconds - start_s for stage, seconds in costs.compute.items()})
-    return replace(costs, between_passes=BETWEEN_PASSES_S)
+        yield PassLoad(1, tokens, start + tokens / 2)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipo import plan as plan_module
 from pipo.base.config import EngineConfig
 from pipo.base.errors import FileChanged, PipoError, ReadFailed, UnexpectedEof
 from pipo.engine import Engine
+from pipo.hardware import host
 from pipo.model_file import ModelFile
 from tests.support.engines import KNOWN_DRIVE, PLENTY
 from tests.support.file_changes import cut, exchange, overwrite, remove
@@ -53,7 +53,7 @@ def test_file_that_changes_between_header_and_start(
     path: Path, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights of one version under the hyper-parameters of another would run, and wrongly."""
-    monkeypatch.setattr(plan_module, "drive_rates", lambda files, **_: (KNOWN_DRIVE,))
+    monkeypatch.setattr(host, "drive_rates", lambda files, **_: (KNOWN_DRIVE,))
     model = ModelFile(path)
     with Engine(model, EngineConfig(ram=str(PLENTY), **SETTINGS)) as engine:
         plan = engine.make_plan()

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from pipo import engine as engine_module
-from pipo import plan as plan_module
 from pipo.base.config import EngineConfig
 from pipo.base.errors import ReadFailed, UsageError
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.engine import Engine
+from pipo.hardware import host
 from pipo.model_file import ModelFile
 
 
@@ -52,7 +52,7 @@ def test_a_drive_that_cannot_be_measured(path: Path, closed: list[CpuBackend], m
     def fail(*_: object, **__: object) -> None:
         raise ReadFailed("no", path=str(path), offset=0, wanted_bytes=1, got_bytes=0)
 
-    monkeypatch.setattr(plan_module, "drive_rates", fail)
+    monkeypatch.setattr(host, "drive_rates", fail)
     with Engine(ModelFile(path), EngineConfig(ram="1GB")) as engine, pytest.raises(ReadFailed):
         engine.make_plan()
     assert len(closed) == 1

@@ -1,0 +1,91 @@
+"""Plans for machines that are not here: what is measured of this one, and what limits them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from pipo.base.config import EngineConfig
+from pipo.base.machine import LayoutRates
+from pipo.hardware import host, profiles
+from pipo.model_file import ModelFile
+from pipo.outlook import Outlook
+from pipo.plan import Plan
+from pipo.planner.predict import Workload
+from pipo.planner.variations import with_compute, with_drive, with_link
+from tests.support.header_only import LLAMA_7B, write_header
+
+LAPTOP = profiles.load("rtx3060-laptop")
+REQUEST = Workload(64, 64)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
+    return ModelFile(write_header(tmp_path_factory.mktemp("header"), LLAMA_7B), header_only=True)
+
+
+@pytest.fixture
+def outlook(model: ModelFile) -> Iterator[Outlook]:
+    with Outlook(model, EngineConfig()) as opened:
+        yield opened
+
+
+def test_another_machine_measures_nothing_of_this_one(outlook: Outlook, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        pytest.fail("this machine was asked")
+
+    for name in ("drive_rates", "ram_bytes", "vram_bytes"):
+        monkeypatch.setattr(host, name, fail)
+    case = outlook.case_elsewhere(LAPTOP, None, None, REQUEST, 128)
+    assert (case.ram_bytes, case.vram_bytes) == (LAPTOP.ram_bytes, LAPTOP.devices[1].memory_bytes)
+    plan = outlook.plan(case)
+    assert plan.limit_bytes == LAPTOP.ram_bytes and plan.drive.bytes_per_s == LAPTOP.drive.bytes_per_s
+
+
+def test_repacked_kernels_are_used_where_the_profile_has_them(outlook: Outlook) -> None:
+    rates = LAPTOP.cpu.products["Q4_0"]
+    fast = replace(rates, repacked=with_compute(LAPTOP, 0, 3).cpu.products["Q4_0"].plain)
+    with_kernels = replace(LAPTOP.cpu, products={**LAPTOP.cpu.products, "Q4_0": fast})
+    machines = (LAPTOP, replace(LAPTOP, devices=(with_kernels, *LAPTOP.devices[1:])))
+    cases = [outlook.case_elsewhere(each, None, "1GB", REQUEST, 128) for each in machines]
+    plain, repacked = (outlook.plan(case) for case in cases)
+    assert plain.repacked_types == ()
+    if outlook._compute.repack is not None:
+        assert repacked.prediction and plain.prediction
+        assert repacked.prediction.tokens_per_s >= plain.prediction.tokens_per_s
+
+
+def test_what_would_help_says_what_binds(outlook: Outlook) -> None:
+    case = outlook.case_elsewhere(LAPTOP, "1GB", "500MB", REQUEST, 128)
+    changes = outlook.what_would_help(case, outlook.plan(case))
+    assert [each.gain for each in changes] == sorted((each.gain for each in changes), reverse=True)
+    gain = {each.what: each.gain for each in changes}
+    assert gain["a drive twice as fast"] > 0.7 > gain["a CPU twice as fast"]
+
+
+def test_a_part_that_is_faster_leaves_the_others_alone() -> None:
+    rate = LAPTOP.cpu.products["Q4_0"]
+    assert with_drive(LAPTOP, 2).unit_read_s(1e9) == pytest.approx(LAPTOP.unit_read_s(1e9) / 2)
+    assert with_drive(LAPTOP, 2).devices == LAPTOP.devices
+    faster: LayoutRates = with_compute(LAPTOP, 0, 2).cpu.products["Q4_0"]
+    assert faster.seconds(1e6, 5) == pytest.approx(rate.seconds(1e6, 5) / 2)
+    linked = with_link(LAPTOP, 2).devices[1]
+    assert linked.from_host and LAPTOP.devices[1].from_host
+    assert linked.from_host.bytes_per_s == 2 * LAPTOP.devices[1].from_host.bytes_per_s
+    assert linked.products == LAPTOP.devices[1].products
+
+
+def test_a_batch_takes_memory_for_each_of_its_sequences(outlook: Outlook) -> None:
+    one, four = (
+        outlook.plan(outlook.case_elsewhere(LAPTOP, None, None, replace(REQUEST, num_sequences=n), 512)) for n in (1, 4)
+    )
+    kv = [sum(each.values()) for each in (_kv(one), _kv(four))]
+    assert kv[1] == pytest.approx(4 * kv[0], rel=0.01)
+
+
+def _kv(plan: Plan) -> dict[str, int]:
+    ram = plan.placement.breakdown["KV cache"]
+    share = plan.device.placement if plan.device else None
+    return {"ram": ram, "device": share.kv_bytes if share else 0}
