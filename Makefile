@@ -8,7 +8,7 @@ DEV    := $(VENV)/.installed-dev
 # ggml's own matrix products are faster with its LLAMAFILE kernels, which its wheel leaves out by default
 export CMAKE_ARGS ?= -DGGML_LLAMAFILE=ON
 
-.PHONY: demo test check test-gpu bench clean
+.PHONY: demo test check test-gpu bench bench-peers clean
 
 demo: $(STAMP)
 	$(BIN)/pipo pull smollm2
@@ -26,6 +26,10 @@ check: $(DEV)
 
 bench: $(DEV)
 	$(BIN)/python -m bench
+
+# Makes an environment for each peer in the cache folder on first use: some GB with PyTorch, minutes to compile llama.cpp.
+bench-peers: $(DEV)
+	$(BIN)/python -m bench.peers
 
 # Tests on a Vulkan device; Mesa's software one does where there is no GPU. Compiles a libggml for minutes the first time.
 # ggml passes software devices over unless it is told which one to take.

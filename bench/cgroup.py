@@ -35,6 +35,12 @@ class Cgroup:
         return _stat(self.folder / "memory.stat").get("file" if self.is_v2 else "total_cache", 0)
 
     @property
+    def peak_bytes(self) -> int:
+        """The most that was ever charged, page cache included; 0 where the kernel keeps no such peak."""
+        path = self.folder / ("memory.peak" if self.is_v2 else "memory.max_usage_in_bytes")
+        return int(path.read_text()) if path.exists() else 0
+
+    @property
     def num_kills(self) -> int:
         """Processes ended for want of memory."""
         name = "memory.events" if self.is_v2 else "memory.oom_control"

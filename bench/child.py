@@ -6,10 +6,11 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from threading import Timer
 from types import TracebackType
 from typing import TypeVar, cast
 
@@ -27,13 +28,19 @@ class ChildFailed(Exception):
 
 
 class Child:
-    """Runs `bench.serve KIND`. Close it, or use it as a context manager. Threads: one."""
+    """Runs `bench.serve KIND`, under another `python` if told so. Close it, or use it as a context manager.
 
-    def __init__(self, kind: str, *, group: Cgroup | None = None, environment: Mapping[str, str]) -> None:
+    Threads: one.
+    """
+
+    def __init__(
+        self, kind: str, *, group: Cgroup | None = None, environment: Mapping[str, str], python: str = sys.executable
+    ) -> None:
         self.kind = kind
         self._group = group
+        self._too_slow_s = 0.0
         self._log = TemporaryFile()  # noqa: SIM115 - closed with the child
-        command = [sys.executable, "-m", "bench.serve", kind]
+        command = [python, "-m", "bench.serve", kind]
         self._process = subprocess.Popen(
             group.wrap(command) if group else command,
             stdin=subprocess.PIPE,
@@ -44,8 +51,28 @@ class Child:
         )
         self.pid = self._process.pid
 
-    def ask(self, request: Request[R]) -> R:
-        """Raises ChildFailed."""
+    def ask(self, request: Request[R], limit_s: float | None = None) -> R:
+        """A child that takes longer than the limit is ended. Raises ChildFailed."""
+        with self._ended_after(limit_s):
+            return self._ask(request)
+
+    @contextmanager
+    def _ended_after(self, limit_s: float | None) -> Iterator[None]:
+        if limit_s is None:
+            yield
+            return
+        timer = Timer(limit_s, self._end_slow, [limit_s])
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _end_slow(self, limit_s: float) -> None:
+        self._too_slow_s = limit_s
+        self._process.kill()
+
+    def _ask(self, request: Request[R]) -> R:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             pickle.dump(request, self._process.stdin)
@@ -56,6 +83,19 @@ class Child:
         if isinstance(answer, Failure):
             raise ChildFailed(f"{self.kind}: {answer.message}")
         return cast(R, answer)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def bytes_read(self) -> int:
+        """From the drive, since it started, through page faults too; 0 where the system does not tell."""
+        try:
+            lines = Path(f"/proc/{self.pid}/io").read_text().splitlines()
+        except OSError:
+            return 0
+        return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -80,6 +120,8 @@ class Child:
 
     def _obituary(self) -> str:
         status = self._process.wait(_END_S)
+        if self._too_slow_s:
+            return f"{self.kind}: no answer within {self._too_slow_s:.0f} s"
         if self._group is not None and self._group.num_kills:
             return f"{self.kind}: killed for want of memory"
         self._log.seek(max(self._log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from bench.messages import Forecast, LlamaSetup, PassForecast, PipoSetup, Plan, 
 from bench.providers import Provider, importable
 from bench.raw_drive import RawDrive
 from pipo.base.units import GIB, MIB
+from pipo.formats.checkpoint import open_checkpoint
 from pipo.hardware.drive import ALL_COMBOS, FULL_S, QUICK_COMBOS
 from pipo.transfer.disk import DriveSettings
 
@@ -141,11 +143,28 @@ class Lab:
 
     def start_llama(self, kind: str, *, limit_for: int | None = None) -> Running:
         """All in memory as its defaults have it, or mapped inside the limit of a budget. Raises ChildFailed."""
-        settings = self.settings
-        is_mapped = limit_for is not None
-        setup = LlamaSetup(self.path, settings.context_tokens, settings.threads, is_mapped, settings.native_site)
+        setup = self.llama_setup("default" if limit_for is None else "mapped")
         group = self._limit(limit_for) if limit_for is not None else None
         return self._started(self._open(kind, group), Start(setup), group)
+
+    def llama_setup(self, mode: str) -> LlamaSetup:
+        settings = self.settings
+        return LlamaSetup(
+            self.path, settings.context_tokens, settings.threads, self.vocab_size, mode, settings.native_site
+        )
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return open_checkpoint(self.path).manifest.hyper.vocab_size
+
+    def open_free(self, kind: str) -> Child:
+        """Without a limit; to be started by the caller."""
+        return self._open(kind, None)
+
+    def open_peer(self, kind: str, ram_bytes: int, python: str) -> tuple[Child, Cgroup | None]:
+        """Inside the limit of a budget, under the interpreter of its own environment; to be started by the caller."""
+        group = None if self.reason_against_limits else self._limit(ram_bytes)
+        return self._open(kind, group, python=python), group
 
     def open_drive(self, facts: PlanFacts) -> RawDrive:
         """Reads what a plan would stream."""
@@ -156,11 +175,15 @@ class Lab:
         answer = child.ask(request)
         return Running(child, answer.library, answer.seconds, group)
 
-    def _open(self, kind: str, group: Cgroup | None, provider: Provider | None = None) -> Child:
+    def _open(
+        self, kind: str, group: Cgroup | None, provider: Provider | None = None, *, python: str = sys.executable
+    ) -> Child:
         environment = {"XDG_CACHE_HOME": str(self.settings.cache_folder)}
+        if python != sys.executable:
+            environment["PYTHONPATH"] = ""  # its own packages and ours from the working folder, nothing else
         if provider is not None:
             environment["PIPO_GGML"] = str(provider.folder)
-        return self._exit.enter_context(Child(kind, group=group, environment=environment))
+        return self._exit.enter_context(Child(kind, group=group, environment=environment, python=python))
 
     def _limit(self, ram_bytes: int) -> Cgroup:
         self._num_groups += 1

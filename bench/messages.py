@@ -1,14 +1,18 @@
-"""What the parent asks a child process, and what comes back. Sent as pickles over pipes, so: plain frozen data."""
+"""What the parent asks a child process, and what comes back. Sent as pickles over pipes, so: plain frozen data.
+
+Nothing of pipo is imported here: children of peers run where pipo is not installed.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from pipo.base.manifest import Extent
-from pipo.hardware.drive import DriveRate
-from pipo.transfer.disk import DriveSettings
+if TYPE_CHECKING:
+    from pipo.base.manifest import Extent
+    from pipo.hardware.drive import DriveRate  # noqa: F401 - named in a string below
+    from pipo.transfer.disk import DriveSettings
 
 R = TypeVar("R")
 
@@ -109,16 +113,29 @@ class PipoSetup:
 
 @dataclass(frozen=True, slots=True)
 class LlamaSetup:
-    """llama.cpp. `is_mapped`: weights stay in the mapped file, as they must where they do not fit (no repacking).
+    """llama.cpp. `site` is the folder that holds the package, for one that is not installed.
 
-    `site` is the folder that holds the package, for one that is not installed.
+    `mode` is "default", "mapped" (weights stay in the mapped file, as they must where they do not fit: no repacking) or
+    "direct" (read with direct I/O while it starts).
     """
 
     path: Path
     context_tokens: int
     threads: int
-    is_mapped: bool = False
+    vocab_size: int
+    mode: str = "default"
     site: Path | None = None
+    num_sequences: int = 1  # that may be decoded together
+
+
+@dataclass(frozen=True, slots=True)
+class FolderSetup:
+    """An engine that reads a Hugging Face folder, told to keep `ram_bytes` of weights and buffers in memory."""
+
+    path: Path
+    ram_bytes: int
+    threads: int
+    vocab_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +158,33 @@ class Forecast(Request[PassForecast]):
 
 @dataclass(frozen=True, slots=True)
 class Start(Request[Started]):
-    setup: PipoSetup | LlamaSetup
+    setup: PipoSetup | LlamaSetup | FolderSetup
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare(Request[None]):
+    """Write whatever the engine wants to find on disk before it starts. Without a limit, and never timed."""
+
+    setup: FolderSetup
 
 
 @dataclass(frozen=True, slots=True)
 class Decode(Request[Passes]):
+    num_passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Greedy(Request[tuple[int, ...]]):
+    """The first tokens of the answer that `Decode` times. Not timed: an engine may take more time to tell them."""
+
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch(Request[Passes]):
+    """As many sequences at once; a pass gives a token to each."""
+
+    num_sequences: int
     num_passes: int
 
 
@@ -158,7 +197,7 @@ class Prefill(Request[FirstToken]):
 
 
 @dataclass(frozen=True, slots=True)
-class ReadDrive(Request[tuple[DriveRate, ...]]):
+class ReadDrive(Request["tuple[DriveRate, ...]"]):
     """Measure the drive over these extents. Wants an idle machine."""
 
     files: tuple[Path, ...]

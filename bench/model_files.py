@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,21 @@ def model_file(source: ModelSource, folder: Path, keep: bool) -> Iterator[Path]:
         if not keep:
             path.unlink(missing_ok=True)
             path.with_suffix(".part").unlink(missing_ok=True)
+
+
+@contextmanager
+def copied(path: Path, name: str) -> Iterator[Path]:
+    """Another file of the same bytes, for one that shall not share the page cache. Removed in the end."""
+    copy = path.with_name(f"{path.stem}-{name}{path.suffix}")
+    try:
+        shutil.copyfile(path, copy)
+        with copy.open("rb+") as file:
+            os.fsync(file.fileno())
+        drop_cached(copy)
+        drop_cached(path)
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 def drop_cached(path: Path) -> None:

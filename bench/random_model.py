@@ -97,15 +97,21 @@ def write_random_model(path: Path, shape: str = "llama-7b", type: str = "q4_0", 
     model, mix = SHAPES[shape], MIXES[type]
     tensors = list(plan_tensors(model, mix))
     _write_header(path, f"random {shape} {type}", model, mix, tensors)
-    templates = _make_templates(tensors, seed)
-    starts = np.random.default_rng(seed).random(len(tensors))
-    with _UncachedWriter(path) as out:
-        for tensor, start in zip(tensors, starts, strict=True):
+    with UncachedWriter(path) as out:
+        for _, chunks in random_data(tensors, seed):
             out.pad(ALIGNMENT)
-            for chunk in _data(tensor, templates, float(start)):
+            for chunk in chunks:
                 out.write(chunk)
         out.pad(ALIGNMENT)
     return path.stat().st_size
+
+
+def random_data(tensors: Sequence[Tensor], seed: int) -> Iterator[tuple[Tensor, Iterator[memoryview]]]:
+    """Each tensor with its bytes, in chunks. The same arguments give the same bytes."""
+    templates = _make_templates(tensors, seed)
+    starts = np.random.default_rng(seed).random(len(tensors))
+    for tensor, start in zip(tensors, starts, strict=True):
+        yield tensor, _data(tensor, templates, float(start))
 
 
 def plan_tensors(model: Shape, mix: Mix) -> Iterator[Tensor]:
@@ -198,14 +204,14 @@ def _pieces() -> Iterator[str]:
         yield from words if length > 1 else ()
 
 
-class _UncachedWriter:
+class UncachedWriter:
     """Appends to a file and keeps at most FLUSH_BYTES of it in the page cache."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
         self._unflushed_bytes = 0
 
-    def __enter__(self) -> _UncachedWriter:
+    def __enter__(self) -> UncachedWriter:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -44,12 +44,33 @@ def _drive() -> Subject:
     return DriveReader()
 
 
+def _accelerate() -> Subject:
+    from bench.engines.accelerate_engine import AccelerateEngine
+
+    return AccelerateEngine()
+
+
+def _airllm() -> Subject:
+    from bench.engines.airllm_engine import AirllmEngine
+
+    return AirllmEngine()
+
+
+def _neurostream() -> Subject:
+    from bench.engines.neurostream_engine import NeurostreamEngine
+
+    return NeurostreamEngine()
+
+
 # each imports only its own: a child's memory is measured
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "pipo": _pipo,
     "xllamacpp": _xllamacpp,
     "llama-cpp-python": _llama_cpp_python,
     "drive": _drive,
+    "accelerate": _accelerate,
+    "airllm": _airllm,
+    "neurostream": _neurostream,
 }
 
 

@@ -6,7 +6,7 @@ import ctypes
 import importlib
 import importlib.util
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
@@ -41,7 +41,7 @@ class NativeEngine(TimedEngine[LlamaSetup]):
         llama.llama_backend_init()
         begin = perf_counter()
         params = llama.llama_model_default_params()
-        if setup.is_mapped:
+        if setup.mode == "mapped":
             params.load_mode, params.use_extra_bufts = llama.LLAMA_LOAD_MODE_MMAP, False
         self._model = _needed(llama.llama_model_load_from_file(str(setup.path).encode(), params), "the model")
         self._context = _needed(llama.llama_init_from_model(self._model, self._context_params(setup)), "a context")
@@ -52,6 +52,7 @@ class NativeEngine(TimedEngine[LlamaSetup]):
         params = self._llama.llama_context_default_params()
         params.n_ctx = setup.context_tokens
         params.n_threads = params.n_threads_batch = setup.threads
+        params.n_seq_max, params.kv_unified = setup.num_sequences, setup.num_sequences > 1
         return params
 
     def _decode(self, num_passes: int) -> Passes:
@@ -70,16 +71,52 @@ class NativeEngine(TimedEngine[LlamaSetup]):
         self._pass(prompt)
         return FirstToken(num_tokens, perf_counter() - begin)
 
+    def _greedy(self, num_tokens: int) -> tuple[int, ...]:
+        self._forget()
+        token_ids = [self._pass(random_prompt(PROMPT_TOKENS, 0, self._vocab_size))]
+        while len(token_ids) < num_tokens:
+            token_ids.append(self._pass(token_ids[-1:]))
+        return tuple(token_ids)
+
+    def _decode_batch(self, num_sequences: int, num_passes: int) -> Passes:
+        self._forget()
+        prompts = [random_prompt(PROMPT_TOKENS, seed, self._vocab_size) for seed in range(num_sequences)]
+        last = self._pass_of_many(prompts, 0)
+        times = [perf_counter()]
+        for idx in range(num_passes):
+            last = self._pass_of_many([[token_id] for token_id in last], PROMPT_TOKENS + idx)
+            times.append(perf_counter())
+        return Passes(num_passes, tuple(after - before for before, after in pairwise(times)))
+
     def _forget(self) -> None:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
 
     def _pass(self, token_ids: list[int]) -> int:
         """Compute the tokens after those in the cache, and choose the next one greedily."""
         tokens = (ctypes.c_int32 * len(token_ids))(*token_ids)
-        status = self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(tokens, len(token_ids)))
+        self._compute(self._llama.llama_batch_get_one(tokens, len(token_ids)))
+        return self._best_after(-1)
+
+    def _pass_of_many(self, rows: list[list[int]], position: int) -> list[int]:
+        """A row of new tokens for each sequence, all of one length and beginning at one position."""
+        width = len(rows[0])
+        batch = self._llama.llama_batch_init(len(rows) * width, 0, 1)
+        batch.n_tokens = len(rows) * width
+        for idx, (sequence, offset) in enumerate(product(range(len(rows)), range(width))):
+            batch.token[idx], batch.pos[idx] = rows[sequence][offset], position + offset
+            batch.n_seq_id[idx], batch.seq_id[idx][0] = 1, sequence
+            batch.logits[idx] = offset == width - 1
+        self._compute(batch)
+        self._llama.llama_batch_free(batch)
+        return [self._best_after(sequence * width + width - 1) for sequence in range(len(rows))]
+
+    def _compute(self, batch: Any) -> None:
+        status = self._llama.llama_decode(self._context, batch)
         if status:
             raise RuntimeError(f"llama_decode returned {status}")
-        logits = self._llama.llama_get_logits_ith(self._context, -1)
+
+    def _best_after(self, idx: int) -> int:
+        logits = self._llama.llama_get_logits_ith(self._context, idx)
         return int(np.argmax(np.ctypeslib.as_array(logits, shape=(self._vocab_size,))))
 
 

@@ -66,11 +66,11 @@ class PipoEngine(TimedEngine[PipoSetup]):
 
     def _decode(self, num_passes: int) -> Passes:
         """Passes after the first token: the first one would profit from what was read ahead while nobody asked."""
-        times = self._times(random_prompt(PROMPT_TOKENS, 0, self._vocab_size), num_passes + 1)
+        pieces = self._pieces(random_prompt(PROMPT_TOKENS, 0, self._vocab_size), num_passes + 1)
         report = self._report()
         return Passes(
             num_passes=num_passes,
-            seconds=tuple(after - before for before, after in pairwise(times)),
+            seconds=tuple(after - before for (before, _), (after, _) in pairwise(pieces)),
             bytes_read=report.decode.bytes_read,
             compute_s=report.decode.compute_s,
             stall_s=tuple((cause.value, seconds) for cause, seconds in report.decode.stall_s.items()),
@@ -80,16 +80,20 @@ class PipoEngine(TimedEngine[PipoSetup]):
     def _prefill(self, num_tokens: int, seed: int) -> FirstToken:
         prompt = random_prompt(num_tokens, seed, self._vocab_size)
         begin = perf_counter()
-        seconds = self._times(prompt, 1)[0] - begin
+        seconds = self._pieces(prompt, 1)[0][0] - begin
         report = self._report()
         stats = report.prefill
         return FirstToken(num_tokens, seconds, stats.num_passes, stats.bytes_read, report.peak_anonymous_bytes)
 
-    def _times(self, prompt: list[int], num_tokens: int) -> list[float]:
-        """When each token arrived."""
+    def _greedy(self, num_tokens: int) -> tuple[int, ...]:
+        return tuple(id for _, id in self._pieces(random_prompt(PROMPT_TOKENS, 0, self._vocab_size), num_tokens))
+
+    def _pieces(self, prompt: list[int], num_tokens: int) -> list[tuple[float, int]]:
+        """When each token arrived, and which one it was."""
         assert self._engine is not None
         params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
-        return [perf_counter() for piece in self._engine.stream(prompt, params) if piece.token is not None]
+        pieces = self._engine.stream(prompt, params)
+        return [(perf_counter(), piece.token.token_id) for piece in pieces if piece.token is not None]
 
     def _report(self) -> Report:
         assert self._engine is not None and self._engine.report is not None

@@ -5,10 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
-from bench.messages import Decode, FirstToken, LlamaSetup, Passes, PipoSetup, Prefill, Request, Start, Started
+from bench.messages import (
+    Decode,
+    DecodeBatch,
+    FirstToken,
+    FolderSetup,
+    Greedy,
+    LlamaSetup,
+    Passes,
+    PipoSetup,
+    Prefill,
+    Request,
+    Start,
+    Started,
+)
 
 PROMPT_TOKENS = 8  # before the decode passes
-Setup = TypeVar("Setup", bound=PipoSetup | LlamaSetup)
+Setup = TypeVar("Setup", bound=PipoSetup | LlamaSetup | FolderSetup)
 
 
 class TimedEngine(ABC, Generic[Setup]):
@@ -26,6 +39,10 @@ class TimedEngine(ABC, Generic[Setup]):
                 return self._start(request.setup)
             case Decode():
                 return self._decode(request.num_passes)
+            case Greedy():
+                return self._greedy(request.num_tokens)
+            case DecodeBatch():
+                return self._decode_batch(request.num_sequences, request.num_passes)
             case Prefill():
                 return self._prefill(request.num_tokens, request.seed)
         raise TypeError(f"{self._name} does not serve {request}")
@@ -41,3 +58,10 @@ class TimedEngine(ABC, Generic[Setup]):
 
     @abstractmethod
     def _prefill(self, num_tokens: int, seed: int) -> FirstToken: ...
+
+    @abstractmethod
+    def _greedy(self, num_tokens: int) -> tuple[int, ...]: ...
+
+    def _decode_batch(self, num_sequences: int, num_passes: int) -> Passes:
+        """Of an engine that has no batches."""
+        raise NotImplementedError("no batches of sequences yet")

@@ -10,7 +10,6 @@ import xllamacpp
 from bench.engines.timed_engine import PROMPT_TOKENS, TimedEngine
 from bench.messages import FirstToken, LlamaSetup, Passes, Started
 from bench.prompts import random_prompt
-from pipo.formats.checkpoint import open_checkpoint
 
 
 class XllamacppEngine(TimedEngine[LlamaSetup]):
@@ -25,7 +24,7 @@ class XllamacppEngine(TimedEngine[LlamaSetup]):
         self._server = None
 
     def _start(self, setup: LlamaSetup) -> Started:
-        self._vocab_size = open_checkpoint(setup.path).manifest.hyper.vocab_size
+        self._vocab_size = setup.vocab_size
         begin = perf_counter()
         self._server = xllamacpp.Server(_params(setup))
         return Started(perf_counter() - begin, f"xllamacpp {xllamacpp.__version__}")
@@ -41,18 +40,27 @@ class XllamacppEngine(TimedEngine[LlamaSetup]):
         assert timings["prompt_n"] == num_tokens
         return FirstToken(num_tokens, timings["prompt_ms"] / 1e3)
 
+    def _greedy(self, num_tokens: int) -> tuple[int, ...]:
+        """The server leaves out a token that ends inside a UTF-8 character."""
+        prompt = random_prompt(PROMPT_TOKENS, 0, self._vocab_size)
+        answer = self._ask(prompt, num_tokens, n_probs=1, cache_prompt=True)
+        return tuple(step["id"] for step in answer["choices"][0]["logprobs"]["content"])
+
+    def _decode_batch(self, num_sequences: int, num_passes: int) -> Passes:
+        """The server times no batch: this is the time of all passes, the one over the prompts among them."""
+        prompts = [random_prompt(PROMPT_TOKENS, seed, self._vocab_size) for seed in range(num_sequences)]
+        begin = perf_counter()
+        self._ask(prompts, num_passes + 1, cache_prompt=True)
+        return Passes(num_passes, ((perf_counter() - begin) / (num_passes + 1),))
+
     def _complete(self, prompt: list[int], max_tokens: int, *, reuse: bool) -> dict[str, Any]:
-        answer = self._server.handle_completions(
-            {
-                "prompt": prompt,
-                "max_tokens": max_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "cache_prompt": reuse,
-            }
-        )
-        timings: dict[str, Any] = answer["timings"]
+        timings: dict[str, Any] = self._ask(prompt, max_tokens, cache_prompt=reuse)["timings"]
         return timings
+
+    def _ask(self, prompt: list[int] | list[list[int]], max_tokens: int, **more: object) -> dict[str, Any]:
+        request = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **more}
+        answer: dict[str, Any] = self._server.handle_completions(request)
+        return answer
 
 
 def _params(setup: LlamaSetup) -> xllamacpp.CommonParams:
@@ -60,11 +68,14 @@ def _params(setup: LlamaSetup) -> xllamacpp.CommonParams:
     params = xllamacpp.CommonParams()
     params.model.path = str(setup.path)
     params.n_ctx = setup.context_tokens
-    params.n_parallel = 1
+    params.n_parallel = setup.num_sequences
+    params.kv_unified = setup.num_sequences > 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = setup.threads
     params.fit_params = params.warmup = False
     params.cache_ram_mib = params.n_ctx_checkpoints = params.verbosity = 0
-    if setup.is_mapped:
+    if setup.mode == "mapped":
         params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
         params.no_extra_bufts = True
+    elif setup.mode == "direct":
+        params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_DIRECT_IO
     return params
