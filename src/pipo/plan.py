@@ -18,7 +18,7 @@ from pipo.hardware.cache import known_profile, tells_of_a_drive
 from pipo.hardware.drive import DriveRate
 from pipo.hardware.host import WIDE_SHARE, Host, ThisHost
 from pipo.hardware.memory import process_memory
-from pipo.hardware.probe import LEAST_PROBE_BYTES, PROBE_BYTES, Progress, Scope, probe
+from pipo.hardware.probe import PROBE_BYTES, Progress, Scope, probe
 from pipo.kvcache.cache import ROWS_PER_CLASS, kv_rows_class
 from pipo.model_file import PROCESS_BYTES, ModelFile
 from pipo.pipeline.blueprint import CHUNKS, Blueprint, choose_layouts, demand
@@ -40,6 +40,7 @@ PROCESS_STEP = 8 * MIB
 KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget for its keys and values
 LEAST_CONTEXT_TOKENS = 256  # that is taken where nobody asked for one
 CHUNK_SHARE = 8  # what a prefill chunk computes in on a device may take this fraction of its limit
+BESIDE_PROBE_BYTES = 24 * MIB  # masks, graphs, ggml's own scratch: outside the probe's account
 FIRST_DRIVE_S, FIRST_COMPUTE_S = 1.0, 3.0  # what the first plan spends on measuring; `doctor --probe` takes longer
 MAX_DEVICE_PLANS = 8  # of those worth a look on a device, how many are predicted, evenly apart
 TYPICAL = Workload(prompt_tokens=256, answer_tokens=256)  # where nobody says what is to come
@@ -140,10 +141,10 @@ class PlanMaker:
         model, config, device = self._model, self._config, self._device
         files = model.manifest.files
         types = {spec.type for stage in model.stages for spec in stage.matrices.values()}
-        left = self._host.ram_bytes() - self._process_bytes()
-        if not tells_of_a_drive(files) or left < LEAST_PROBE_BYTES:
+        room = self._host.ram_bytes() - self._process_bytes() - BESIDE_PROBE_BYTES
+        limit = round_down(min(room, PROBE_BYTES), PAGE_BYTES)
+        if not tells_of_a_drive(files) or limit < Scope(files, sorted(types)).least_bytes:
             return None
-        limit = round_down(min(left, PROBE_BYTES), PAGE_BYTES)
 
         def measure(wanted: Sequence[TensorType]) -> MachineProfile:
             scope = Scope(files, wanted, limit_bytes=limit, drive_s=FIRST_DRIVE_S, compute_s=FIRST_COMPUTE_S)

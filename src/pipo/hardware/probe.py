@@ -13,7 +13,7 @@ from pipo.base.cores import available_cores
 from pipo.base.errors import UsageError
 from pipo.base.machine import ComputeProfile, LayoutRates, LinkProfile, MachineProfile, RepackProfile
 from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
-from pipo.base.units import MIB, PAGE_BYTES, round_down
+from pipo.base.units import MIB, PAGE_BYTES, round_down, round_up
 from pipo.compute.device import ComputeDevice
 from pipo.compute.devices import CpuBackend
 from pipo.compute.ggml import Library
@@ -50,7 +50,6 @@ COMMON_TYPES = (T.Q4_0, T.Q4_1, T.Q8_0, T.Q4_K, T.Q5_K, T.Q6_K, T.F16, T.BF16)
 # 12.2 to 12.9 at 512, and 12.4 in a pass over 3.6 GiB; of 8 tokens 37 everywhere
 WEIGHTS_BYTES = 256 * MIB
 PROBE_BYTES = 288 * MIB  # what a probe takes at most: weights and activations, or before them the drive's two places
-LEAST_PROBE_BYTES = BlockShape().activation_bytes + 8 * MIB  # with the default block
 _COPY_BYTES = 16 * MIB
 _NOISE_SHARE = 0.1  # of the cores, that other programs may take unmentioned
 
@@ -81,7 +80,11 @@ class Scope:
 
     @property
     def least_bytes(self) -> int:
-        return self.block.activation_bytes + 8 * MIB
+        """One matrix of the largest type, or the keys and values of one attention, besides what they work on."""
+        block = self.block
+        matrices = (block.hidden_size * type_.row_bytes(block.hidden_size) for type_ in self.types)
+        cached = (2 * block.num_positions * type_.row_bytes(block.hidden_size) for type_ in self.cache_types)
+        return block.activation_bytes + round_up(max(*matrices, *cached), PAGE_BYTES) + MIB
 
     @property
     def weights_bytes(self) -> int:
