@@ -20,10 +20,10 @@ from pipo.hardware.cache import kept_profile
 from pipo.hardware.drive import DriveRate
 from pipo.hardware.host import GivenHost, ThisHost, rate_of_profile
 from pipo.hardware.probe import PROBE_BYTES, Progress
-from pipo.model_file import ModelFile
+from pipo.model_file import PROCESS_BYTES, ModelFile
 from pipo.pipeline.device_layout import AbsentDevice
 from pipo.pipeline.stage_graphs import Compute
-from pipo.plan import Plan, PlanMaker, check_types, probe_kind
+from pipo.plan import Plan, PlanMaker, check_types, probe_kind, process_bytes_now
 from pipo.planner.batch import BatchCurve, BatchPoint, batch_point
 from pipo.planner.predict import Workload, decode_load
 from pipo.planner.variations import with_compute, with_drive, with_link
@@ -43,6 +43,7 @@ class Case:
     vram_bytes: int
     workload: Workload
     context_tokens: int  # of each sequence
+    process_bytes: int  # before it has any of the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +74,10 @@ class Outlook:
         """
         host = ThisHost(self._config)
         device = choose_device(self._lib, self._config.device)
+        process_bytes = process_bytes_now()  # before a probe: what a driver keeps of it is not a run's
         machine, drive = self._figures_here(host, device, on_probe)
         vram = host.vram_bytes(device.free_bytes) if device else 0
-        return Case(machine, drive, device, host.ram_bytes(), vram, workload, context_tokens)
+        return Case(machine, drive, device, host.ram_bytes(), vram, workload, context_tokens, process_bytes)
 
     def _figures_here(
         self, host: ThisHost, device: ComputeDevice | None, on_probe: Progress
@@ -100,7 +102,7 @@ class Outlook:
         device = self._device_of(machine)
         there = device.free_bytes if device else 0
         limits = part_of(ram, machine.ram_bytes, what="--ram"), part_of(vram, there, what="--vram")
-        return Case(machine, rate_of_profile(machine.drive), device, *limits, workload, context_tokens)
+        return Case(machine, rate_of_profile(machine.drive), device, *limits, workload, context_tokens, PROCESS_BYTES)
 
     def _device_of(self, machine: MachineProfile) -> AbsentDevice | None:
         wanted = self._config.device
@@ -120,7 +122,7 @@ class Outlook:
 
     def _maker(self, case: Case) -> PlanMaker:
         config = replace(self._config, num_sequences=case.workload.num_sequences)
-        host = GivenHost(case.ram_bytes, case.vram_bytes, case.drive)
+        host = GivenHost(case.ram_bytes, case.vram_bytes, case.drive, case.process_bytes)
         has_repacked = any(rates.repacked for rates in case.machine.cpu.products.values())
         # kernels that the machine was not measured with are taken not to be there
         compute = self._compute if has_repacked else replace(self._compute, repack=None)

@@ -342,12 +342,17 @@ class PlanMaker:
         return Plan(placement, context_tokens, limit, weights, tuple(sorted(repacked)), self._drive, blueprint)
 
     def _process_bytes(self) -> int:
-        return max(PROCESS_BYTES, round_up(process_memory().anonymous_bytes, PROCESS_STEP))
+        return self._host.process_bytes or process_bytes_now()
 
 
 def _request_s(plan: Plan) -> float:
     assert plan.prediction is not None
     return plan.prediction.total_s
+
+
+def process_bytes_now() -> int:
+    """What this process takes, or will once it is ready."""
+    return max(PROCESS_BYTES, round_up(process_memory().anonymous_bytes, PROCESS_STEP))
 
 
 def probe_kind(device: ComputeDevice | AbsentDevice | None, limit_bytes: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipo.planner.depth import TOLERANCE, best_depth, simulated_pass_s
+from pipo.planner.depth import TOLERANCE, best_depth, holds_enough, simulated_pass_s
 from pipo.planner.placement import MAX_EXTRA_SLOTS, Demand, Placement, place, smallest_bytes, with_slots
 from pipo.planner.predict import Placed, Workload, decode_load
 from pipo.planner.schedule import SCHEDULES
@@ -49,7 +49,9 @@ def test_never_slower_than_the_rule_of_thumb_and_as_shallow_as_can_be(
     if not today.streamed_bytes:
         assert found is today
         return
-    others = [each for n in range(MAX_EXTRA_SLOTS + 1) if (each := with_slots(demand, today.chunk, n)) is not None]
+    tried = [with_slots(demand, today.chunk, n) for n in range(MAX_EXTRA_SLOTS + 1)]
+    others = [today, *(each for each in tried if each is not None and holds_enough(demand, each, today))]
+    assert holds_enough(demand, found, today)
     bound_s = min(TOLERANCE * min(map(seconds, others)), seconds(today))
     assert seconds(found) <= bound_s
     depth = sum(slots.num_slots for slots in found.slots)

@@ -20,7 +20,12 @@ _TYPICAL_CHUNK_BYTES, _TYPICAL_WORKERS = 4 * MIB, 8  # where a profile does not 
 
 
 class Host(Protocol):
-    """What the memory and the drive of a machine allow."""
+    """What the memory and the drive of a machine allow. `process_bytes` is what the process that runs the model would
+    take there before it has any of it; None where it is this process.
+    """
+
+    @property
+    def process_bytes(self) -> int | None: ...
 
     def ram_bytes(self) -> int:
         """The limit of the whole process. Raises UsageError."""
@@ -34,6 +39,8 @@ class Host(Protocol):
 
 class ThisHost:
     """The machine this runs on. The drive is measured at first use, and once."""
+
+    process_bytes = None
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -58,6 +65,7 @@ class GivenHost:
     ram_limit_bytes: int
     vram_limit_bytes: int
     drive: DriveRate
+    process_bytes: int
 
     def ram_bytes(self) -> int:
         return self.ram_limit_bytes
