@@ -60,7 +60,8 @@ QUICK_MATCHES = {"toy": Match(ModelSource(shape="smoke", type="bf16"), ("mapped"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("bench").setLevel(logging.INFO)  # minutes pass between two tables
     console = make_console()
     with TemporaryDirectory(prefix="pipo-peers-") as cache:
         with Child("pipo", environment={}) as child:
@@ -165,6 +166,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _leave(*_: object) -> None:
+    """Through the blocks: limits and models are removed, what was measured is written. Once, whatever comes."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave through the blocks: limits and models are removed
+    signal.signal(signal.SIGTERM, _leave)
     main()

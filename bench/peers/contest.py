@@ -16,7 +16,7 @@ from bench.messages import FolderSetup, LlamaSetup, PipoSetup, PlanFacts, Prepar
 from bench.model_files import copied, drop_cached
 from bench.peers.entrants import TORCH_BYTES, Entrant
 from bench.peers.environments import NotInstalled, ensure_python
-from bench.peers.seat import START_LIMIT_S, Opened, Seat
+from bench.peers.seat import Opened, Seat
 from bench.raw_drive import RawDrive
 from pipo.base.units import MIB, format_size
 from pipo.hardware.memory import available_memory
@@ -24,6 +24,7 @@ from pipo.hardware.memory import available_memory
 log = logging.getLogger(__name__)
 BATCH = 8
 _BATCH_PASSES = 2
+_PREPARE_LIMIT_S = 300.0  # AirLLM writes the checkpoint once more, a file per layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,7 @@ def _python(lab: Lab, entrant: Entrant, environments: Path) -> str:
 
 def _prepare(lab: Lab, entrant: Entrant, setup: FolderSetup, python: str) -> None:
     with Child(entrant.kind, environment={"PYTHONPATH": ""}, python=python) as child:
-        child.ask(Prepare(setup), START_LIMIT_S)
+        child.ask(Prepare(setup), _PREPARE_LIMIT_S)
 
 
 def _setup(lab: Lab, ground: Ground, ram_bytes: int, entrant: Entrant, path: Path) -> LlamaSetup | FolderSetup:

@@ -14,7 +14,7 @@ from bench.child import Child, ChildFailed
 from bench.messages import Decode, DecodeBatch, FirstToken, Greedy, Passes, Prefill, Request, Start
 
 R = TypeVar("R")
-START_LIMIT_S = 120.0
+START_LIMIT_S = 60.0
 TOKEN_LIMIT_S = 60.0
 WORK_LIMIT_S = 60.0  # for a whole prompt, and for a whole batch
 GREEDY_TOKENS = 6  # that are compared

@@ -15,6 +15,7 @@ LEAST_OF_LIMIT = 95.0  # % of what drive and compute allow
 LEAST_AHEAD = {"accelerate": 4.0, "AirLLM": 5.0}  # of these, at half the model
 LEAST_OF_RESIDENT_PEER = 0.95
 _HALF = 0.5
+_NOT_REACHED = "not reached: the run was ended"
 
 
 def rows_of(score: Score, share: float) -> Iterator[Row]:
@@ -50,7 +51,7 @@ def _seconds(seat: Seat) -> list[float]:
 
 def _seat_rows(seat: Seat, score: Score) -> Iterator[Row]:
     if not seat.turns:
-        yield skipped("decode", seat.title, seat.failure)
+        yield skipped("decode", seat.title, seat.failure or _NOT_REACHED)
         return
     yield row("decode", seat.title, "s", _seconds(seat), note=_note(seat))
     yield row("read a token", seat.title, "GB", [turn.bytes_read / 1e9 for turn in seat.turns])
@@ -87,7 +88,7 @@ def _prompt_rows(seat: Seat) -> Iterator[Row]:
             "prompt", seat.title, "tok/s", [answer.num_tokens / answer.seconds], note=f"{answer.num_tokens} tokens"
         )
     else:
-        yield skipped("prompt", seat.title, answer)
+        yield skipped("prompt", seat.title, answer or _NOT_REACHED)
 
 
 def _batch_rows(seat: Seat) -> Iterator[Row]:
@@ -95,7 +96,7 @@ def _batch_rows(seat: Seat) -> Iterator[Row]:
     if isinstance(seat.batch, Passes):
         yield row(metric, seat.title, "tok/s", [BATCH / second for second in seat.batch.seconds])
     else:
-        yield skipped(metric, seat.title, "not yet" if seat.title == "pipo" else seat.batch)
+        yield skipped(metric, seat.title, "not yet" if seat.title == "pipo" else seat.batch or _NOT_REACHED)
 
 
 def _limit_rows(score: Score) -> Iterator[Row]:
