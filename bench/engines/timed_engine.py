@@ -64,4 +64,4 @@ class TimedEngine(ABC, Generic[Setup]):
 
     def _decode_batch(self, num_sequences: int, num_passes: int) -> Passes:
         """Of an engine that has no batches."""
-        raise NotImplementedError("no batches of sequences yet")
+        raise TypeError(f"{self._name} has no batches of sequences")

@@ -14,26 +14,10 @@ from pipo.base.units import KIB, MIB
 from pipo.hardware.cache import cache_file, drive_key, drive_rates
 from pipo.hardware.drive import ALL_COMBOS, QUICK_COMBOS, DriveRate, best_rate, measure_drive
 from pipo.transfer.disk import DriveSettings
-from tests.support.transfers import deadline, write_random
+from tests.support.transfers import deadline
 
 COMBOS = (DriveSettings(64 * KIB, 2), DriveSettings(256 * KIB, 1, direct=False))
 RATES = (DriveRate(MIB, 4, 2.5e9, True), DriveRate(4 * MIB, 8, 2.6e9, True))
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = tmp_path / "model.gguf"
-    write_random(path, 1_000_001)
-    return path
-
-
-@pytest.fixture
-def large(tmp_path: Path) -> Path:
-    """Large enough to tell of a drive; holds nothing."""
-    path = tmp_path / "large.gguf"
-    with path.open("wb") as stream:
-        stream.truncate(64 * MIB)
-    return path
 
 
 def test_every_combination_is_measured(model: Path) -> None:

@@ -25,7 +25,7 @@ from pipo.hardware.memory import machine_name, physical_memory_bytes, process_me
 from pipo.hardware.meter import typical_s
 from pipo.hardware.probe import PROBE_BYTES, WEIGHTS_BYTES, Scope, probe
 from tests.support.machines import MACHINE
-from tests.support.transfers import deadline, write_random
+from tests.support.transfers import deadline
 
 Q4_0, Q6_K, F16 = TensorType.Q4_0, TensorType.Q6_K, TensorType.F16
 TINY_BLOCK = BlockShape(hidden_size=256, intermediate_size=512, num_heads=4, num_positions=256)
@@ -49,21 +49,6 @@ def repack(lib: Library) -> Iterator[RepackBuffer | None]:
     yield repack
     if repack is not None:
         repack.close()
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = tmp_path / "model.gguf"
-    write_random(path, 1_000_001)
-    return path
-
-
-@pytest.fixture
-def large(tmp_path: Path) -> Path:
-    path = tmp_path / "large.gguf"
-    with path.open("wb") as stream:
-        stream.truncate(64 * MIB)
-    return path
 
 
 def small_scope(model: Path, *types: TensorType) -> Scope:

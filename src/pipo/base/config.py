@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from pipo.base.cores import available_cores
 from pipo.base.errors import UsageError
@@ -83,7 +84,12 @@ def resolve_config(
     if file is not None:
         config = _apply(config, _read_toml(file), str(file))
     config = _apply(config, _from_environment(environment), "environment")
-    return replace(config, **{name: value for name, value in arguments.items() if value is not None})  # type: ignore[arg-type]
+    return _with(config, {name: value for name, value in arguments.items() if value is not None})
+
+
+def _with(config: EngineConfig, values: Mapping[str, Any]) -> EngineConfig:
+    """Names were looked up before; `__post_init__` checks the values."""
+    return replace(config, **values)
 
 
 def _apply(config: EngineConfig, values: Mapping[str, object], source: str) -> EngineConfig:
@@ -92,7 +98,7 @@ def _apply(config: EngineConfig, values: Mapping[str, object], source: str) -> E
         if name not in kinds:
             raise UsageError(f"{source}: unknown setting {name!r:.80}", hint=f"known: {', '.join(sorted(kinds))}")
         try:
-            config = replace(config, **{name: _convert(kinds[name], value)})  # type: ignore[arg-type]
+            config = _with(config, {name: _convert(kinds[name], value)})
         except UsageError as error:
             raise UsageError(f"{source}: {name} = {value!r:.80}: {error.message}", hint=error.hint) from error
         except ValueError as error:

@@ -242,7 +242,7 @@ def spread(verb: Callable[..., None]) -> Callable[..., Call]:
         }
         return Call(verb, values | made)
 
-    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__dict__["__signature__"] = inspect.Signature(parameters)  # what inspect, and so typer, asks first
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return flat
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from pipo.base.errors import Cancelled
 
@@ -49,7 +49,7 @@ class Worker:
         if self._is_closed:
             raise Cancelled("the worker was closed")
         job = _Job(make)
-        self._jobs.put(job)  # type: ignore[arg-type]
+        self._jobs.put(cast(_Job[object], job))  # the worker never looks into what it hands back
         is_over = False
         try:
             while True:

@@ -66,8 +66,7 @@ class MatrixRate:
     start: ProductRate | None
 
     def best_of(self, other: MatrixRate) -> MatrixRate:
-        is_known = self.start is not None and other.start is not None
-        start = self.start.best_of(other.start) if is_known else None  # type: ignore[union-attr, arg-type]
+        start = self.start.best_of(other.start) if self.start is not None and other.start is not None else None
         return MatrixRate(self.elements.best_of(other.elements), start)
 
 

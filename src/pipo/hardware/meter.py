@@ -72,14 +72,15 @@ class Meter:
 
     def repack_s(self, type_: TensorType, row_elems: int, num_rows: int, duration_s: float) -> float:
         """Of repacking rows from one half of the weights to the other, on this thread."""
-        assert self._repack is not None
+        repack = self._repack
+        assert repack is not None
         num_bytes = num_rows * type_.row_bytes(row_elems)
         num_pieces = max(self.weights.num_bytes // 2 // num_bytes, 1)
 
         def run(i: int) -> None:
             source = self.weights.address + i % num_pieces * num_bytes
             target = source + self.weights.num_bytes // 2
-            self._repack.repack_rows(type_, row_elems, num_rows, source, target)  # type: ignore[union-attr]
+            repack.repack_rows(type_, row_elems, num_rows, source, target)
 
         return typical_s(run, duration_s)
 
