@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
+from bench.arguments import asked_for
 from bench.child import Child, ChildFailed
 from bench.lab import FULL, QUICK, Lab, Settings, Unmeasurable
 from bench.machine import describe_machine
@@ -29,7 +30,6 @@ from bench.model_files import ModelSource, model_file
 from bench.output import ResultFile, make_console, print_table
 from bench.random_model import MIXES, SHAPES
 from bench.rows import Row, skipped
-from pipo.base.cores import available_cores
 from pipo.store.library import KNOWN_MODELS, models_folder
 
 Measure = Callable[[Lab], Iterator[Row]]
@@ -111,14 +111,7 @@ def _named_sources(args: argparse.Namespace) -> tuple[ModelSource, ...]:
 
 
 def _settings(args: argparse.Namespace, cache: Path) -> Settings:
-    amounts = replace(QUICK if args.quick else FULL, share=args.share, cache_folder=cache)
-    return replace(
-        amounts,
-        rounds=args.rounds or amounts.rounds,
-        passes=args.passes or amounts.passes,
-        threads=args.threads or available_cores(),
-        native_site=args.native_llama.resolve() if args.native_llama else None,
-    )
+    return asked_for(args, replace(QUICK if args.quick else FULL, share=args.share, cache_folder=cache))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -21,6 +21,7 @@ from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
 
+from bench.arguments import asked_for
 from bench.child import Child, ChildFailed
 from bench.lab import FULL, QUICK, Lab, Settings, Unmeasurable
 from bench.machine import describe_machine
@@ -34,7 +35,6 @@ from bench.peers.report import Outcome, chart, markdown
 from bench.peers.verdict import rows_of
 from bench.random_checkpoint import write_random_checkpoint
 from bench.rows import Row, skipped
-from pipo.base.cores import available_cores
 from pipo.store.library import models_folder
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -136,14 +136,7 @@ def _matches(args: argparse.Namespace) -> list[Match]:
 
 def _settings(args: argparse.Namespace, cache: Path) -> Settings:
     amounts = replace(QUICK if args.quick else replace(FULL, rounds=10), cache_folder=cache)
-    return replace(
-        amounts,
-        rounds=args.rounds or amounts.rounds,
-        passes=args.passes or amounts.passes,
-        prompt_tokens=args.prompt or amounts.prompt_tokens,
-        threads=args.threads or available_cores(),
-        native_site=args.native_llama.resolve() if args.native_llama else None,
-    )
+    return asked_for(args, replace(amounts, prompt_tokens=args.prompt or amounts.prompt_tokens))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
