@@ -38,6 +38,7 @@ class Settings:
     cache_folder: Path = Path()  # of the engines: their own probe of the drive is made once per run
 
 
+ANSWER = (8, 256)  # tokens of prompt and answer, where decode is what is measured
 FULL = Settings()
 QUICK = Settings(rounds=2, prompt_tokens=64, context_tokens=256, combos=QUICK_COMBOS, drive_s=0.2)
 
@@ -85,6 +86,10 @@ class Lab:
 
     def setup(self, ram_bytes: int) -> PipoSetup:
         return PipoSetup(self.path, ram_bytes, self.settings.context_tokens, self.settings.threads)
+
+    def answering(self, ram_bytes: int) -> PipoSetup:
+        """The same, planned as `pipo run` plans: for a short prompt and its answer."""
+        return replace(self.setup(ram_bytes), request=ANSWER)
 
     def plan(self, setup: PipoSetup) -> PlanFacts:
         """What pipo would do, asked of a process that plans and nothing else."""

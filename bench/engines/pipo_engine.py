@@ -130,8 +130,8 @@ def _plan(setup: PipoSetup) -> PlanFacts:
             fits=True,
             needed_bytes=plan.placement.num_bytes,
             weight_bytes=plan.weight_bytes,
-            resident_bytes=plan.placement.resident_bytes,
-            streamed_bytes=plan.placement.streamed_bytes,
+            resident_bytes=plan.in_use.resident_bytes,
+            streamed_bytes=plan.in_use.streamed_bytes,
             chunk_tokens=plan.placement.chunk.num_tokens,
             repacked_types=plan.repacked_types,
             drive=plan.blueprint.drive,
@@ -148,7 +148,7 @@ def _forecast(setup: PipoSetup, num_tokens: int) -> PassForecast:
 def _streamed_extents(model: ModelFile, plan: EnginePlan) -> list[Extent]:
     """The file bytes a pass reads. The head counts as one unit here, which changes nothing about its bytes."""
     units = make_units(model.stages, plan.blueprint.layouts)
-    streamed = [unit for unit, stays in zip(units, plan.placement.resident, strict=True) if not stays]
+    streamed = [unit for unit, stays in zip(units, plan.in_use.resident, strict=True) if not stays]
     return [read.extent for unit in streamed for read in unit.layout.reads]
 
 

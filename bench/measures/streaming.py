@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from bench.child import ChildFailed
 from bench.lab import Lab, Running, peers
@@ -21,7 +21,6 @@ from pipo.base.units import MIB, format_size
 MOST_OVER_FLOOR = 1.10  # of a pass, against the slower of drive and compute
 LEAST_AHEAD = 2.3  # of llama.cpp in the same limit
 PEER = "llama.cpp mapped"
-ANSWER = (8, 256)  # tokens of prompt and answer: decode is what is measured
 
 
 @dataclass(slots=True)
@@ -35,7 +34,7 @@ class _Samples:
 
 
 def measure(lab: Lab) -> Iterator[Row]:
-    setup = replace(lab.setup(lab.tight_bytes()), request=ANSWER)
+    setup = lab.answering(lab.tight_bytes())
     facts = lab.plan(setup)
     yield skipped("plan", "pipo", _plan_text(setup.ram_bytes, facts))
     like = lab.resident_like(facts)

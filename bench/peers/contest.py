@@ -71,7 +71,7 @@ class Score:
 def contest(lab: Lab, ground: Ground, entrants: Sequence[Entrant]) -> Iterator[Score]:
     """Everybody, not yet started: `run` does the rest. Raises ChildFailed, Unmeasurable."""
     ram_bytes = ground.ram_bytes(lab)
-    setup = lab.setup(ram_bytes)
+    setup = lab.answering(ram_bytes)
     facts = _plan(lab, setup, ground, len(entrants))
     drive = lab.open_drive(facts) if facts.streamed_bytes else None
     with ExitStack() as stack:

@@ -66,13 +66,19 @@ class Plan:
         return self.blueprint.device
 
     @property
+    def in_use(self) -> Placement:
+        """The placement half-way through an answer of the predicted workload, or, without one, at its start."""
+        return self.placement.at(decode_load(self.prediction.workload).num_positions if self.prediction else 1)
+
+    @property
     def is_streaming(self) -> bool:
+        """Once the context is full, if not before."""
         return self.placement.streamed_bytes > 0
 
     @property
     def pass_floor_s(self) -> float:
         """Seconds the drive needs for what one pass streams: no engine on this drive can be faster."""
-        return self.placement.streamed_bytes / self.drive.bytes_per_s
+        return self.in_use.streamed_bytes / self.drive.bytes_per_s
 
 
 def check_types(lib: Library, model: ModelFile) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from pipo.planner.placement import (
     ENOUGH_CHUNK_TOKENS,
     ChunkCost,
     Demand,
+    KvPage,
     Placement,
     UnitRole,
     UnitSize,
@@ -44,7 +46,8 @@ def demands(draw: st.DrawFn, *, num_chunks: int = 5, is_even: bool = False) -> D
     fixed = {"KV cache": draw(st.integers(0, 100 * PAGE)), "process": draw(st.integers(0, 100 * PAGE))}
     costs = [ChunkCost(16 << i, size) for i, size in enumerate(sorted(chunks))]
     in_flight = draw(st.just(0) | st.integers(0, 2000 * PAGE))
-    return Demand(units, fixed, costs, limit_bytes=0, in_flight_bytes=in_flight)
+    page = KvPage(draw(st.integers(1, 300)), draw(st.integers(0, 20 * PAGE)))
+    return Demand(units, fixed, costs, limit_bytes=0, in_flight_bytes=in_flight, kv_page=page)
 
 
 def _unit(role: UnitRole, block_idx: int, place_bytes: int, piece: int | None = None) -> UnitSize:
@@ -178,3 +181,33 @@ def test_whatever_fits_in_between_is_found(fits: list[bool]) -> None:
     found = first_fitting(lambda i: i if fits[i] else None, len(fits))
     assert (found is not None) == any(fits)
     assert found is None or fits[found]
+
+
+@given(demands(), shares, st.lists(st.integers(1, 3000), min_size=2, max_size=6).map(sorted))
+def test_a_longer_context_leaves_fewer_borrowers_and_the_limit_is_kept(
+    demand: Demand, share: int, lengths: list[int]
+) -> None:
+    limit = limit_at(demand, share)
+    placement = place(at(demand, limit))
+    found = [placement.at(length) for length in lengths]
+    for then in found:
+        assert then.num_bytes <= placement.num_bytes <= limit
+        streamed = [u for u, stays in zip(demand.units, then.resident, strict=True) if not stays]
+        assert then.streamed_bytes == sum(u.read_bytes for u in streamed)
+    for before, after in pairwise(found):
+        assert all(stays or not stayed for stayed, stays in zip(after.resident, before.resident, strict=True))
+    full = -(-demand.fixed["KV cache"] // max(demand.kv_page.num_bytes, 1)) * demand.kv_page.num_tokens
+    assert placement.at(full).resident == placement.resident
+
+
+@given(demands(is_even=True), shares)
+def test_borrowers_use_what_an_empty_context_leaves(demand: Demand, share: int) -> None:
+    """All of it, but for what is less than one more unit; and each is a streamed unit of a block, named once."""
+    placement = place(at(demand, limit_at(demand, share)))
+    borrowed = [each.unit_idx for each in placement.borrowers]
+    assert len(set(borrowed)) == len(borrowed)
+    assert not any(placement.resident[i] or demand.units[i].block_idx < 0 for i in borrowed)
+    others = [i for i, u in enumerate(demand.units) if not placement.resident[i] and u.block_idx >= 0]
+    if demand.kv_page.num_bytes and len(borrowed) < len(others):
+        spare = demand.fixed["KV cache"] - demand.kv_page.num_bytes - sum(b.place_bytes for b in placement.borrowers)
+        assert spare < max(-(-demand.units[i].place_bytes // PAGE) * PAGE for i in others)

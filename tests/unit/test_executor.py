@@ -66,7 +66,7 @@ class Line:
         homes = {UnitId(i): place for i, place in enumerate(pool.places[:NUM_UNITS])}
         slots = {SlotId(i): place for i, place in enumerate(pool.places[NUM_UNITS:])}
         free = [deque([SlotId(0)]), deque([SlotId(1), SlotId(2)])]
-        residency = Residency(Pool(STREAMED, free, {u.unit_id for u in self.units} - STREAMED.keys()))
+        residency = Residency(Pool(dict(STREAMED), free, {u.unit_id for u in self.units} - STREAMED.keys()))
         self.executor = Executor(
             self.units, Places(homes, slots), residency, self.transfer, self.clock, self.tracer, self.is_aborted
         )
@@ -281,3 +281,40 @@ def test_files_are_checked_before_every_pass(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(FileChanged):
         line.run()
     assert len(line.computed) == len(NEEDS)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("seed", range(5))
+def test_units_move_in_and_out_between_passes(schedule: str, seed: int) -> None:
+    """Wherever its reads are when a unit moves, the stage finds its bytes; while it stays it is read once."""
+    line = Line(NullDrive(BYTES_PER_S, max_jitter_s=5 * READ_S, seed=seed))
+    rest = SlotPool([UNIT_BYTES + 8192] * 2, name="homes", ledger=Ledger(1 << 30))
+    for unit, place in zip((UnitId(0), UnitId(4)), rest.places, strict=True):
+        line.run(schedule)
+        line.executor.move_in(unit, place)
+    line.run(schedule)
+    before = line.executor.stats.num_reads
+    line.run(schedule)
+    num_passing = len(STREAMED) - 2
+    assert line.executor.stats.num_reads - before <= num_passing
+    assert line.executor.place_of(UnitId(4)) is rest.places[1]
+    for unit in (UnitId(4), UnitId(0)):
+        line.executor.move_out(unit, STREAMED[unit])
+        line.run(schedule)
+    rest.close()
+    line.run(schedule)
+    assert line.computed == [need.stage_idx for need in NEEDS] * 7, f"{seed=}"
+
+
+def test_a_unit_stays_where_it_is_when_moving_out_is_cancelled() -> None:
+    line = Line(NullDrive(BYTES_PER_S, max_jitter_s=5 * READ_S, seed=1))
+    place = SlotPool([UNIT_BYTES + 8192], name="homes", ledger=Ledger(1 << 30)).places[0]
+    line.run()
+    line.executor.move_in(UnitId(5), place)
+    line.executor.run([line.executor.residency.copy().read(UnitId(5))], line.compute)
+    line.abort_after_s = 0.0
+    with pytest.raises(Cancelled):
+        line.executor.move_out(UnitId(5), STREAMED[UnitId(5)])
+    line.abort_after_s = None
+    line.run()
+    assert line.executor.place_of(UnitId(5)) is place

@@ -67,3 +67,16 @@ def test_many_threads_leave_nothing_behind() -> None:
     for thread in threads:
         thread.join()
     assert ledger.in_use_bytes == 0 and ledger.peak_bytes <= 1000
+
+
+def test_a_reservation_grows_and_shrinks_within_the_limit() -> None:
+    ledger = Ledger(100)
+    with ledger.reserve("KV cache", 0) as cache, ledger.reserve("weights", 60) as weights:
+        cache.resize(40)
+        with pytest.raises(OverBudget, match="KV cache"):
+            cache.resize(41)
+        assert ledger.breakdown() == {"weights": 60, "KV cache": 40}
+        weights.resize(20)
+        cache.resize(80)
+        assert ledger.in_use_bytes == 100
+    assert ledger.in_use_bytes == 0 and ledger.peak_bytes == 100

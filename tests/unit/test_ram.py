@@ -12,7 +12,7 @@ import pytest
 from pipo.base.errors import OverBudget
 from pipo.base.units import MIB, PAGE_BYTES
 from pipo.tiers.ledger import Ledger
-from pipo.tiers.ram import HUGE_PAGE_BYTES, Arena, SlotPool
+from pipo.tiers.ram import HUGE_PAGE_BYTES, Arena, GrowingMemory, SlotPool
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -115,3 +115,25 @@ def test_slot_pool_gives_each_slot_its_size() -> None:
         assert [{*p.view} for p in pool.places] == [{1}, {2}, {3}]
         assert ledger.in_use_bytes == 8192 + 4096 + 4096
     assert ledger.in_use_bytes == 0
+
+
+def test_growing_memory_is_charged_as_it_is_used() -> None:
+    ledger = Ledger(3 * PAGE_BYTES)
+    with GrowingMemory(MIB, name="KV cache", ledger=ledger) as memory:
+        assert ledger.in_use_bytes == 0 and memory.place.num_bytes == MIB and memory.place.address % PAGE_BYTES == 0
+        memory.charge(2 * PAGE_BYTES)
+        with pytest.raises(OverBudget):
+            memory.charge(4 * PAGE_BYTES)
+        assert ledger.breakdown() == {"KV cache": 2 * PAGE_BYTES}
+    assert ledger.in_use_bytes == 0
+
+
+@LINUX
+def test_growing_memory_takes_no_page_that_was_not_touched_and_gives_dropped_ones_back() -> None:
+    with GrowingMemory(8 * MIB, name="KV cache", ledger=Ledger(MIB)) as memory:
+        address, view = memory.place.address, memory.place.view
+        view[: 10 * PAGE_BYTES] = bytes([1]) * (10 * PAGE_BYTES)
+        assert num_present_pages(address, address + 8 * MIB) == 10, "a huge page came along"
+        memory.drop(2 * PAGE_BYTES, 8 * MIB - 2 * PAGE_BYTES)
+        assert num_present_pages(address, address + 8 * MIB) == 2
+        assert not any(view[2 * PAGE_BYTES : 11 * PAGE_BYTES]) and all(view[: 2 * PAGE_BYTES])

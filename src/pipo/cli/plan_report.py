@@ -95,7 +95,7 @@ def limit_text(case: Case, plan: Plan) -> str:
     lane = busiest(plan.prediction)
     share = plan.device.placement if plan.device else None
     if lane is Lane.DRIVE:
-        what = f"the drive, which reads {format_size(plan.placement.streamed_bytes)} for every pass"
+        what = f"the drive, which reads {format_size(plan.in_use.streamed_bytes)} for every pass"
     elif lane is Lane.UPLOAD:
         copied = share.streamed_bytes if share else 0
         what = f"the link to the device, which carries {format_size(copied)} of weights in every pass"
@@ -135,20 +135,21 @@ def as_dict(model: ModelFile, case: Case, plan: Plan, changes: Sequence[Change])
     }
 
 
-def _homes(model: ModelFile, plan: Plan) -> list[dict[str, str | int | None]]:
+def _homes(model: ModelFile, plan: Plan) -> list[dict[str, str | int | bool | None]]:
     """Of every unit in the order of a pass: where it lives, and what computes with it."""
     share = plan.device.placement if plan.device else None
-    homes: list[dict[str, str | int | None]] = []
+    homes: list[dict[str, str | int | bool | None]] = []
     stages = [stage for stage in model.stages if stage.matrices]
     for i, stage in enumerate(stages):
         computes = share is not None and share.computes[i]
         is_there = share is not None and share.resident[i]
-        home = "device" if is_there else "ram" if plan.placement.resident[i] else "disk"
+        home = "device" if is_there else "ram" if plan.in_use.resident[i] else "disk"
         homes.append(
             {
                 "stage": stage.kind.value,
                 "block": stage.block_idx if stage.block_idx >= 0 else None,
                 "home": home,
+                "until_context_fills": home == "ram" and not plan.placement.resident[i],
                 "computes_on": "device" if computes else "cpu",
             }
         )

@@ -52,20 +52,26 @@ def _device_text(share: DeviceShare) -> str:
 
 
 def weights_text(plan: Plan) -> str:
-    total, streamed = plan.weight_bytes, plan.placement.streamed_bytes
+    total, streamed = plan.weight_bytes, plan.in_use.streamed_bytes
     if plan.device is not None:
         return _weights_with_device_text(plan, plan.device)
     if not streamed:
-        return f"all {format_size(total)} stay in RAM, nothing streams from disk"
+        return f"all {format_size(total)} stay in RAM, nothing streams from disk{_borrowed_text(plan)}"
     resident = total - streamed
     stay = f"{format_size(resident) if resident > 0 else 'none'} stay in RAM"
-    return f"{_of(streamed, total)} stream from disk in every pass, {stay}"
+    return f"{_of(streamed, total)} stream from disk in every pass, {stay}{_borrowed_text(plan)}"
+
+
+def _borrowed_text(plan: Plan) -> str:
+    """What stays only for as long as the context is short."""
+    borrowed = plan.in_use.resident_bytes - plan.placement.resident_bytes
+    return f", {format_size(borrowed)} of them until the context needs the room" if borrowed else ""
 
 
 def _weights_with_device_text(plan: Plan, share: DeviceShare) -> str:
-    total, streamed = plan.weight_bytes, plan.placement.streamed_bytes
-    in_ram, there = format_size(plan.placement.resident_bytes), format_size(share.placement.resident_bytes)
-    homes = f"{in_ram} stay in RAM, {there} on {share.device.name}"
+    total, streamed = plan.weight_bytes, plan.in_use.streamed_bytes
+    in_ram, there = format_size(plan.in_use.resident_bytes), format_size(share.placement.resident_bytes)
+    homes = f"{in_ram} stay in RAM{_borrowed_text(plan)}, {there} on {share.device.name}"
     return (
         f"{_of(streamed, total)} stream from disk in every pass, {homes}"
         if streamed
@@ -133,7 +139,8 @@ def plan_dict(plan: Plan) -> dict[str, object]:
         "planned_bytes": placement.num_bytes,
         "breakdown_bytes": placement.breakdown,
         "weight_bytes": plan.weight_bytes,
-        "streamed_bytes_per_pass": placement.streamed_bytes,
+        "streamed_bytes_per_pass": plan.in_use.streamed_bytes,
+        "streamed_bytes_per_pass_when_full": placement.streamed_bytes,
         "context_tokens": plan.context_tokens,
         "prefill_chunk": placement.chunk.num_tokens,
         "repacked_types": list(plan.repacked_types),

@@ -11,7 +11,7 @@ from pipo.base.errors import ComputeError
 from pipo.base.trace import Tracer
 from pipo.base.units import PAGE_BYTES, round_up
 from pipo.compute.dequantise import Dequantiser
-from pipo.kvcache.cache import KvCache
+from pipo.kvcache.cache import KvCache, KvShape
 from pipo.models.stage import ShapeClass, Stage
 from pipo.pipeline.blueprint import Blueprint, vector_bytes, vector_offsets
 from pipo.pipeline.buffers import BufferShape, PassBuffers
@@ -19,18 +19,19 @@ from pipo.pipeline.device_engine import DeviceEngine, InRam
 from pipo.pipeline.embedding import Embedding, embedding_bytes
 from pipo.pipeline.executor import Executor, Places
 from pipo.pipeline.forward import EMBEDDING_TABLE, Forward, Sides
+from pipo.pipeline.kv_room import KvRoom
 from pipo.pipeline.sides import CpuMemory, Model, Side
 from pipo.pipeline.stage_graphs import StageGraphs
 from pipo.pipeline.units import Unit, cut_head, make_units
-from pipo.planner.placement import Placement
+from pipo.planner.placement import KV_CACHE, Placement
 from pipo.planner.residency import Pool, Residency, SlotId, UnitId
 from pipo.planner.schedule import SCHEDULES
 from pipo.store.index import RepackRows
 from pipo.tiers.ledger import Ledger
-from pipo.tiers.ram import Arena, Place
+from pipo.tiers.ram import Arena, GrowingMemory, Place
 from pipo.transfer.disk import DiskTransfer
 
-_HELD_BY_PARTS = frozenset({"KV cache", "transfer buffers", "norms"})  # these reserve their own bytes
+_HELD_BY_PARTS = frozenset({KV_CACHE, "transfer buffers", "norms"})  # these reserve their own bytes
 
 
 class Assembly:
@@ -66,7 +67,10 @@ class Assembly:
         chunk = placement.chunk.num_tokens
         kv, largest = blueprint.kv_shape(context_tokens), blueprint.largest_shape(context_tokens, chunk)
         buffers = self._buffers(blueprint.buffer_shape(context_tokens, chunk))
-        in_ram = InRam(self._load_vectors(stages, transfer), buffers, self._cache(blueprint, context_tokens))
+        kv_in_ram = blueprint.kv_shape_in_ram(context_tokens)
+        lent = self._lent_memory(kv_in_ram, placement)
+        cache = self._cache(blueprint, kv_in_ram, lent)
+        in_ram = InRam(self._load_vectors(stages, transfer), buffers, cache)
         cpu = Side(model, self._graphs(blueprint, stages, largest), CpuMemory(in_ram.vectors, buffers, in_ram.cache))
         residency, sides, link = Residency(pool), Sides(cpu), None
         if blueprint.device is not None:
@@ -78,14 +82,27 @@ class Assembly:
         executor = Executor(units, ram, residency, transfer, clock, tracer, blueprint.is_aborted, link)
         embedding = self._embedding(blueprint, transfer, executor, chunk)
         schedule = SCHEDULES[blueprint.config.schedule]
-        return transfer, Forward(model, sides, executor, embedding, buffers, kv, schedule, moves_kv=blueprint.moves_kv)
+        room = None
+        if lent is not None:
+            room = self._exit.enter_context(KvRoom(kv_in_ram, lent, placement, executor, self.ledger))
+        return transfer, Forward(
+            model, sides, executor, embedding, buffers, kv, schedule, room, moves_kv=blueprint.moves_kv
+        )
 
     def _buffers(self, shape: BufferShape) -> PassBuffers:
         return PassBuffers(shape, self._arena("activations", shape.num_bytes))
 
-    def _cache(self, blueprint: Blueprint, context_tokens: int) -> KvCache:
-        shape, blocks = blueprint.kv_shape_in_ram(context_tokens), blueprint.kv_blocks_in_ram
-        return KvCache(shape, self._arena("KV cache", shape.num_bytes) if blocks else None, blocks)
+    def _lent_memory(self, shape: KvShape, placement: Placement) -> GrowingMemory | None:
+        """For keys and values, where units live in what they do not use yet."""
+        if not placement.borrowers:
+            return None
+        return self._exit.enter_context(GrowingMemory(shape.num_bytes, name=KV_CACHE, ledger=self.ledger))
+
+    def _cache(self, blueprint: Blueprint, shape: KvShape, lent: GrowingMemory | None) -> KvCache:
+        blocks, place = blueprint.kv_blocks_in_ram, lent.place if lent else None
+        if lent is None and blocks:
+            place = self._arena(KV_CACHE, shape.num_bytes)
+        return KvCache(shape, place, blocks)
 
     def _stages(self, blueprint: Blueprint, placement: Placement) -> Sequence[Stage]:
         """The head in pieces when it streams, whole when it is resident (the results are the same)."""

@@ -12,7 +12,7 @@ from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
 from pipo.base.units import PAGE_BYTES, round_up
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
-from pipo.kvcache.cache import CACHE_TYPES, KvShape, kv_rows_class, kv_shape
+from pipo.kvcache.cache import CACHE_TYPES, ROWS_PER_PAGE, KvShape, kv_rows_class, kv_shape
 from pipo.models.stage import ShapeClass, Stage
 from pipo.pipeline.buffers import BufferShape
 from pipo.pipeline.device_share import DeviceShare
@@ -20,7 +20,7 @@ from pipo.pipeline.embedding import embedding_bytes
 from pipo.pipeline.forward import EMBEDDING_TABLE
 from pipo.pipeline.stage_graphs import Compute, StageGraphs, graphs_bytes
 from pipo.pipeline.units import WeightLayouts, unit_sizes
-from pipo.planner.placement import ChunkCost, Demand, UnitSize
+from pipo.planner.placement import KV_CACHE, ChunkCost, Demand, KvPage, UnitSize
 from pipo.transfer.disk import DriveSettings
 
 CHUNKS = (16, 32, 64, 128, 256, 512)  # prefill chunks the planner may choose from
@@ -143,7 +143,7 @@ def demand(
         graphs.close()
     num_sequences = blueprint.config.num_sequences
     fixed = {
-        "KV cache": round_up(blueprint.kv_shape_in_ram(context_tokens).num_bytes, PAGE_BYTES) * num_sequences,
+        KV_CACHE: blueprint.kv_shape_in_ram(context_tokens).num_bytes * num_sequences,
         "transfer buffers": blueprint.bounce_bytes,
         "norms": vector_bytes(blueprint.stages),
         "graphs": graphs_bytes(len(blueprint.stages)),
@@ -153,7 +153,9 @@ def demand(
         **kept_bytes,
     }
     in_flight = blueprint.drive.chunk_bytes * blueprint.drive.num_workers
-    return Demand(blueprint.unit_sizes, fixed, chunks, limit_bytes, in_flight)
+    page_bytes = blueprint.kv_shape_in_ram(context_tokens).used_bytes(ROWS_PER_PAGE)
+    page = KvPage(ROWS_PER_PAGE, page_bytes * num_sequences)
+    return Demand(blueprint.unit_sizes, fixed, chunks, limit_bytes, in_flight, page)
 
 
 def _chunks(blueprint: Blueprint, context_tokens: int) -> list[int]:

@@ -97,7 +97,8 @@ class Executor:
         self.residency = residency
         self.stats = PassStats()
         self._units = units
-        self._ram = ram
+        self._homes = dict(ram.homes)
+        self._ram = Places(self._homes, ram.slots)
         self._transfer = transfer
         self._clock = clock
         self._tracer = tracer
@@ -140,6 +141,27 @@ class Executor:
         if not handle.is_done:
             self.stats.wall_s += self._stall(handle, handle.label)
         handle.wait(0)
+
+    def move_in(self, unit_id: UnitId, home: Place) -> None:
+        """A unit that was streamed stays in `home` from its next read on. Between passes. Raises Cancelled."""
+        ram = self.residency.ram
+        if unit_id in ram.held:
+            self._release(Step(StepKind.RELEASE, unit_id=unit_id, slot_id=ram.held[unit_id]))
+        ram.keep(unit_id)
+        self._homes[unit_id] = home
+        self._is_settled = False
+
+    def move_out(self, unit_id: UnitId, slot_class: int) -> None:
+        """The unit streams through slots of this class from now on, and nothing touches its home any more. Between
+        passes. Raises Cancelled, in which case it has not moved.
+        """
+        for tier in Tier:
+            if (tier, unit_id) in self._arrivals:
+                self._wait(self._arrivals[tier, unit_id].handle)
+        self._arrivals.pop((Tier.RAM, unit_id), None)
+        self.residency.ram.let_pass(unit_id, slot_class)
+        del self._homes[unit_id]
+        self._is_settled = False
 
     def place_of(self, unit_id: UnitId) -> Place | DevicePlace:
         """Where the stage of a unit that has arrived computes with it."""

@@ -16,6 +16,7 @@ from pipo.models.stage import ShapeClass, StageKind
 from pipo.pipeline.buffers import PassBuffers
 from pipo.pipeline.embedding import Embedding
 from pipo.pipeline.executor import Executor
+from pipo.pipeline.kv_room import KvRoom
 from pipo.pipeline.sides import Model, Side
 from pipo.pipeline.stats import PassStats
 from pipo.pipeline.units import Unit, head_pieces
@@ -79,10 +80,13 @@ class Forward:
         buffers: PassBuffers,
         kv: KvShape,
         schedule: Schedule,
+        kv_room: KvRoom | None = None,
         *,
         moves_kv: bool = False,
     ) -> None:
-        """`kv` is the shape of all blocks' cache. `moves_kv`: that of the device's blocks lives in RAM."""
+        """`kv` is the shape of all blocks' cache. `kv_room` is there where it grows. `moves_kv`: that of the device's
+        blocks lives in RAM.
+        """
         self._model = model
         self._sides = sides
         self._executor = executor
@@ -90,6 +94,7 @@ class Forward:
         self._buffers = buffers
         self._kv = kv
         self._schedule = schedule
+        self._kv_room = kv_room
         self._moves_kv = moves_kv
         self._unit_of_stage = model.unit_of_stage
         self._tied = next((u for u in model.units if _is_plain_table(u) and u.stage_idx not in sides.on_device), None)
@@ -122,6 +127,8 @@ class Forward:
         """
         num_tokens, num_outputs = len(token_ids), len(outputs)
         needs = self._with_outputs if outputs else self._without_outputs
+        if self._kv_room is not None and self._kv_room.hold(start + num_tokens):
+            self._sides.cpu.forget_places()
         self._take_shape(num_tokens, start + num_tokens, max(num_outputs, 1), needs)
         self._buffers.prepare(start, num_tokens, np.asarray(outputs, np.int32))
         self._embedding.gather(token_ids, self._buffers.hidden, self._table_address())

@@ -102,8 +102,12 @@ class Side(Generic[A]):
         """Of the passes to come, and the stages that each computes. What was bound for others is of no use any more."""
         if shape != self._shape or stage_idxs is not self._stage_idxs:
             self._shape, self._stage_idxs = shape, stage_idxs
-            self._bound.clear()
-            self._whole = None
+            self.forget_places()
+
+    def forget_places(self) -> None:
+        """Units have moved, or the shape is another."""
+        self._bound.clear()
+        self._whole = None
 
     def compute(self, stage_idx: int, place: Place | DevicePlace | None) -> None:
         bound = self._bound.get(stage_idx)

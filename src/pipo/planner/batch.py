@@ -77,7 +77,7 @@ def batch_point(placed: Placed, prediction: Prediction, load: PassLoad) -> Batch
     """`load` is the decode pass of the prediction."""
     lane = busiest(prediction)
     kv_bytes = placed.ram.fixed.get("KV cache", 0) + (placed.device.kv_bytes if placed.device else 0)
-    streamed = placed.ram.streamed_bytes + (placed.device.streamed_bytes if placed.device else 0)
+    streamed = placed.at(load.num_positions).ram.streamed_bytes + (placed.device.streamed_bytes if placed.device else 0)
     return BatchPoint(
         load.num_sequences, prediction.tokens_per_s, prediction.ttft_s, prediction.decode.seconds,
         kv_bytes, streamed, lane, _kv_share(placed, load, lane),

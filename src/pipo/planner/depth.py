@@ -68,7 +68,7 @@ def simulated_pass_s(placed: Placed, demand: Demand, load: PassLoad, schedule: S
     wanted = min(demand.in_flight_bytes, ENOUGH_IN_FLIGHT_BYTES)
 
     def pass_s(placement: Placement) -> float:
-        here = replace(placed, ram=placement)
+        here = replace(placed, ram=placement).at(load.num_positions)
         costs = here.costs(load)
         slowdown = max(wanted / max(_in_flight_bytes(placement), 1), 1.0)
         read = {unit: seconds * slowdown for unit, seconds in costs.read.items()}

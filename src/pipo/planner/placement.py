@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import accumulate
+from math import ceil
 from typing import TypeVar
 
 from pipo.base.errors import OverBudget
@@ -16,6 +18,8 @@ from pipo.base.units import PAGE_BYTES, format_size, round_up
 
 Fit = TypeVar("Fit")
 
+KV_CACHE = "KV cache"  # its name among what is fixed
+GOLDEN = (5**0.5 - 1) / 2
 MAX_EXTRA_SLOTS = 15
 # all weights stay in RAM sooner than a chunk of more tokens than this is taken: streaming is paid for every token of an
 # answer, a smaller chunk only where a prompt is long. SmolLM2, 650 tokens on two busy cores: 1.5 s in chunks of 16,
@@ -75,10 +79,22 @@ class SlotClass:
 
 
 @dataclass(frozen=True, slots=True)
+class KvPage:
+    """The unit of KV allocation: what so many positions more take in all caches together."""
+
+    num_tokens: int = 1
+    num_bytes: int = 0
+
+    def bytes_at(self, num_positions: float) -> int:
+        return ceil(num_positions / self.num_tokens) * self.num_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Demand:
     """Everything a placement depends on. `fixed` names what is needed whatever is resident, in bytes.
 
-    `in_flight_bytes` is what the drive must have been asked for at any time to deliver its rate.
+    `in_flight_bytes` is what the drive must have been asked for at any time to deliver its rate; `kv_page` how the KV
+    cache grows into what is fixed for it.
     """
 
     units: Sequence[UnitSize]
@@ -86,11 +102,24 @@ class Demand:
     chunks: Sequence[ChunkCost]  # ascending
     limit_bytes: int
     in_flight_bytes: int = 0
+    kv_page: KvPage = KvPage()
+
+
+@dataclass(frozen=True, slots=True)
+class Borrower:
+    """A streamed unit that stays in RAM for as long as the KV cache has not grown into the memory it takes."""
+
+    unit_idx: int
+    place_bytes: int  # whole pages
+    read_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`resident[i]` says whether unit i stays in RAM; slots[slot_class[i]] holds it otherwise."""
+    """`resident[i]` says whether unit i stays in RAM; slots[slot_class[i]] holds it otherwise.
+
+    That is what a full context leaves. Until then `borrowers` stay too, as many as fit, in this order.
+    """
 
     resident: tuple[bool, ...]
     slot_class: tuple[int, ...]
@@ -99,6 +128,8 @@ class Placement:
     resident_bytes: int
     streamed_bytes: int  # read per pass
     fixed: Mapping[str, int]
+    kv_page: KvPage = KvPage()
+    borrowers: tuple[Borrower, ...] = ()
 
     @property
     def breakdown(self) -> dict[str, int]:
@@ -113,6 +144,30 @@ class Placement:
     @property
     def num_bytes(self) -> int:
         return sum(self.breakdown.values())
+
+    def staying(self, num_positions: float) -> tuple[Borrower, ...]:
+        """The borrowers that a KV cache of so many positions leaves room for. More positions never leave more."""
+        spare = self.fixed[KV_CACHE] - self._kv_bytes(num_positions) if self.borrowers else 0
+        ends = accumulate(borrower.place_bytes for borrower in self.borrowers)
+        return tuple(each for each, end in zip(self.borrowers, ends, strict=True) if end <= spare)
+
+    def at(self, num_positions: float) -> Placement:
+        """Who lives where while the KV cache holds so many positions of each sequence."""
+        staying = self.staying(num_positions)
+        if not staying:
+            return self
+        ours = {each.unit_idx for each in staying}
+        return replace(
+            self,
+            resident=tuple(stays or i in ours for i, stays in enumerate(self.resident)),
+            resident_bytes=self.resident_bytes + sum(each.place_bytes for each in staying),
+            streamed_bytes=self.streamed_bytes - sum(each.read_bytes for each in staying),
+            fixed={**self.fixed, KV_CACHE: self._kv_bytes(num_positions)},
+            borrowers=(),
+        )
+
+    def _kv_bytes(self, num_positions: float) -> int:
+        return min(self.kv_page.bytes_at(num_positions), self.fixed[KV_CACHE])
 
 
 def place(demand: Demand) -> Placement:
@@ -134,6 +189,25 @@ def place(demand: Demand) -> Placement:
     assert best is not None, "the smallest placement fits"
     filled = with_slots(demand, chunk, _extra_slots(demand, best)) or best
     return everything if everything and not filled.streamed_bytes else filled
+
+
+def _with_borrowers(demand: Demand, placement: Placement) -> Placement:
+    """Streamed units that together fit what the KV cache takes when it is full; the head, which is cut, is not one.
+
+    In the order of multiples of the golden ratio: however many stay, they lie evenly among the others.
+    """
+    streamed = [i for i, stays in enumerate(placement.resident) if not stays and _may_borrow(demand.units[i])]
+    order = sorted(range(len(streamed)), key=lambda rank: (rank + 1) * GOLDEN % 1)
+    units = [(streamed[rank], demand.units[streamed[rank]]) for rank in order]
+    borrowers = [Borrower(i, round_up(unit.place_bytes, PAGE_BYTES), unit.read_bytes) for i, unit in units]
+    room = demand.fixed.get(KV_CACHE, 0) - demand.kv_page.num_bytes if demand.kv_page.num_bytes else 0
+    ends = accumulate(each.place_bytes for each in borrowers)
+    fitting = tuple(each for each, end in zip(borrowers, ends, strict=True) if end <= room)
+    return replace(placement, kv_page=demand.kv_page, borrowers=fitting)
+
+
+def _may_borrow(unit: UnitSize) -> bool:
+    return unit.block_idx >= 0 and not unit.is_staged
 
 
 def _all_resident(demand: Demand) -> Placement | None:
@@ -204,7 +278,7 @@ def with_slots(demand: Demand, chunk: ChunkCost, extra_slots: int) -> Placement 
             candidate = _keep_more(demand, candidate, extra_slots)
             if best is None or candidate.streamed_bytes < best.streamed_bytes:
                 best = candidate
-    return best
+    return best and _with_borrowers(demand, best)
 
 
 def first_fitting(attempt: Callable[[int], Fit | None], num: int) -> Fit | None:

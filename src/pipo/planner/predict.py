@@ -67,6 +67,10 @@ class Placed:
     ram: Placement
     device: DevicePlacement | None = None
 
+    def at(self, num_positions: float) -> Placed:
+        """While the KV cache holds so many positions of each sequence."""
+        return replace(self, ram=self.ram.at(num_positions))
+
     @property
     def on_device(self) -> frozenset[int]:
         """The stages that compute there. One without weights computes where the next one does."""
@@ -118,15 +122,14 @@ class Placed:
 
 def predict(placed: Placed, workload: Workload, schedule: Schedule) -> Prediction:
     """The prompts one after another, then one pass in the middle of the answers."""
-    line = placed.line(schedule)
-    ttft_s = _prefill_s(placed, line, workload)
-    decode = line.forecast(placed.costs(decode_load(workload)), num_warm=1)  # the prefill has filled the slots
-    return Prediction(ttft_s, decode, workload)
+    ttft_s = _prefill_s(placed.at(workload.prompt_tokens), schedule, workload)
+    return Prediction(ttft_s, forecast(placed, decode_load(workload), schedule), workload)
 
 
 def forecast(placed: Placed, load: PassLoad, schedule: Schedule) -> Forecast:
     """A pass among many of this load."""
-    return placed.line(schedule).forecast(placed.costs(load))
+    there = placed.at(load.num_positions + load.tokens_each / 2)
+    return there.line(schedule).forecast(there.costs(load))
 
 
 def decode_load(workload: Workload) -> PassLoad:
@@ -157,8 +160,9 @@ def _pool(
     return pool
 
 
-def _prefill_s(placed: Placed, line: Line, workload: Workload) -> float:
+def _prefill_s(placed: Placed, schedule: Schedule, workload: Workload) -> float:
     """Seconds until the last prompt has been read. Cost: COLD_PASSES and twice LIKE_PASSES simulated at most."""
+    line = placed.line(schedule)
 
     def run(loads: Sequence[PassLoad]) -> float:
         return sum(line.run_pass(placed.costs(load)) * count for load, count in _thinned(loads))

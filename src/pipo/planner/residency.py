@@ -8,7 +8,6 @@ each step to their own as it happens.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, NewType
@@ -60,10 +59,10 @@ class Pool:
     """The places of one tier.
 
     `classes` gives the slots that a unit passing through may use, as an index into `free`. `missing` are the units
-    that will stay here for good and have not been asked for yet.
+    that will stay here and have not been asked for yet. A copy shares the classes: they change between passes only.
     """
 
-    classes: Mapping[UnitId, int]
+    classes: dict[UnitId, int]
     free: list[deque[SlotId]]
     missing: set[UnitId]
     held: dict[UnitId, SlotId] = field(default_factory=dict)
@@ -93,6 +92,16 @@ class Pool:
 
     def give_back(self, unit: UnitId) -> None:
         self.free[self.classes[unit]].append(self.held.pop(unit))
+
+    def keep(self, unit: UnitId) -> None:
+        """It stays from now on, though it passed through; its slot was given back."""
+        del self.classes[unit]
+        self.missing.add(unit)
+
+    def let_pass(self, unit: UnitId, slot_class: int) -> None:
+        """It passes through from now on, though it stayed."""
+        self.missing.discard(unit)
+        self.classes[unit] = slot_class
 
     def copy(self) -> Pool:
         return Pool(self.classes, [deque(slots) for slots in self.free], set(self.missing), dict(self.held))

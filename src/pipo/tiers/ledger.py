@@ -21,6 +21,12 @@ class Reservation:
         self._ledger = ledger
         self._is_closed = False
 
+    def resize(self, num_bytes: int) -> None:
+        """Take more, or give a part back. Raises OverBudget, in which case nothing has changed."""
+        assert not self._is_closed
+        self._ledger._resize(self, num_bytes)
+        self.num_bytes = num_bytes
+
     def close(self) -> None:
         assert not self._is_closed, f"{self.name} was given back twice"
         self._is_closed = True
@@ -53,12 +59,7 @@ class Ledger:
     def reserve(self, name: str, num_bytes: int) -> Reservation:
         """Take `num_bytes` under `name`; names may repeat and add up. Raises OverBudget with the whole breakdown."""
         assert num_bytes >= 0
-        with self._lock:
-            if self._in_use_bytes + num_bytes > self.limit_bytes:
-                raise self._over_budget(name, num_bytes)
-            self._held[name] += num_bytes
-            self._in_use_bytes += num_bytes
-            self._peak_bytes = max(self._peak_bytes, self._in_use_bytes)
+        self._take(name, num_bytes)
         return Reservation(self, name, num_bytes)
 
     @property
@@ -75,13 +76,23 @@ class Ledger:
         with self._lock:
             return dict(self._held.most_common())
 
-    def _give_back(self, reservation: Reservation) -> None:
+    def _take(self, name: str, num_bytes: int) -> None:
+        """A negative number is given back."""
         with self._lock:
-            self._held[reservation.name] -= reservation.num_bytes
-            self._in_use_bytes -= reservation.num_bytes
-            assert self._held[reservation.name] >= 0
-            if not self._held[reservation.name]:
-                del self._held[reservation.name]
+            if num_bytes > 0 and self._in_use_bytes + num_bytes > self.limit_bytes:
+                raise self._over_budget(name, num_bytes)
+            self._held[name] += num_bytes
+            self._in_use_bytes += num_bytes
+            self._peak_bytes = max(self._peak_bytes, self._in_use_bytes)
+            assert self._held[name] >= 0
+            if not self._held[name]:
+                del self._held[name]
+
+    def _resize(self, reservation: Reservation, num_bytes: int) -> None:
+        self._take(reservation.name, num_bytes - reservation.num_bytes)
+
+    def _give_back(self, reservation: Reservation) -> None:
+        self._take(reservation.name, -reservation.num_bytes)
 
     def _over_budget(self, name: str, num_bytes: int) -> OverBudget:
         wanted = self._held + Counter({name: num_bytes})

@@ -73,6 +73,43 @@ class Arena:
         self.close()
 
 
+class GrowingMemory:
+    """Address space of which only what is charged may be touched: it takes memory as it is used. Begins as zeros.
+
+    In small pages, since a huge one would take what belongs to rows that are not in use. Threads: one.
+    """
+
+    def __init__(self, num_bytes: int, *, name: str, ledger: Ledger) -> None:
+        assert num_bytes > 0
+        self._reservation = ledger.reserve(name, 0)
+        self._map = mmap.mmap(-1, round_up(num_bytes, PAGE_BYTES), flags=_PRIVATE)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            self._map.madvise(mmap.MADV_NOHUGEPAGE)
+        self.place = Place(memoryview(self._map)[:num_bytes], _address_of(self._map), num_bytes)
+
+    def charge(self, num_bytes: int) -> None:
+        """So much in all is in use from now on. Raises OverBudget."""
+        self._reservation.resize(num_bytes)
+
+    def drop(self, start: int, num_bytes: int) -> None:
+        """Whole pages that are not in use any more; they are zeros again."""
+        self._map.madvise(mmap.MADV_DONTNEED, start, num_bytes)
+
+    def close(self) -> None:
+        """As an arena does."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+        del self._map
+        self._reservation.close()
+
+    def __enter__(self) -> GrowingMemory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 class SlotPool:
     """Slots of fixed sizes, allocated once from one arena: `places[i]` has sizes[i] bytes. Does not know who is in."""
 
