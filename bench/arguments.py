@@ -6,7 +6,6 @@ import argparse
 from dataclasses import replace
 
 from bench.lab import Settings
-from pipo.base.cores import available_cores
 
 
 def asked_for(args: argparse.Namespace, amounts: Settings) -> Settings:
@@ -15,6 +14,6 @@ def asked_for(args: argparse.Namespace, amounts: Settings) -> Settings:
         amounts,
         rounds=args.rounds or amounts.rounds,
         passes=args.passes or amounts.passes,
-        threads=args.threads or available_cores(),
+        threads=args.threads,
         native_site=args.native_llama.resolve() if args.native_llama else None,
     )

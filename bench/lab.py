@@ -15,6 +15,7 @@ from bench.child import Child
 from bench.messages import Forecast, LlamaSetup, PassForecast, PipoSetup, Plan, PlanFacts, Start
 from bench.providers import Provider, importable
 from bench.raw_drive import RawDrive
+from pipo.base.cores import available_cores
 from pipo.base.units import GIB, MIB
 from pipo.formats.checkpoint import open_checkpoint
 from pipo.hardware.drive import ALL_COMBOS, FULL_S, QUICK_COMBOS
@@ -32,10 +33,15 @@ class Settings:
     context_tokens: int = 1024
     combos: tuple[DriveSettings, ...] = ALL_COMBOS  # ways to read the drive
     drive_s: float = FULL_S  # for all of them
-    threads: int = 1
+    threads: int | None = None  # of every engine; None: all cores, among which pipo may choose
     share: float = 0.55
     native_site: Path | None = None
     cache_folder: Path = Path()  # of the engines: their own probe of the drive is made once per run
+
+    @property
+    def num_threads(self) -> int:
+        """Of engines that have to be told."""
+        return self.threads or available_cores()
 
 
 ANSWER = (8, 256)  # tokens of prompt and answer, where decode is what is measured
@@ -155,7 +161,7 @@ class Lab:
     def llama_setup(self, mode: str) -> LlamaSetup:
         settings = self.settings
         return LlamaSetup(
-            self.path, settings.context_tokens, settings.threads, self.vocab_size, mode, settings.native_site
+            self.path, settings.context_tokens, settings.num_threads, self.vocab_size, mode, settings.native_site
         )
 
     @cached_property

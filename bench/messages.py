@@ -97,14 +97,14 @@ class PassForecast:
 
 @dataclass(frozen=True, slots=True)
 class PipoSetup:
-    """`layout` and `schedule` as in EngineConfig. `request`: tokens of prompt and answer it is planned for, as
-    `pipo run` plans; None plans for none.
+    """`threads`, `layout` and `schedule` as in EngineConfig. `request`: tokens of prompt and answer it is planned for,
+    as `pipo run` plans; None plans for none.
     """
 
     path: Path
     ram_bytes: int
     context_tokens: int
-    threads: int
+    threads: int | None
     schedule: str = "pipelined"
     layout: str = "auto"
     prefill_chunk: int | None = None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from bench.lanes_svg import Bar, Picture, render
 from bench.paper.cells import flexgen_laptop_job
 from bench.paper.figures import Figures
 from bench.paper.predict import Job, costs, needs, residency
 from bench.paper.published import PIPO_CELLS
-from bench.paper.svg import Bar, Picture, render
 from pipo.planner.residency import Step, StepKind
 from pipo.planner.schedule import SCHEDULES
 from pipo.planner.simulate import Lane, Line, Span

@@ -144,7 +144,7 @@ def _prepare(lab: Lab, entrant: Entrant, setup: FolderSetup, python: str) -> Non
 def _setup(lab: Lab, ground: Ground, ram_bytes: int, entrant: Entrant, path: Path) -> LlamaSetup | FolderSetup:
     if not entrant.mode:
         kept_bytes = max(ram_bytes - TORCH_BYTES, MIB)
-        return FolderSetup(ground.folder or path, kept_bytes, lab.settings.threads, lab.vocab_size)
+        return FolderSetup(ground.folder or path, kept_bytes, lab.settings.num_threads, lab.vocab_size)
     fits_native = entrant.kind == "llama-cpp-python" and not ground.is_tight
     setup = lab.llama_setup("default" if fits_native else entrant.mode)
     return replace(setup, path=path, num_sequences=BATCH)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.paper.svg import Bar, Picture, render
+from bench.lanes_svg import Bar, Picture, render
 from bench.paper.table import Table
 from bench.peers.contest import BATCH
 from bench.rows import Row

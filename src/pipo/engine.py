@@ -144,7 +144,13 @@ class Engine:
             raise UsageError("the engine is running already", hint="an engine starts once; open another")
         self.plan = plan
         self._assembly = Assembly(
-            plan.blueprint, plan.placement, plan.context_tokens, plan.limit_bytes, self._clock, self.tracer
+            plan.blueprint,
+            plan.placement,
+            plan.context_tokens,
+            plan.limit_bytes,
+            self._clock,
+            self.tracer,
+            plan.decode_threads,
         )
         forward = self._assembly.forward
         self._generator = Generator(forward, self.model.manifest.hyper.vocab_size, plan.context_tokens, self._clock)

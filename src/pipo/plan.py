@@ -10,10 +10,11 @@ from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget, UnsupportedModel, UsageError
 from pipo.base.machine import MachineProfile
 from pipo.base.tensor_type import TensorType
-from pipo.base.units import MIB, PAGE_BYTES, format_size, round_down, round_up
+from pipo.base.units import MIB, PAGE_BYTES, round_down, round_up
 from pipo.compute.device import ComputeDevice
 from pipo.compute.devices import CpuBackend
 from pipo.compute.ggml import Library
+from pipo.device_shares import DeviceShares
 from pipo.hardware.cache import known_profile, tells_of_a_drive
 from pipo.hardware.drive import DriveRate
 from pipo.hardware.host import WIDE_SHARE, Host, ThisHost
@@ -21,15 +22,14 @@ from pipo.hardware.memory import process_memory
 from pipo.hardware.probe import PROBE_BYTES, Progress, Scope, probe
 from pipo.kvcache.cache import ROWS_PER_CLASS, kv_rows_class
 from pipo.model_file import PROCESS_BYTES, ModelFile
-from pipo.pipeline.blueprint import CHUNKS, Blueprint, choose_layouts, demand
+from pipo.pipeline.blueprint import NARROW_DRIVE, Blueprint, choose_layouts, demand
 from pipo.pipeline.device_layout import AbsentDevice
-from pipo.pipeline.device_share import DeviceShare, PassSizes, device_demand
+from pipo.pipeline.device_share import DeviceShare
 from pipo.pipeline.stage_costs import stage_costs
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.units import WeightLayouts
 from pipo.planner.cost import PassLoad
-from pipo.planner.depth import best_depth, simulated_pass_s
-from pipo.planner.device_placement import DeviceDemand, place_on_device, smallest_vram_bytes
+from pipo.planner.depth import NO_STALL, TOLERANCE, best_depth, simulated_pass
 from pipo.planner.placement import Demand, Placement, place, smallest_bytes
 from pipo.planner.predict import Placed, Prediction, Shapes, Workload, decode_load, forecast, predict
 from pipo.planner.schedule import SCHEDULES
@@ -39,12 +39,9 @@ from pipo.transfer.disk import DriveSettings
 PROCESS_STEP = 8 * MIB
 KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget for its keys and values
 LEAST_CONTEXT_TOKENS = 256  # that is taken where nobody asked for one
-CHUNK_SHARE = 8  # what a prefill chunk computes in on a device may take this fraction of its limit
 BESIDE_PROBE_BYTES = 24 * MIB  # masks, graphs, ggml's own scratch: outside the probe's account
 FIRST_DRIVE_S, FIRST_COMPUTE_S = 1.0, 3.0  # what the first plan spends on measuring; `doctor --probe` takes longer
-MAX_DEVICE_PLANS = 8  # of those worth a look on a device, how many are predicted, evenly apart
 TYPICAL = Workload(prompt_tokens=256, answer_tokens=256)  # where nobody says what is to come
-NARROW_DRIVE = DriveSettings(chunk_bytes=MIB // 2, num_workers=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +55,7 @@ class Plan:
     repacked_types: tuple[str, ...]
     drive: DriveRate
     blueprint: Blueprint = field(repr=False)
+    decode_threads: int | None = None  # that compute a pass of one token on the CPU; None: all
     prediction: Prediction | None = None
 
     @property
@@ -113,7 +111,7 @@ class PlanMaker:
         self._compute = compute
         self._device = device
         self._host = host or ThisHost(config)
-        self._known_shares: dict[int, list[DeviceShare]] = {}  # by context
+        self._shares = DeviceShares(model, config, compute, device, self._host)
 
     def make(
         self,
@@ -174,14 +172,23 @@ class PlanMaker:
         if not best.is_streaming:
             return best
         best = soonest([best, *self._variants(best)])
-        return soonest([best, self._with_best_depth(best, workload, machine)])
+        threads = [self._with_best_depth(each, workload, machine) for each in self._thread_variants(best, machine)]
+        return _steadiest([replace(each, prediction=self._predict(each, workload, machine)) for each in threads])
+
+    def _thread_variants(self, plan: Plan, machine: MachineProfile) -> Iterator[Plan]:
+        """Where nobody said how many threads: also with a core left to the workers that read."""
+        yield plan
+        if self._config.threads is None:
+            for use in machine.shared_uses:
+                if use.num_threads < machine.cpu.num_threads:
+                    yield replace(plan, decode_threads=use.num_threads)
 
     def _with_best_depth(self, plan: Plan, workload: Workload, machine: MachineProfile) -> Plan:
-        """With the fewest slots that decode has no avoidable stall with."""
+        """With the fewest slots that decode has no avoidable stall with, where such slots do not cost more."""
         wanted = self._demand(plan.blueprint, plan.context_tokens, plan.limit_bytes)
         schedule = SCHEDULES[self._config.schedule]
-        pass_s = simulated_pass_s(self.placed(plan, machine), wanted, decode_load(workload), schedule)
-        return replace(plan, placement=best_depth(wanted, plan.placement, pass_s))
+        simulate = simulated_pass(self.placed(plan, machine), wanted, decode_load(workload), schedule)
+        return replace(plan, placement=best_depth(wanted, plan.placement, simulate))
 
     def _variants(self, plan: Plan) -> Iterator[Plan]:
         """The same limits with other choices; those that do not fit are left out."""
@@ -200,7 +207,7 @@ class PlanMaker:
         """More or less of the model on the device, and, where nobody asked for one, nothing."""
         if plan.device is None:
             return
-        shares: list[DeviceShare | None] = [*_thinned(self._shares(plan.context_tokens))]
+        shares: list[DeviceShare | None] = [*self._shares.few(plan.context_tokens)]
         if self._config.device == "auto" and self._config.compute == "auto":
             shares.append(None)
         for share in shares:
@@ -219,11 +226,12 @@ class PlanMaker:
         hyper, kv = self._model.manifest.hyper, plan.blueprint.kv_shape(plan.context_tokens)
         costs = stage_costs(self._model.stages, plan.blueprint.layouts, hyper, (kv.type_k, kv.type_v))
         on_device = plan.device.placement if plan.device else None
-        return Placed(Shapes(costs, hyper.hidden_size), machine, plan.placement, on_device)
+        shapes = Shapes(costs, hyper.hidden_size)
+        return Placed(shapes, machine, plan.placement, on_device, plan.decode_threads)
 
     def smallest_ram_bytes(self, context_tokens: int) -> int:
         """The least budget that `make` takes for this context."""
-        blueprint = self._blueprint(False, NARROW_DRIVE, self._share(context_tokens))
+        blueprint = self._blueprint(False, NARROW_DRIVE, self._shares.first(context_tokens))
         return smallest_bytes(self._demand(blueprint, context_tokens, 0))
 
     def _plan_roomiest(self, limit: int, trained: int) -> Plan:
@@ -247,7 +255,7 @@ class PlanMaker:
         return blueprint.kv_shape(context_tokens).num_bytes * self._config.num_sequences
 
     def _plan_at(self, context_tokens: int, limit: int) -> Plan:
-        return self._plan_with(self._share(context_tokens), context_tokens, limit)
+        return self._plan_with(self._shares.first(context_tokens), context_tokens, limit)
 
     def _plan_with(self, share: DeviceShare | None, context_tokens: int, limit: int) -> Plan:
         """Try the faster set-ups first; the last, the narrowest, is the one that names the smallest budget."""
@@ -297,50 +305,6 @@ class PlanMaker:
         layouts = choose_layouts(model.stages, self._compute.repack, config.layout, all_resident, there)
         return Blueprint(model.manifest, model.stages, layouts, self._compute, config, drive, share)
 
-    def _share(self, context_tokens: int) -> DeviceShare | None:
-        """What the device computes; None where there is none, or where "auto" found one too small."""
-        return min(self._shares(context_tokens), key=_preference, default=None)
-
-    def _shares(self, context_tokens: int) -> list[DeviceShare]:
-        """All that are worth a look. Raises OverBudget where there is none and one was asked for."""
-        if context_tokens not in self._known_shares:
-            self._known_shares[context_tokens] = self._find_shares(context_tokens)
-        return self._known_shares[context_tokens]
-
-    def _find_shares(self, context_tokens: int) -> list[DeviceShare]:
-        device = self._device
-        if device is None:
-            return []
-        limit = self._host.vram_bytes(device.free_bytes)
-        chunk = self._device_chunk(device, context_tokens, limit)
-        wanted = self._device_demand(device, context_tokens, chunk, limit)
-        found = [each for each in place_on_device(wanted) if each.is_all or self._config.compute == "auto"]
-        if not found and (self._config.device != "auto" or self._config.compute != "auto"):
-            raise _over_vram(device, wanted)
-        return [DeviceShare(device, each, self._model.stages, limit, chunk) for each in found]
-
-    def _device_chunk(self, device: ComputeDevice | AbsentDevice, context_tokens: int, limit: int) -> int:
-        """The largest prefill chunk whose arrays and intermediates take a small share of the device."""
-        least = self._config.num_sequences
-        for chunk in sorted(CHUNKS, reverse=True):
-            fixed = self._device_demand(device, context_tokens, max(chunk, least), limit).fixed
-            if fixed["activations"] * CHUNK_SHARE <= limit:
-                return max(chunk, least)
-        return max(CHUNKS[0], least)
-
-    def _device_demand(
-        self, device: ComputeDevice | AbsentDevice, context_tokens: int, chunk: int, limit: int
-    ) -> DeviceDemand:
-        blueprint, model = self._blueprint(False, NARROW_DRIVE, None), self._model
-        chunk = max(min(chunk, context_tokens), self._config.num_sequences)
-        sizes = PassSizes(
-            blueprint.largest_shape(context_tokens, chunk),
-            blueprint.buffer_shape(context_tokens, chunk),
-            blueprint.kv_shape(context_tokens),
-            self._config.num_sequences,
-        )
-        return device_demand(model.stages, model.manifest.hyper, device, self._compute, sizes, limit)
-
     def _plan_of(self, blueprint: Blueprint, placement: Placement, context_tokens: int, limit: int) -> Plan:
         tensors = self._model.manifest.tensors
         repacked = {tensors[name].type.name for name in blueprint.layouts.repacked}
@@ -356,6 +320,17 @@ def _request_s(plan: Plan) -> float:
     return plan.prediction.total_s
 
 
+def _steadiest(plans: Sequence[Plan]) -> Plan:
+    """Of those that are as soon as the soonest, but for what a prediction can tell, the one that stalls least."""
+    bound_s = TOLERANCE * min(map(_request_s, plans))
+
+    def stall(plan: Plan) -> float:
+        assert plan.prediction is not None
+        return max(plan.prediction.decode.stall_share, NO_STALL)
+
+    return min((plan for plan in plans if _request_s(plan) <= bound_s), key=stall)
+
+
 def process_bytes_now() -> int:
     """What this process takes, or will once it is ready."""
     return max(PROCESS_BYTES, round_up(process_memory().anonymous_bytes, PROCESS_STEP))
@@ -367,30 +342,8 @@ def probe_kind(device: ComputeDevice | AbsentDevice | None, limit_bytes: int) ->
     return kind if limit_bytes == PROBE_BYTES else f"{kind}; in {limit_bytes // MIB // 32 * 32} MiB"
 
 
-def _preference(share: DeviceShare) -> tuple[int, bool]:
-    """Least is copied per pass, and keys and values stay."""
-    return share.placement.streamed_bytes, share.placement.moves_kv
-
-
 def _knows_device(machine: MachineProfile, plan: Plan) -> bool:
     """The profile has what computes beside the CPU."""
     if plan.device is None:
         return True
     return [device.name for device in machine.devices[1:2]] == [plan.device.device.name]
-
-
-def _thinned(shares: Sequence[DeviceShare]) -> Sequence[DeviceShare]:
-    """Evenly apart, the first and the last among them."""
-    if len(shares) <= MAX_DEVICE_PLANS:
-        return shares
-    step = (len(shares) - 1) / (MAX_DEVICE_PLANS - 1)
-    return [shares[round(i * step)] for i in range(MAX_DEVICE_PLANS)]
-
-
-def _over_vram(device: ComputeDevice | AbsentDevice, wanted: DeviceDemand) -> OverBudget:
-    least = smallest_vram_bytes(wanted)
-    return OverBudget(
-        f"{device.name} would need {format_size(least)} at least, the limit is {format_size(wanted.limit_bytes)}",
-        smallest_bytes=least,
-        hint=f"--vram {-(-least // MIB)}MiB where the device has it, or --device cpu",
-    )

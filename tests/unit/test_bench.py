@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +191,11 @@ def test_child_lives_in_its_limit() -> None:
             assert str(child.pid) in (group.folder / "cgroup.procs").read_text().split()
         folder = group.folder
     assert not folder.exists()
+
+
+def test_a_timeline_of_each_order_is_drawn(smollm2_path: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.timeline", str(smollm2_path), "--ram", "125MB", "--tokens", "16"]
+    subprocess.run([*command, "--results", str(tmp_path)], check=True, cwd=Path(__file__).parents[2], timeout=60)
+    for name in ("layer", "pipelined"):
+        drawn = (tmp_path / f"timeline-measured-{name}.svg").read_text(encoding="utf-8")
+        assert f"--schedule {name}" in drawn and ">M5<" in drawn and "drive → RAM" in drawn

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 
 from pipo.base.config import EngineConfig
-from pipo.base.machine import LayoutRates
+from pipo.base.machine import LayoutRates, SharedUse
 from pipo.hardware import host, profiles
 from pipo.model_file import ModelFile
 from pipo.outlook import Outlook
-from pipo.plan import Plan
-from pipo.planner.predict import Workload
+from pipo.plan import Plan, _steadiest
+from pipo.planner.predict import Prediction, Workload
+from pipo.planner.simulate import Forecast, Lane
 from pipo.planner.variations import with_compute, with_drive, with_link
 from tests.support.header_only import LLAMA_7B, write_header
 
@@ -89,3 +90,27 @@ def _kv(plan: Plan) -> dict[str, int]:
     ram = plan.placement.breakdown["KV cache"]
     share = plan.device.placement if plan.device else None
     return {"ram": ram, "device": share.kv_bytes if share else 0}
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(None, 7), (8, None)])
+def test_decode_leaves_a_core_to_the_drive_where_nobody_said_how_many(
+    model: ModelFile, threads: int | None, expected: int | None
+) -> None:
+    uses = (SharedUse(8, 0.9, 0.5), SharedUse(7, 0.9, 1.0))
+    machine = replace(LAPTOP, shared_uses=uses, devices=(replace(LAPTOP.cpu, num_threads=8),))
+    with Outlook(model, EngineConfig(threads=threads)) as opened:
+        plans = [opened.plan(opened.case_elsewhere(machine, ram, None, REQUEST, 128)) for ram in ("2GB", "12GB")]
+    assert [plan.decode_threads for plan in plans] == [expected, None], "with all in RAM the drive is not in the way"
+
+
+def test_where_plans_are_alike_the_steadier_one_is_taken(outlook: Outlook) -> None:
+    plan = outlook.plan(outlook.case_elsewhere(LAPTOP, "2GB", None, REQUEST, 128))
+
+    def predicted(seconds: float, stall_share: float) -> Plan:
+        decode = Forecast(seconds, {Lane.DRIVE: seconds * (1 - stall_share)})
+        return replace(plan, prediction=Prediction(0.0, decode, REQUEST))
+
+    slow, tied, soonest = predicted(1.05, 0.0), predicted(1.005, 0.0), predicted(1.0, 0.05)
+    assert _steadiest([soonest, slow, tied]) is tied
+    assert _steadiest([soonest, slow]) is soonest
+    assert _steadiest([tied, predicted(1.005, 0.005)]) is tied, "less than can be told is no stall"

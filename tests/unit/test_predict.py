@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from pipo.base.machine import LinkProfile
-from pipo.planner.cost import PassLoad, stage_seconds, step_costs
+from pipo.base.machine import LinkProfile, SharedUse
+from pipo.planner.cost import PassLoad, beside_each_other, stage_seconds, step_costs
 from pipo.planner.device_placement import place_on_device
-from pipo.planner.placement import UnitRole
-from pipo.planner.predict import BETWEEN_PASSES_S, Workload, decode_load, predict, residency_of
+from pipo.planner.placement import UnitRole, place, smallest_bytes
+from pipo.planner.predict import BETWEEN_PASSES_S, Placed, Workload, decode_load, predict, residency_of
+from pipo.planner.residency import UnitId
 from pipo.planner.schedule import SCHEDULES
-from pipo.planner.simulate import Lane
-from tests.support.machines import GPU
+from pipo.planner.simulate import Lane, StepCosts
+from tests.support.machines import GPU, MACHINE
 from tests.support.planned import (
     HIDDEN_SIZE,
     MIB,
@@ -22,6 +23,7 @@ from tests.support.planned import (
     all_on_device,
     device_demand,
     placed,
+    ram_demand,
     shapes,
 )
 
@@ -139,3 +141,28 @@ def test_more_sequences_share_a_sweep_and_wait_for_each_other_s_prompts() -> Non
     one, four = (predict(here, replace(REQUEST, num_sequences=n), PIPELINED) for n in (1, 4))
     assert four.tokens_per_s > 2 * one.tokens_per_s
     assert 3 * one.ttft_s < four.ttft_s < 5 * one.ttft_s
+
+
+def test_compute_and_the_drive_slow_each_other_while_both_work() -> None:
+    """100 ms of reads and 50 of compute: at half its speed, compute is at work all that time."""
+    costs = StepCosts({UnitId(0): 0.06, UnitId(1): 0.04, UnitId(2): 9.0}, {0: 0.03, 1: 0.02, 2: 1.0}, on_device={2})
+    both = beside_each_other(costs, SharedUse(2, 0.5, 0.8), [UnitId(0), UnitId(1)])
+    assert both.compute == pytest.approx({0: 0.06, 1: 0.04, 2: 1.0}), "a device is not disturbed"
+    assert both.read[UnitId(0)] == pytest.approx(0.06 * (1 + 0.8 * 0.25))
+    assert beside_each_other(costs, SharedUse(2, 0.5, 0.8), []) == costs
+
+
+def test_what_both_do_to_each_other_counts_where_weights_stream_and_rows_are_few() -> None:
+    limit = smallest_bytes(ram_demand(SIZES, 0)) + 64 * MIB
+    there = place(ram_demand(SIZES, limit))
+    uses = (SharedUse(2, 0.5, 0.8), SharedUse(1, 0.4, 1.0))
+    alone = Placed(shapes(SIZES), MACHINE, there)
+    shared = replace(alone, machine=replace(MACHINE, shared_uses=uses))
+    one, many = PassLoad(1, 1, 100), PassLoad(1, 64, 100)
+    assert shared.costs(many) == alone.costs(many)
+    assert shared.costs(one).read != alone.costs(one).read
+    fewer = replace(shared, decode_threads=1)
+    assert fewer.costs(one).read == alone.costs(one).read, "one thread leaves the drive alone"
+    assert sum(fewer.costs(one).compute.values()) > sum(shared.costs(one).compute.values())
+    resident = replace(shared, ram=place(ram_demand(SIZES, 1 << 40)))
+    assert resident.costs(one) == replace(alone, ram=resident.ram).costs(one)

@@ -77,6 +77,20 @@ def test_a_probe_fills_a_profile(lib: Library, backend: CpuBackend, repack: Repa
     fractions = [fraction for _, fraction in heard]
     assert fractions == sorted(fractions) and fractions[0] >= 0 and fractions[-1] <= 1
     assert {"drive", "Q4_0 plain"} <= {step for step, _ in heard}
+    assert [use.num_threads for use in profile.shared_uses] == [1]
+
+
+def test_what_compute_and_the_drive_leave_each_other_is_measured_with_a_thread_less_too(
+    lib: Library, model: Path
+) -> None:
+    double = CpuBackend(lib, 2)
+    try:
+        with deadline(60):
+            shared_uses = probe(lib, double, None, small_scope(model)).shared_uses
+    finally:
+        double.close()
+    assert [use.num_threads for use in shared_uses] == [2, 1]
+    assert all(0 < use.read_share <= 1 and use.compute_share > 0 for use in shared_uses)
 
 
 def test_each_type_has_its_rates(lib: Library, backend: CpuBackend, model: Path) -> None:

@@ -127,6 +127,21 @@ class RepackProfile:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedUse:
+    """Computing one row with `num_threads` while the drive is read: what is left of each, as a share of what it gives
+    alone, computing alone with all threads. Raises MalformedProfile.
+    """
+
+    num_threads: int
+    compute_share: float
+    read_share: float
+
+    def __post_init__(self) -> None:
+        for name in ("num_threads", "compute_share", "read_share"):
+            _positive(name, getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True)
 class WeightWork:
     """One matrix of a stage: its elements are multiplied with every token's row."""
 
@@ -206,7 +221,8 @@ class ComputeProfile:
 class MachineProfile:
     """A machine. `source` says where the figures come from; `libggml` is its version and provider, or "" where the
     figures are not from it. `drive` is the way pipo takes, `drive_ways` are all that were measured. `repack` is by
-    type. `devices[0]` is the CPU, the only one. Raises MalformedProfile.
+    type. `devices[0]` is the CPU, the only one. `shared_uses`: by number of threads; where there are none, the CPU and
+    the drive do not disturb each other. Raises MalformedProfile.
     """
 
     name: str
@@ -219,6 +235,7 @@ class MachineProfile:
     devices: tuple[ComputeProfile, ...]
     repack: Mapping[str, RepackProfile] = field(default_factory=dict)
     drive_ways: tuple[LinkProfile, ...] = ()
+    shared_uses: tuple[SharedUse, ...] = ()
 
     def __post_init__(self) -> None:
         _positive("num_cores", self.num_cores)
@@ -232,6 +249,11 @@ class MachineProfile:
     @property
     def cpu(self) -> ComputeProfile:
         return self.devices[0]
+
+    def shared_use(self, num_threads: int | None) -> SharedUse | None:
+        """With so many threads, all of them where None is said."""
+        wanted = num_threads or self.cpu.num_threads
+        return next((use for use in self.shared_uses if use.num_threads == wanted), None)
 
     def unit_read_s(self, num_bytes: float, repacked_as: TensorType | None = None) -> float:
         """From the drive into RAM, repacked on the way where a type is named and has a kernel here."""

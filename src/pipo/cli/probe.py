@@ -107,6 +107,12 @@ def _rows(known: KnownProfile) -> Iterator[Row]:
         yield "repacked", f"{name} at {format_rate(repack.read_bytes_per_s)} from the drive"
     for device in profile.devices:
         yield from _device_rows(device)
+    for use in profile.shared_uses:
+        threads = "1 thread" if use.num_threads == 1 else f"{use.num_threads} threads"
+        yield (
+            "both",
+            f"computing with {threads} keeps {use.compute_share:.0%} of its speed, the drive {use.read_share:.0%}",
+        )
 
 
 def _device_rows(device: ComputeProfile) -> Iterator[Row]:

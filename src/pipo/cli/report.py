@@ -31,6 +31,8 @@ def plan_rows(plan: Plan) -> Iterator[Row]:
         yield "device", _device_text(plan.device)
     layout = f"repacked {', '.join(plan.repacked_types)}" if plan.repacked_types else "plain"
     yield "prefill", f"{placement.chunk.num_tokens} tokens a pass, {layout} weights"
+    if plan.decode_threads:
+        yield "decode", f"on {plan.decode_threads} of {config.num_threads} threads, which leaves a core to the drive"
 
 
 def _kv_bytes(plan: Plan) -> int:
@@ -143,6 +145,7 @@ def plan_dict(plan: Plan) -> dict[str, object]:
         "streamed_bytes_per_pass_when_full": placement.streamed_bytes,
         "context_tokens": plan.context_tokens,
         "prefill_chunk": placement.chunk.num_tokens,
+        "decode_threads": plan.decode_threads or plan.blueprint.config.num_threads,
         "repacked_types": list(plan.repacked_types),
         "drive_bytes_per_s": plan.drive.bytes_per_s,
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
@@ -114,17 +116,34 @@ class AbortFlag:
 
 
 class CpuBackend:
-    """ggml's CPU backend with a fixed thread count and an abort flag. Threads: compute on one thread at a time."""
+    """ggml's CPU backend with a thread count and an abort flag. Threads: compute on one thread at a time."""
 
     def __init__(self, lib: Library, num_threads: int) -> None:
         self._lib = lib
-        self.num_threads = num_threads
+        self.num_threads = self._count = num_threads
         self.abort = AbortFlag()
         self._backend = lib.backend_dev_init(lib.cpu_device, None)
         if not self._backend:
             raise ComputeError("libggml could not start its CPU backend")
         lib.backend_set_n_threads(self._backend, num_threads)
         lib.backend_set_abort_callback(self._backend, self.abort.callback, self.abort.data)
+
+    def use_threads(self, count: int) -> None:
+        """From now on, `num_threads` at most: what graphs need is counted for that many."""
+        assert 0 < count <= self.num_threads
+        if count != self._count:
+            self._count = count
+            self._lib.backend_set_n_threads(self._backend, count)
+
+    @contextmanager
+    def fewer_threads(self, count: int) -> Iterator[None]:
+        """Inside the block."""
+        before = self._count
+        self.use_threads(count)
+        try:
+            yield
+        finally:
+            self.use_threads(before)
 
     def compute(self, graph: int) -> None:
         status = self._lib.backend_graph_compute(self._backend, graph)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipo.base.machine import ProductRate
 from pipo.base.manifest import Rope
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import KIB, PAGE_BYTES, round_down, round_up
+from pipo.compute.graph import Graph
 from pipo.compute.graphs import Builder, Tensor, WeightType
 from pipo.hardware.meter import AnyMeter
 
@@ -129,7 +131,17 @@ def _whole_blocks(num_elements: int, type_: TensorType) -> int:
 def _product_s(
     meter: AnyMeter, layout: WeightType, size: int, num_tokens: int, most_used: int, duration_s: float
 ) -> float:
-    """Seconds of one square matrix, of many in a graph. Every run takes the next ones of the place."""
+    """Seconds of one square matrix, of many in a graph."""
+    with products(meter, layout, size, num_tokens, most_used) as (graph, places):
+        num_used = sum(name.startswith("w") for name in places[0])
+        return meter.graph_s(graph, places, duration_s) / num_used
+
+
+@contextmanager
+def products(
+    meter: AnyMeter, layout: WeightType, size: int, num_tokens: int, most_used: int = _NUM_SMALL
+) -> Iterator[tuple[Graph, list[dict[str, int]]]]:
+    """A graph of square matrices times rows, and where its leaves lie: every run takes the next ones of the place."""
     num_bytes = round_up(size * layout.type.row_bytes(size), PAGE_BYTES)
     num_all = max(meter.weights.num_bytes // num_bytes, 1)
     num_used = min(num_all, most_used)
@@ -143,9 +155,8 @@ def _product_s(
     fixed = {"x": meter.activations.address} | {f"y{i}": y_address for i in range(num_used)}
     starts = range(0, num_all, num_used)
     weights = [[(start + i) % num_all * num_bytes + meter.weights.address for i in range(num_used)] for start in starts]
-    places = [fixed | {f"w{i}": address for i, address in enumerate(each)} for each in weights]
     with meter.built(lay, 4 * num_used + 8) as graph:
-        return meter.graph_s(graph, places, duration_s) / num_used
+        yield graph, [fixed | {f"w{i}": address for i, address in enumerate(each)} for each in weights]
 
 
 def measure_attention(

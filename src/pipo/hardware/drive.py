@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 from pipo.base.clock import Clock, RealClock
 from pipo.base.manifest import Extent, FileIdx
@@ -20,6 +22,7 @@ from pipo.tiers.ram import Place, SlotPool
 from pipo.transfer.disk import DiskTransfer, DriveSettings, Repack
 from pipo.transfer.handle import Handle
 
+W = TypeVar("W")
 ALL_COMBOS = tuple(DriveSettings(chunk * MIB, workers) for workers in (1, 4, 8, 16) for chunk in (1, 4, 16))
 # what a first run can afford in time and memory
 QUICK_COMBOS = tuple(DriveSettings(chunk * MIB, workers) for chunk, workers in ((1, 4), (1, 8), (4, 4), (4, 8)))
@@ -28,7 +31,8 @@ QUICK_S, FULL_S = 1.5, 12.0
 PROBE_COMBOS = tuple(combo for combo in ALL_COMBOS if combo.chunk_bytes * combo.num_workers <= 64 * MIB)
 _NUM_ROUNDS = 3
 _NUM_SLOTS = 2  # one is read while the next is queued: the drive never waits at a border
-_SAME_SPEED = 0.95  # of the fastest; what is closer differs by noise
+_SAME_SPEED = 0.9  # of the fastest; what is closer differs by noise: one probe gave 3.88, 3.76 and 3.70 GB/s for ways
+# that a passing minute ranks the other way round
 _MAX_GAP_BYTES = MIB  # between extents that are read as one, to keep requests at their size
 
 
@@ -97,6 +101,28 @@ def measure_repacked_reads(
     with SlotPool([piece_bytes] * _NUM_SLOTS, name="slots", ledger=Ledger(_NUM_SLOTS * (piece_bytes + MIB))) as slots:
         _touch(slots.places)
         return _sample(files, walk, settings, slots.places, duration_s, RealClock(), repack).bytes_per_s
+
+
+def places_fit(settings: DriveSettings, place: Place) -> bool:
+    """Whether `measure_beside` can read in this way into it."""
+    return place.num_bytes >= _NUM_SLOTS * (_piece_bytes(settings) + 2 * PAGE_BYTES)
+
+
+def measure_beside(
+    files: Sequence[Path], settings: DriveSettings, place: Place, duration_s: float, work: Callable[[], W]
+) -> tuple[float, W]:
+    """Bytes a second read into `place`, on a thread of its own, while `work` takes as long on this one; and what that
+    returns. Raises TransferError.
+    """
+    each = round_down(place.num_bytes // _NUM_SLOTS, PAGE_BYTES)
+    slots = [
+        Place(place.view[start : start + each], place.address + start, each)
+        for start in range(0, _NUM_SLOTS * each, each)
+    ]
+    with ThreadPoolExecutor(1) as reader:
+        sample = reader.submit(_sample, files, _Walk(_whole(files)), settings, slots, duration_s, RealClock())
+        found = work()
+        return sample.result().bytes_per_s, found
 
 
 def measure_read_latency(files: Sequence[Path], settings: DriveSettings, num_reads: int = 40) -> float:

@@ -94,6 +94,18 @@ class Meter:
 
         return typical_s(run, duration_s)
 
+    def runs_per_s(self, graph: Graph, addresses: Sequence[Mapping[str, int]], duration_s: float) -> float:
+        """On average, whatever disturbs them; the first does not count."""
+        bindings = [graph.binding(each) for each in addresses]
+        num_runs, begin = -1, time.perf_counter()
+        while num_runs < 1 or time.perf_counter() - begin < duration_s:
+            graph.bind(bindings[num_runs % len(bindings)])
+            graph.run(self._backend)
+            num_runs += 1
+            if not num_runs:
+                begin = time.perf_counter()
+        return num_runs / (time.perf_counter() - begin)
+
     @contextmanager
     def built(self, lay: Lay, max_nodes: int = 128) -> Iterator[Graph]:
         """A graph with a workspace of its own."""

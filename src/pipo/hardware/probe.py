@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipo.base.cores import available_cores
 from pipo.base.errors import UsageError
-from pipo.base.machine import ComputeProfile, LayoutRates, LinkProfile, MachineProfile, RepackProfile
+from pipo.base.machine import ComputeProfile, LayoutRates, LinkProfile, MachineProfile, RepackProfile, SharedUse
 from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
 from pipo.base.units import MIB, PAGE_BYTES, round_down, round_up
 from pipo.compute.device import ComputeDevice
@@ -27,6 +27,7 @@ from pipo.hardware.compute_rates import (
     measure_overheads,
     measure_products,
 )
+from pipo.hardware.contention import measure_shared_use
 from pipo.hardware.device_meter import DeviceMeter
 from pipo.hardware.drive import (
     PROBE_COMBOS,
@@ -41,7 +42,7 @@ from pipo.hardware.memory import machine_name, physical_memory_bytes
 from pipo.hardware.meter import Meter, typical_s
 from pipo.store.index import RepackRows
 from pipo.tiers.ledger import Ledger
-from pipo.tiers.ram import Arena
+from pipo.tiers.ram import Arena, Place
 from pipo.transfer.disk import DriveSettings
 
 T = TensorType
@@ -164,6 +165,7 @@ class _Probe:
         with ExitStack() as resources:
             meter = self._meter(resources)
             device = self._measure_device(meter)
+            shared_uses = self._measure_shared_use(meter, settings)
             return MachineProfile(
                 name=machine_name(),
                 source=_source(load.share()),
@@ -175,6 +177,7 @@ class _Probe:
                 ram_copy=LinkProfile(_copy_rate(meter, 0.03 * scope.compute_s), chunk_bytes=_COPY_BYTES, depth=1),
                 repack={t.name: self._repack_profile(meter, t, rate) for t, rate in reads.items()},
                 devices=(device,),
+                shared_uses=shared_uses,
             )
 
     def _find_layouts(self) -> Iterator[WeightType]:
@@ -258,10 +261,22 @@ class _Probe:
         rates: dict[WeightType, MatrixRate] = {}
         for i, layout in enumerate(2 * self._layouts):
             kind = "repacked" if layout.is_repacked else "plain"
-            self._step(f"{layout.type.name} {kind}", 0.15 + 0.85 * i / (2 * len(self._layouts)))
+            self._step(f"{layout.type.name} {kind}", 0.15 + 0.8 * i / (2 * len(self._layouts)))
             rate = measure_products(meter, layout, each_s, self._scope.block)
             rates[layout] = rates[layout].best_of(rate) if layout in rates else rate
         return {type_.name: _layout_rates(type_, rates) for type_ in self._scope.types}
+
+    def _measure_shared_use(self, meter: Meter, settings: DriveSettings) -> tuple[SharedUse, ...]:
+        """Half of the weights' place is read into: last, since what lies there has no meaning afterwards."""
+        self._step("both at once", 0.95)
+        half = round_down(meter.weights.num_bytes // 2, PAGE_BYTES)
+        weights, spare = (
+            Place(meter.weights.view[start : start + half], meter.weights.address + start, half) for start in (0, half)
+        )
+        beside = Meter(self._lib, self._backend, self._repack, weights, meter.activations)
+        layout, duration_s = WeightType(self._scope.types[0]), 0.2 * self._scope.compute_s
+        files, block = self._scope.files, self._scope.block
+        return measure_shared_use(beside, self._backend, spare, files, settings, layout, duration_s, block)
 
     def _step(self, what: str, fraction: float) -> None:
         self._on_progress(what, self._drive_share + (1 - self._drive_share) * fraction)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from pipo.base.clock import Clock
@@ -11,6 +11,7 @@ from pipo.base.errors import ComputeError
 from pipo.base.trace import Tracer
 from pipo.base.units import PAGE_BYTES, round_up
 from pipo.compute.dequantise import Dequantiser
+from pipo.compute.devices import CpuBackend
 from pipo.kvcache.cache import KvCache, KvShape
 from pipo.models.stage import ShapeClass, Stage
 from pipo.pipeline.blueprint import Blueprint, vector_bytes, vector_offsets
@@ -21,7 +22,7 @@ from pipo.pipeline.executor import Executor, Places
 from pipo.pipeline.forward import EMBEDDING_TABLE, Forward, Sides
 from pipo.pipeline.kv_room import KvRoom
 from pipo.pipeline.sides import CpuMemory, Model, Side
-from pipo.pipeline.stage_graphs import StageGraphs
+from pipo.pipeline.stage_graphs import Compute, StageGraphs
 from pipo.pipeline.units import Unit, cut_head, make_units
 from pipo.planner.placement import KV_CACHE, Placement
 from pipo.planner.residency import Pool, Residency, SlotId, UnitId
@@ -45,17 +46,27 @@ class Assembly:
         limit_bytes: int,
         clock: Clock,
         tracer: Tracer,
+        decode_threads: int | None = None,
     ) -> None:
         self.ledger = Ledger(limit_bytes)
         self._exit = ExitStack()
         try:
-            self.transfer, self.forward = self._build(blueprint, placement, context_tokens, clock, tracer)
+            choose_threads = _choice_of_threads(blueprint.compute, decode_threads)
+            self.transfer, self.forward = self._build(
+                blueprint, placement, context_tokens, clock, tracer, choose_threads
+            )
         except BaseException:
             self.close()
             raise
 
     def _build(
-        self, blueprint: Blueprint, placement: Placement, context_tokens: int, clock: Clock, tracer: Tracer
+        self,
+        blueprint: Blueprint,
+        placement: Placement,
+        context_tokens: int,
+        clock: Clock,
+        tracer: Tracer,
+        choose_threads: Callable[[int], None],
     ) -> tuple[DiskTransfer, Forward]:
         for name in placement.fixed.keys() - _HELD_BY_PARTS:
             self._exit.enter_context(self.ledger.reserve(name, placement.fixed[name]))
@@ -86,7 +97,16 @@ class Assembly:
         if lent is not None:
             room = self._exit.enter_context(KvRoom(kv_in_ram, lent, placement, executor, self.ledger))
         return transfer, Forward(
-            model, sides, executor, embedding, buffers, kv, schedule, room, moves_kv=blueprint.moves_kv
+            model,
+            sides,
+            executor,
+            embedding,
+            buffers,
+            kv,
+            schedule,
+            room,
+            moves_kv=blueprint.moves_kv,
+            choose_threads=choose_threads,
         )
 
     def _buffers(self, shape: BufferShape) -> PassBuffers:
@@ -186,3 +206,14 @@ class Assembly:
 
     def close(self) -> None:
         self._exit.close()
+
+
+def _choice_of_threads(compute: Compute, decode_threads: int | None) -> Callable[[int], None]:
+    """By the tokens of a pass."""
+    backend = compute.backend
+    assert isinstance(backend, CpuBackend)
+
+    def choose(num_tokens: int) -> None:
+        backend.use_threads(decode_threads if decode_threads and num_tokens == 1 else backend.num_threads)
+
+    return choose

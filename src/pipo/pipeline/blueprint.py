@@ -9,7 +9,7 @@ from types import MappingProxyType
 from pipo.base.config import EngineConfig
 from pipo.base.manifest import Manifest
 from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
-from pipo.base.units import PAGE_BYTES, round_up
+from pipo.base.units import MIB, PAGE_BYTES, round_up
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.kvcache.cache import CACHE_TYPES, ROWS_PER_PAGE, KvShape, kv_rows_class, kv_shape
@@ -24,6 +24,7 @@ from pipo.planner.placement import KV_CACHE, ChunkCost, Demand, KvPage, UnitSize
 from pipo.transfer.disk import DriveSettings
 
 CHUNKS = (16, 32, 64, 128, 256, 512)  # prefill chunks the planner may choose from
+NARROW_DRIVE = DriveSettings(chunk_bytes=MIB // 2, num_workers=4)  # for budgets that hold no larger buffers
 # what Python and ggml grow by while answering: sampling arrays, token lists, thread stacks
 GROWTH_BYTES = 12 << 20
 # of the context: turns are encoded while all else is taken. The tokenizers library takes up to 800 bytes a token of

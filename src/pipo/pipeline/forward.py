@@ -83,9 +83,10 @@ class Forward:
         kv_room: KvRoom | None = None,
         *,
         moves_kv: bool = False,
+        choose_threads: Callable[[int], None] = lambda num_tokens: None,
     ) -> None:
         """`kv` is the shape of all blocks' cache. `kv_room` is there where it grows. `moves_kv`: that of the device's
-        blocks lives in RAM.
+        blocks lives in RAM. `choose_threads` hears of the tokens of each pass before it computes.
         """
         self._model = model
         self._sides = sides
@@ -96,6 +97,7 @@ class Forward:
         self._schedule = schedule
         self._kv_room = kv_room
         self._moves_kv = moves_kv
+        self._choose_threads = choose_threads
         self._unit_of_stage = model.unit_of_stage
         self._tied = next((u for u in model.units if _is_plain_table(u) and u.stage_idx not in sides.on_device), None)
         self._pieces = head_pieces(model.stages)
@@ -129,6 +131,7 @@ class Forward:
         needs = self._with_outputs if outputs else self._without_outputs
         if self._kv_room is not None and self._kv_room.hold(start + num_tokens):
             self._sides.cpu.forget_places()
+        self._choose_threads(num_tokens)
         self._take_shape(num_tokens, start + num_tokens, max(num_outputs, 1), needs)
         self._buffers.prepare(start, num_tokens, np.asarray(outputs, np.int32))
         self._embedding.gather(token_ids, self._buffers.hidden, self._table_address())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pipo.base.machine import ComputeProfile, LinkProfile, MachineProfile, StageWork
+from pipo.base.machine import ComputeProfile, LinkProfile, MachineProfile, SharedUse, StageWork
 from pipo.base.tensor_type import TensorType
 from pipo.planner.residency import UnitId
 from pipo.planner.simulate import StepCosts
@@ -72,6 +72,24 @@ def step_costs(
         kv_save={i: _seconds(down, size * load.num_tokens) for i, size in kv_bytes.items()},
         on_device=on_device,
         handover=max(_seconds(up, hidden_bytes), _seconds(down, hidden_bytes)),
+    )
+
+
+def beside_each_other(costs: StepCosts, use: SharedUse, streamed: Sequence[UnitId]) -> StepCosts:
+    """Of a pass that computes few rows on the CPU while these units are read: each slows the other down for as long as
+    both are at work, which is at most all the time of the shorter one.
+    """
+    ours = costs.compute.keys() - costs.on_device
+    compute_s = sum(costs.compute[i] for i in ours) / use.compute_share
+    read_s = sum(costs.read[unit] for unit in streamed) / use.read_share
+    if not compute_s or not read_s:
+        return costs
+    slower = 1 + min(read_s / compute_s, 1) * (1 / use.compute_share - 1)
+    drive_slower = 1 + min(compute_s / read_s, 1) * (1 / use.read_share - 1)
+    return replace(
+        costs,
+        compute={i: seconds * (slower if i in ours else 1) for i, seconds in costs.compute.items()},
+        read={unit: seconds * drive_slower for unit, seconds in costs.read.items()},
     )
 
 

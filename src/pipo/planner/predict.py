@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipo.base.machine import MachineProfile
-from pipo.planner.cost import PassLoad, StageCost, step_costs
+from pipo.planner.cost import PassLoad, StageCost, beside_each_other, step_costs
 from pipo.planner.device_placement import DevicePlacement
 from pipo.planner.placement import Placement, SlotClass
 from pipo.planner.residency import Need, Pool, Residency, SlotId, UnitId, empty_pool
@@ -16,6 +16,7 @@ from pipo.planner.simulate import Forecast, Line, StepCosts
 
 # seconds from one pass's logits to the next one's first graph: sampling, detokenising, handing over (docs/log.md)
 BETWEEN_PASSES_S = 0.0003
+FEW_ROWS = 2  # up to which computing is reading weights from memory, which is what it shares with the drive
 COLD_PASSES = 3  # of a prefill, simulated one by one: what stays arrives, the slots fill
 LIKE_PASSES = 6  # simulated of the rest; each stands for those around it, which differ in the positions they see
 
@@ -60,12 +61,16 @@ class Shapes:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A model on a machine: who lives where in RAM and, where one computes, on the machine's first device."""
+    """A model on a machine: who lives where in RAM and, where one computes, on the machine's first device.
+
+    `decode_threads` compute on the CPU in passes of few rows; None: all there are.
+    """
 
     shapes: Shapes
     machine: MachineProfile
     ram: Placement
     device: DevicePlacement | None = None
+    decode_threads: int | None = None
 
     def at(self, num_positions: float) -> Placed:
         """While the KV cache holds so many positions of each sequence."""
@@ -96,6 +101,12 @@ class Placed:
         return [UnitId(i) for i, (computes, stays) in enumerate(facts) if computes and not stays]
 
     @property
+    def _read_in_every_pass(self) -> list[UnitId]:
+        there = self.device.resident if self.device else (False,) * len(self.ram.resident)
+        stays = [in_ram or on_device for in_ram, on_device in zip(self.ram.resident, there, strict=True)]
+        return [UnitId(i) for i, is_kept in enumerate(stays) if not is_kept]
+
+    @property
     def is_one_graph(self) -> bool:
         """All stages stay on one side, which then computes a pass as a whole."""
         if self.device is None:
@@ -117,6 +128,9 @@ class Placed:
         if self.is_one_graph:
             start_s = self.machine.devices[1 if there else 0].graph_start_s
             costs = replace(costs, compute={stage: seconds - start_s for stage, seconds in costs.compute.items()})
+        use = self.machine.shared_use(self.decode_threads)
+        if use is not None and load.num_tokens <= FEW_ROWS:
+            costs = beside_each_other(costs, use, self._read_in_every_pass)
         return replace(costs, between_passes=BETWEEN_PASSES_S)
 
 

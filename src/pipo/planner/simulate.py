@@ -155,6 +155,11 @@ class Forecast:
         """Of the pass, 0 to 1."""
         return self.busy[lane] / self.seconds if self.seconds else 0.0
 
+    @property
+    def stall_share(self) -> float:
+        """What of the pass the busiest lane waits: nothing, in a pipeline without an avoidable stall."""
+        return 1 - max(map(self.share, self.busy), default=1.0)
+
 
 class Line:
     """A model on a machine of which only the seconds matter: passes over the same stages, one after another.
