@@ -24,7 +24,7 @@ from bench.arguments import asked_for
 from bench.child import Child, ChildFailed
 from bench.lab import FULL, QUICK, Lab, Settings, Unmeasurable
 from bench.machine import describe_machine
-from bench.measures import balance, memory, raw, resident, schedules, streaming, ttft
+from bench.measures import balance, batch, memory, raw, resident, schedules, streaming, ttft
 from bench.messages import Library
 from bench.model_files import ModelSource, model_file
 from bench.output import ResultFile, make_console, print_table
@@ -41,6 +41,7 @@ MEASURES: dict[str, Measure] = {
     "memory": memory.measure,
     "schedules": schedules.measure,
     "balance": balance.measure,
+    "batch": batch.measure,
 }
 RESULTS = Path(__file__).parent / "results"
 # what each measure runs on when nothing is named; `None` is the small real model, where it was pulled

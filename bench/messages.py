@@ -92,6 +92,14 @@ class PassForecast:
     drive_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class BatchFacts:
+    """Decode passes of a batch, and what its plan said one would take."""
+
+    passes: Passes
+    predicted_s: float
+
+
 # requests
 
 
@@ -185,6 +193,16 @@ class DecodeBatch(Request[Passes]):
     """As many sequences at once; a pass gives a token to each."""
 
     num_sequences: int
+    num_passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Request[BatchFacts]):
+    """Of an engine of its own, planned for these sequences, prompts and passes."""
+
+    setup: PipoSetup
+    num_sequences: int
+    prompt_tokens: int
     num_passes: int
 
 

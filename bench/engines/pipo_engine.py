@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
+from math import nan
 from time import perf_counter
 from typing import Any
 
 from bench.engines.timed_engine import PROMPT_TOKENS, TimedEngine
 from bench.messages import (
+    Batch,
+    BatchFacts,
     FirstToken,
     Forecast,
     Library,
@@ -52,6 +57,8 @@ class PipoEngine(TimedEngine[PipoSetup]):
                 return _plan(request.setup)
             case Forecast():
                 return _forecast(request.setup, request.num_tokens)
+            case Batch():
+                return self._batch(request)
         return super().answer(request)
 
     def close(self) -> None:
@@ -60,6 +67,7 @@ class PipoEngine(TimedEngine[PipoSetup]):
 
     def _start(self, setup: PipoSetup) -> Started:
         begin = perf_counter()
+        self._setup_of_start = setup
         self._engine = Engine(ModelFile(setup.path), _config(setup))
         self._engine.start(self._engine.make_plan(workload=_workload(setup)))
         return Started(perf_counter() - begin, _library())
@@ -67,15 +75,38 @@ class PipoEngine(TimedEngine[PipoSetup]):
     def _decode(self, num_passes: int) -> Passes:
         """Passes after the first token: the first one would profit from what was read ahead while nobody asked."""
         pieces = self._pieces(random_prompt(PROMPT_TOKENS, 0, self._vocab_size), num_passes + 1)
+        return self._passes([time for time, _ in pieces])
+
+    def _passes(self, times: Sequence[float]) -> Passes:
+        """Of the newest answer, whose tokens came at these times."""
         report = self._report()
         return Passes(
-            num_passes=num_passes,
-            seconds=tuple(after - before for (before, _), (after, _) in pairwise(pieces)),
+            num_passes=len(times) - 1,
+            seconds=tuple(after - before for before, after in pairwise(times)),
             bytes_read=report.decode.bytes_read,
             compute_s=report.decode.compute_s,
             stall_s=tuple((cause.value, seconds) for cause, seconds in report.decode.stall_s.items()),
             peak_anonymous_bytes=report.peak_anonymous_bytes,
         )
+
+    def _decode_batch(self, num_sequences: int, num_passes: int) -> Passes:
+        """In an engine of its own, planned for as many: the keys and values of all have to fit."""
+        assert self._engine is not None
+        setup = replace(self._setup_of_start, context_tokens=PROMPT_TOKENS + num_passes + 1)
+        return self._batch(Batch(setup, num_sequences, PROMPT_TOKENS, num_passes)).passes
+
+    def _batch(self, request: Batch) -> BatchFacts:
+        self.close()
+        config = replace(_config(request.setup), num_sequences=request.num_sequences)
+        self._engine = Engine(ModelFile(request.setup.path), config)
+        workload = Workload(request.prompt_tokens, request.num_passes + 1, request.num_sequences)
+        plan = self._engine.make_plan(workload=workload)
+        self._engine.start(plan)
+        prompts = [random_prompt(request.prompt_tokens, i, self._vocab_size) for i in range(request.num_sequences)]
+        params = SamplingParams(max_tokens=request.num_passes + 1, temperature=0, ignore_eos=True)
+        times = [perf_counter() for i, _ in self._engine.stream_batch(prompts, params) if not i]
+        predicted_s = plan.prediction.decode.seconds if plan.prediction else nan  # of a toy nothing is predicted
+        return BatchFacts(self._passes(times), predicted_s)
 
     def _prefill(self, num_tokens: int, seed: int) -> FirstToken:
         prompt = random_prompt(num_tokens, seed, self._vocab_size)

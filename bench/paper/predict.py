@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,7 @@ from bench.paper.policy import KvHome, Policy
 from bench.paper.shapes import Shape, stages
 from bench.paper.systems import System
 from pipo.planner.cost import PassLoad, StageCost, stage_seconds, step_costs
-from pipo.planner.residency import Need, Pool, Residency, SlotId, UnitId, empty_pool
+from pipo.planner.residency import Need, Pool, Residency, UnitId, empty_pool, numbered_slots
 from pipo.planner.schedule import SCHEDULES
 from pipo.planner.simulate import Forecast, Lane, Line, StepCosts
 
@@ -103,8 +102,7 @@ def _pool(units: Sequence[UnitId], slots_per_class: int) -> Pool:
     if not units:
         return empty_pool()
     classes = {unit: 2 if unit in (units[0], units[-1]) else (i + 1) % 2 for i, unit in enumerate(units)}
-    slots = [SlotId(i) for i in range(NUM_CLASSES * slots_per_class)]
-    return Pool(classes, [deque(slots[i::NUM_CLASSES]) for i in range(NUM_CLASSES)], set())
+    return Pool(classes, numbered_slots([slots_per_class] * NUM_CLASSES), set())
 
 
 def costs(job: Job, is_prefill: bool) -> tuple[StepCosts, float]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipo.planner.residency import Need, Pool, Residency, SlotId, UnitId
+from pipo.planner.residency import Need, Pool, Residency, UnitId, numbered_slots
 from pipo.planner.schedule import SCHEDULES
 from pipo.planner.simulate import Forecast, Lane, Line, StepCosts
 
@@ -76,9 +75,7 @@ def _residency(resident_share: float, on_device: bool) -> Residency:
 
 
 def _pool(units: Sequence[UnitId]) -> Pool:
-    slots = [SlotId(i) for i in range(len(SIZES) * SLOTS_PER_CLASS)]
-    free = [deque(slots[kind :: len(SIZES)]) for kind in range(len(SIZES))]
-    return Pool({unit: unit % len(SIZES) for unit in units}, free, set())
+    return Pool({unit: unit % len(SIZES) for unit in units}, numbered_slots([SLOTS_PER_CLASS] * len(SIZES)), set())
 
 
 def _is_resident(block: int, share: float) -> bool:

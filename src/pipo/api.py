@@ -8,6 +8,7 @@ with pipo.load("model.gguf", ram="4GB") as engine:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -32,7 +33,7 @@ def load(model: str | Path, ram: str | int = "auto", **settings: object) -> Engi
     config = resolve_config({"ram": str(ram), **settings}, {})
     engine = Engine(ModelFile(resolve_model(str(model)), ram_bytes(config.ram)), config)
     try:
-        engine.start(engine.make_plan(workload=TYPICAL))
+        engine.start(engine.make_plan(workload=replace(TYPICAL, num_sequences=config.num_sequences)))
     except BaseException:
         engine.close()
         raise
@@ -42,7 +43,8 @@ def load(model: str | Path, ram: str | int = "auto", **settings: object) -> Engi
 class LLM:
     """Offline answers to many prompts: `LLM(model, ram="4GB").generate(prompts, SamplingParams(...))`.
 
-    Answers one prompt after another; prompts that begin alike share the keys and values of what they share.
+    Answers one prompt after another; prompts that begin alike share the keys and values of what they share. With
+    `num_sequences=N` N prompts share every sweep of the weights instead, which pays where weights stream.
     """
 
     def __init__(self, model: str | Path, ram: str | int = "auto", **settings: object) -> None:
@@ -52,12 +54,19 @@ class LLM:
         """One answer per prompt; a single string is one prompt."""
         if isinstance(prompts, str):
             prompts = [prompts]
-        return [self.engine.complete(self.engine.encode(prompt), params) for prompt in prompts]
+        return self._complete([self.engine.encode(prompt) for prompt in prompts], params)
 
     def chat(
         self, conversations: Sequence[Sequence[Message]], params: SamplingParams | None = None
     ) -> list[Completion]:
-        return [self.engine.complete(self.engine.encode_chat(c), params) for c in conversations]
+        return self._complete([self.engine.encode_chat(conversation) for conversation in conversations], params)
+
+    def _complete(self, prompts: Sequence[Sequence[int]], params: SamplingParams | None) -> list[Completion]:
+        size = self.engine.config.num_sequences
+        if size == 1:
+            return [self.engine.complete(prompt, params) for prompt in prompts]
+        groups = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        return [answer for group in groups for answer in self.engine.complete_batch(group, params)]
 
     def close(self) -> None:
         self.engine.close()

@@ -19,7 +19,8 @@ from pipo.compute import ggml
 from pipo.compute.device import choose_device
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
-from pipo.generation.loop import Generator, Piece, Timing
+from pipo.generation.answer import Piece
+from pipo.generation.loop import Generator, Timing
 from pipo.generation.request import Completion, FinishReason, SamplingParams, Usage
 from pipo.generation.worker import Stream, Worker
 from pipo.hardware.budget import ram_bytes
@@ -178,11 +179,37 @@ class Engine:
     def complete(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Completion:
         """The whole answer at once."""
         pieces = list(self.stream(prompt, params))
-        tokens = tuple(p.token for p in pieces if p.token is not None)
-        finish = pieces[-1].finish or FinishReason.CANCELLED
         assert self.report is not None
-        usage = Usage(len(prompt), len(tokens), self.report.timing.cached_tokens)
-        return Completion("".join(p.text for p in pieces), tokens, finish, usage)
+        return _completion(prompt, pieces, self.report.timing.cached_tokens)
+
+    def complete_batch(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Whole answers to several prompts, which share every sweep of the weights. Raises as `stream_batch`."""
+        pieces: list[list[Piece]] = [[] for _ in prompts]
+        for i, piece in self.stream_batch(prompts, params):
+            pieces[i].append(piece)
+        return [_completion(prompt, each) for prompt, each in zip(prompts, pieces, strict=True)]
+
+    def stream_batch(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Stream[tuple[int, Piece]]:
+        """Tokens and text of each prompt's answer as they are made, with the prompt's index. As many prompts as the
+        config has sequences, at most.
+
+        Raises UsageError and ContextOverflow before any work, TransferError, ComputeError and Cancelled.
+        """
+        generator = self._running()
+        settings = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
+        if not 0 < len(prompts) <= self.config.num_sequences or len(settings) != len(prompts):
+            raise UsageError(
+                f"a batch of {len(prompts)} prompts and {len(settings)} parameters for an engine of "
+                f"{self.config.num_sequences} sequences",
+                hint="name num_sequences when the engine is opened",
+            )
+        for prompt, each in zip(prompts, settings, strict=True):
+            generator.check(prompt, each)
+        return self._worker.stream(lambda: self._answer_batch(generator, prompts, settings))
 
     def stream(
         self,
@@ -279,6 +306,28 @@ class Engine:
             decode = rest if prefill else PassStats()
             self.report = Report(generator.timing, prefill or rest, decode, num_generated, self._peak.peak_bytes)
 
+    def _answer_batch(
+        self, generator: Generator, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> Iterator[tuple[int, Piece]]:
+        """On the compute thread, as `_answer`."""
+        assert self._assembly is not None
+        forward = self._assembly.forward
+        forward.take_stats()
+        tokenizer = self.model.tokenizer
+        detokenizers = [tokenizer.detokenizer(prompt) for prompt in prompts]
+        prefill: PassStats | None = None
+        num_generated = 0
+        try:
+            for i, piece in generator.generate_batch(prompts, params, tokenizer.end_ids, detokenizers):
+                prefill = prefill or forward.take_stats()
+                num_generated += piece.token is not None
+                yield i, piece
+        finally:
+            self._peak.sample()
+            rest = forward.take_stats()
+            decode = rest if prefill else PassStats()
+            self.report = Report(generator.timing, prefill or rest, decode, num_generated, self._peak.peak_bytes)
+
     def _shrink_trace(self) -> bool:
         """To a size that does not depend on the budget: else the smallest budget named would grow with itself."""
         if self._planner.kept_bytes.get("trace", 0) <= LEAST_TRACE_BYTES:
@@ -288,11 +337,16 @@ class Engine:
         return True
 
 
+def _completion(prompt: Sequence[int], pieces: Sequence[Piece], cached_tokens: int = 0) -> Completion:
+    tokens = tuple(piece.token for piece in pieces if piece.token is not None)
+    finish = pieces[-1].finish or FinishReason.CANCELLED
+    usage = Usage(len(prompt), len(tokens), cached_tokens)
+    return Completion("".join(piece.text for piece in pieces), tokens, finish, usage)
+
+
 def _check_can_run(model: ModelFile, config: EngineConfig) -> None:
     if model.is_header_only:
         raise UsageError(f"{model.path}: was opened for its header alone", hint="open it without header_only to run it")
-    if config.num_sequences > 1:
-        raise UsageError(f"num_sequences is {config.num_sequences}: an engine answers one sequence at a time")
 
 
 def _tracer(limit_bytes: int) -> Tracer:

@@ -20,7 +20,7 @@ from pipo.hardware.drive import DriveRate
 from pipo.hardware.host import WIDE_SHARE, Host, ThisHost
 from pipo.hardware.memory import process_memory
 from pipo.hardware.probe import PROBE_BYTES, Progress, Scope, probe
-from pipo.kvcache.cache import ROWS_PER_CLASS, kv_rows_class
+from pipo.kvcache.cache import ROWS_PER_PAGE
 from pipo.model_file import PROCESS_BYTES, ModelFile
 from pipo.pipeline.blueprint import NARROW_DRIVE, Blueprint, choose_layouts, demand
 from pipo.pipeline.device_layout import AbsentDevice
@@ -252,7 +252,7 @@ class PlanMaker:
         return context
 
     def _kv_bytes(self, blueprint: Blueprint, context_tokens: int) -> int:
-        return blueprint.kv_shape(context_tokens).num_bytes * self._config.num_sequences
+        return blueprint.kv_shape(context_tokens).num_bytes
 
     def _plan_at(self, context_tokens: int, limit: int) -> Plan:
         return self._plan_with(self._shares.first(context_tokens), context_tokens, limit)
@@ -277,11 +277,11 @@ class PlanMaker:
     def _with_context_hint(
         self, error: OverBudget, blueprint: Blueprint, context_tokens: int, limit: int
     ) -> OverBudget:
-        """Say which context would fit, where a shorter one would: the excess in rows of the KV cache."""
+        """Say which context would fit, where a shorter one would: the excess in pages of the KV cache."""
         excess = (error.smallest_bytes or limit) - limit
-        classes_too_many = -(-excess // blueprint.kv_shape(ROWS_PER_CLASS).num_bytes)
-        context = kv_rows_class(context_tokens) - classes_too_many * ROWS_PER_CLASS
-        if context < ROWS_PER_CLASS:
+        pages_too_many = -(-excess // blueprint.kv_shape(context_tokens).page_bytes)
+        context = round_up(context_tokens, ROWS_PER_PAGE) - pages_too_many * ROWS_PER_PAGE
+        if context < LEAST_CONTEXT_TOKENS:
             return error
         hint = f"-c {context} fits; {error.hint}"
         return OverBudget(error.message, smallest_bytes=error.smallest_bytes, hint=hint)

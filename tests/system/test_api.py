@@ -25,6 +25,13 @@ def test_one_string_is_one_prompt(llm: pipo.LLM) -> None:
     assert one.token_ids == llm.generate(["The capital of France is"], GREEDY)[0].token_ids
 
 
+def test_prompts_that_share_sweeps_get_the_same_answers(llm: pipo.LLM, smollm2_path: Path) -> None:
+    prompts = ["The capital of France is", "1, 2, 3, 4,", "Once upon a time", "Water is made of", "My name is"]
+    want = [answer.text for answer in llm.generate(prompts, GREEDY)]
+    with pipo.LLM(smollm2_path, ram=8_000_000_000, context_tokens=256, num_sequences=2) as several:
+        assert [answer.text for answer in several.generate(prompts, GREEDY)] == want
+
+
 def test_stop_strings_in_a_list() -> None:
     assert pipo.SamplingParams(stop=["a", "b"]) == pipo.SamplingParams(stop=("a", "b"))
 

@@ -105,8 +105,7 @@ def test_a_batch_takes_memory_for_every_sequence(pipo: CommandLine, llama_7b: st
     kv = [each["plan"]["breakdown_bytes"]["KV cache"] for each in (one, eight)]
     assert kv[1] == 8 * kv[0]
     assert eight["prediction"]["tokens_per_s"] > one["prediction"]["tokens_per_s"]
-    assert eight["workload"]["is_prediction_only"] and not one["workload"]["is_prediction_only"]
-    assert "prediction only" in pipo("plan", *there, "--batch", "8").out
+    assert "num_sequences=N" in pipo("plan", *there, "--batch", "8").out
 
 
 def test_this_machine_is_planned_as_a_run_would_be(pipo: CommandLine) -> None:
@@ -219,11 +218,11 @@ def test_advice_on_a_batch_as_text_json_and_picture(pipo: CommandLine, llama_7b:
     assert numbers == [1 << i for i in range(len(numbers))] and len(numbers) > 2
     best = next(point for point in found["points"] if point["num_sequences"] == found["best_num_sequences"])
     assert 0.95 * found["plateau_tokens_per_s"] <= best["tokens_per_s"] <= found["plateau_tokens_per_s"]
-    assert found["is_prediction_only"] and found["ending"] in ("memory", "kv_traffic", "compute", "weights")
+    assert found["ending"] in ("memory", "kv_traffic", "compute", "weights")
     drawn = ElementTree.parse(file).getroot()
     assert drawn.tag.endswith("svg") and "within" not in file.read_text()
     shown = pipo("plan", *there).out.split("\nbatch\n")[1]
-    assert "prediction only" in shown and shown.count("◀") == 1 and len(shown.splitlines()) <= 20
+    assert "num_sequences=N" in shown and shown.count("◀") == 1 and len(shown.splitlines()) <= 20
     assert plan(pipo, *there[:-3])["batch"] is None
 
 

@@ -37,7 +37,7 @@ SUBJECTS = {
     "memory": set[tuple[str, str]](),
     "schedules": {("pass", "pipelined"), ("pass", "layer"), ("pass", "sequential")},
 }
-TOO_SMALL = {"balance"}  # measures that a toy cannot serve
+TOO_SMALL = {"balance", "batch"}  # measures that a toy cannot serve
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import tracemalloc
 
 import numpy as np
 
-from pipo.pipeline.buffers import BufferShape, PassBuffers
+from pipo.pipeline.buffers import BufferShape, PassBuffers, PassRows
 from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Arena
 
@@ -18,7 +18,7 @@ def test_mask_is_causal_and_made_in_place() -> None:
         place = arena.take(SHAPE.num_bytes)
         buffers = PassBuffers(SHAPE, place)
         tracemalloc.start()
-        buffers.prepare(3900, 128, np.zeros(1, np.int32))
+        buffers.prepare(PassRows([3900], 128), np.zeros(1, np.int32))
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         offset = buffers.addresses["mask"] - place.address
@@ -27,3 +27,16 @@ def test_mask_is_causal_and_made_in_place() -> None:
         np.testing.assert_array_equal(mask, wanted)
         assert peak_bytes < 64 << 10, "temporary arrays are outside the budget"
         del mask, buffers
+
+
+def test_each_sequence_sees_its_own_positions() -> None:
+    """Two tokens of each of two sequences, at 3 and at 258: rows of a class of 512, 1024 rows apart."""
+    shape = BufferShape(hidden_size=8, vocab_size=16, max_tokens=4, num_kv_rows=1024, max_outputs=2)
+    with Arena(shape.num_bytes, name="buffers", ledger=Ledger(1 << 30)) as arena:
+        buffers = PassBuffers(shape, arena.take(shape.num_bytes))
+        buffers.prepare(PassRows([3, 258], 2), np.array([1, 3], np.int32), 1024)
+        assert buffers._positions.tolist() == [3, 4, 258, 259]
+        assert buffers._kv_rows.tolist() == [3, 4, 1024 + 258, 1024 + 259]
+        mask = buffers._mask[: 4 * 512].reshape(4, 512)
+        assert [int((row == 0).sum()) for row in mask] == [4, 5, 259, 260]
+        assert all(not np.isinf(row[: int((row == 0).sum())]).any() for row in mask)

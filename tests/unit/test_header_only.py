@@ -36,11 +36,6 @@ def test_no_engine_takes_a_header(tmp_path: Path) -> None:
         Engine(model, EngineConfig())
 
 
-def test_no_engine_answers_several_sequences(smollm2_path: Path) -> None:
-    with pytest.raises(UsageError, match="one sequence at a time"):
-        Engine(ModelFile(smollm2_path), EngineConfig(num_sequences=2))
-
-
 def test_weights_are_there_or_not(tmp_path: Path, smollm2_path: Path) -> None:
     cut = write_header(tmp_path, SMALL)
     assert not ModelFile(cut, header_only=True).has_weights

@@ -42,7 +42,7 @@ class EngineConfig:
     layout: str = "auto"  # of weights with repacked kernels
     prefill_chunk: int | None = None
     max_outputs: int = 1  # positions of one pass that may ask for logits
-    num_sequences: int = 1  # that have keys and values at a time: more than one can be planned for, not run yet
+    num_sequences: int = 1  # that have keys and values at a time, for Engine.complete_batch
     trace: bool = False
 
     def __post_init__(self) -> None:

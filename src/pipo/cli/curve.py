@@ -9,7 +9,7 @@ from pipo.base.units import format_size
 from pipo.cli.report import LANE_NAMES, rate_text, seconds_text
 from pipo.planner.batch import NEAR, BatchCurve, BatchPoint, Ending
 
-BATCH_NOTE = "prediction only: pipo answers one sequence at a time so far"
+BATCH_NOTE = "for pipo.LLM(…, num_sequences=N): the command line answers one sequence at a time"
 BAR_WIDTH = 40  # of the plateau
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 416, 64, 24, 88, 48
 CURVE, KNEE = "#2f6db5", "#c8632b"
@@ -50,7 +50,6 @@ def _per_sequence(point: BatchPoint) -> str:
 
 def as_dict(curve: BatchCurve) -> dict[str, object]:
     return {
-        "is_prediction_only": True,
         "plateau_tokens_per_s": curve.plateau,
         "best_num_sequences": curve.knee.num_sequences,
         "ending": curve.ending.name.lower(),

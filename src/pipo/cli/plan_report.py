@@ -125,7 +125,6 @@ def as_dict(model: ModelFile, case: Case, plan: Plan, changes: Sequence[Change])
             "prompt_tokens": case.workload.prompt_tokens,
             "answer_tokens": case.workload.answer_tokens,
             "num_sequences": case.workload.num_sequences,
-            "is_prediction_only": case.workload.num_sequences > 1,
         },
         "plan": plan_dict(plan) | {"units": _homes(model, plan), "device": _device_dict(plan)},
         "prediction": None if plan.prediction is None else _prediction_dict(case, plan, plan.prediction),

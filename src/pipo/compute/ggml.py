@@ -141,8 +141,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_swiglu_split": (_T, c_void_p, _T, _T),
     "ggml_reshape_2d": (_T, c_void_p, _T, c_int64, c_int64),
     "ggml_reshape_3d": (_T, c_void_p, _T, c_int64, c_int64, c_int64),
+    "ggml_reshape_4d": (_T, c_void_p, _T, c_int64, c_int64, c_int64, c_int64),
     "ggml_permute": (_T, c_void_p, _T, c_int, c_int, c_int, c_int),
     "ggml_view_3d": (_T, c_void_p, _T, c_int64, c_int64, c_int64, c_size_t, c_size_t, c_size_t),
+    "ggml_view_4d": (_T, c_void_p, _T, c_int64, c_int64, c_int64, c_int64, c_size_t, c_size_t, c_size_t, c_size_t),
     "ggml_get_rows": (_T, c_void_p, _T, _T),
     "ggml_set_rows": (_T, c_void_p, _T, _T, _T),
     "ggml_rope_ext": (

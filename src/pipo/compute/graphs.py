@@ -138,16 +138,16 @@ class Builder:
         return self._op("swiglu_split", gate.type, gate.shape, gate, up)
 
     def reshape(self, a: Tensor, *shape: int) -> Tensor:
-        """To rank 2 or 3, without a copy: `a` must lie in one run."""
-        if _num_elems(a.shape) != _num_elems(shape) or len(shape) not in (2, 3) or not _is_contiguous(a):
+        """To rank 2, 3 or 4, without a copy: `a` must lie in one run."""
+        if _num_elems(a.shape) != _num_elems(shape) or len(shape) not in (2, 3, 4) or not _is_contiguous(a):
             self._refuse(f"reshape of {a.shape} to {shape}")
         return self._op(f"reshape_{len(shape)}d", a.type, shape, a, *shape)
 
     def permute(self, a: Tensor, *axes: int) -> Tensor:
-        """Axis i of `a` becomes axis `axes[i]`. Rank 3."""
-        if sorted(axes) != [0, 1, 2] or len(a.shape) != 3:
+        """Axis i of `a` becomes axis `axes[i]`, of the first three; a fourth stays. Rank 3 or 4."""
+        if sorted(axes) != [0, 1, 2] or len(a.shape) not in (3, 4):
             self._refuse(f"permute of {a.shape} by {axes}")
-        shape = tuple(a.shape[axes.index(i)] for i in range(3))
+        shape = (*(a.shape[axes.index(i)] for i in range(3)), *a.shape[3:])
         return self._op("permute", a.type, shape, a, *axes, 3)
 
     def get_rows(self, a: Tensor, rows: Tensor) -> Tensor:
@@ -165,15 +165,24 @@ class Builder:
             self._refuse(f"set_rows of {b.shape} into {a.shape} {a.type.name} at {rows.shape} {rows.type.name}")
         return self._op("set_rows", a.type, a.shape, a, b, rows)
 
-    def heads_view(self, rows: Tensor, head_dim: int, num_heads: int, num_rows: int) -> Tensor:
-        """The first `num_rows` rows of a KV cache (heads * head_dim, any) as (head_dim, num_rows, heads)."""
-        fits = len(rows.shape) == 2 and head_dim * num_heads == rows.shape[0] and num_rows <= rows.shape[1]
+    def heads_view(
+        self, rows: Tensor, head_dim: int, num_heads: int, num_rows: int, num_sequences: int = 1, stride_rows: int = 0
+    ) -> Tensor:
+        """The first `num_rows` rows of a KV cache (heads * head_dim, any) as (head_dim, num_rows, heads); of several
+        sequences, each of which begins `stride_rows` after the last one, as (head_dim, num_rows, heads, sequences).
+        """
+        num_seen = (num_sequences - 1) * stride_rows + num_rows
+        fits = len(rows.shape) == 2 and head_dim * num_heads == rows.shape[0] and num_seen <= rows.shape[1]
         if not fits or head_dim % rows.type.block_elems:
             self._refuse(f"{num_heads} heads of {head_dim} over {num_rows} rows of {rows.shape} {rows.type.name}")
         row_bytes = rows.type.row_bytes(rows.shape[0])
         head_bytes = rows.type.row_bytes(head_dim)
         shape = (head_dim, num_rows, num_heads)
-        return self._op("view_3d", rows.type, shape, rows, *shape, row_bytes, head_bytes, 0)
+        if num_sequences == 1:
+            return self._op("view_3d", rows.type, shape, rows, *shape, row_bytes, head_bytes, 0)
+        strides = (row_bytes, head_bytes, stride_rows * row_bytes)
+        shape_of_all = (*shape, num_sequences)
+        return self._op("view_4d", rows.type, shape_of_all, rows, *shape_of_all, *strides, 0)
 
     def rope(self, a: Tensor, positions: Tensor, rope: Rope, factors: Tensor | None) -> Tensor:
         """Rotate (head_dim, heads, tokens). `factors` (num_dims / 2,) F32 divide the frequencies."""
@@ -191,20 +200,25 @@ class Builder:
         )  # fmt: skip
 
     def flash_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        """q (d, tokens, heads), k and v (d, rows, kv heads), mask (rows, tokens) F16 → (d, heads, tokens)."""
+        """q (d, tokens, heads), k and v (d, rows, kv heads), mask (rows, tokens) F16 → (d, heads, tokens).
+
+        Of several sequences all have a fourth dimension, before which the mask has a third of 1.
+        """
         self._check_rows("flash_attention", q)
+        sequences = q.shape[3:]
         fits = (
-            len(q.shape) == len(k.shape) == 3
+            len(q.shape) == len(k.shape) in (3, 4)
             and q.shape[0] == k.shape[0] == v.shape[0]
             and k.shape == v.shape
+            and k.shape[3:] == sequences
             and q.shape[2] % k.shape[2] == 0
-            and mask.shape == (k.shape[1], q.shape[1])
+            and mask.shape == (k.shape[1], q.shape[1], *((1, *sequences) if sequences else ()))
             and mask.type is TensorType.F16
             and {k.type, v.type} <= _CACHEABLE
         )
         if not fits:
             self._refuse(f"flash_attention of q {q.shape}, k {k.shape}, v {v.shape}, mask {mask.shape}")
-        shape = (q.shape[0], q.shape[2], q.shape[1])
+        shape = (q.shape[0], q.shape[2], q.shape[1], *sequences)
         result = self._op("flash_attn_ext", TensorType.F32, shape, q, k, v, mask, scale, 0.0, 0.0)
         self._lib.flash_attn_ext_set_prec(result.address, _PREC_F32)
         return result

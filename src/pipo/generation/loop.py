@@ -1,4 +1,4 @@
-"""From prompt ids to answer tokens: chunked prefill, then one pass per token, over one sequence's KV cache."""
+"""From prompt ids to answer tokens: chunked prefill, then a pass per token, of one sequence or of several at once."""
 
 from __future__ import annotations
 
@@ -11,24 +11,29 @@ import numpy.typing as npt
 
 from pipo.base.clock import Clock
 from pipo.base.errors import ContextOverflow, UsageError
-from pipo.generation.request import FinishReason, SamplingParams
-from pipo.generation.sampling import Sampled, Sampler
-from pipo.generation.stops import StopMatcher
+from pipo.generation.answer import Answer, Detokenizer, Piece
+from pipo.generation.request import SamplingParams
 
 
 class ForwardPass(Protocol):
-    """Pass tokens at positions start, start + 1, …; logits (outputs, vocabulary) of the asked indices."""
+    """Passes over the KV cache of some sequences; logits are valid until the next one."""
 
     @property
     def max_tokens(self) -> int: ...
 
-    def run(self, token_ids: Sequence[int], start: int, outputs: Sequence[int] = ()) -> npt.NDArray[np.float32]: ...
+    @property
+    def num_sequences(self) -> int: ...
 
+    def run(
+        self, token_ids: Sequence[int], start: int, outputs: Sequence[int] = (), sequence: int = 0
+    ) -> npt.NDArray[np.float32]:
+        """Tokens of a sequence at positions start, start + 1, …; logits (outputs, vocabulary) of the asked indices."""
 
-class Detokenizer(Protocol):
-    def push(self, token_id: int) -> str: ...
+    def run_batch(self, token_ids: Sequence[int], starts: Sequence[int]) -> npt.NDArray[np.float32]:
+        """A token of each of the first sequences; logits (sequences, vocabulary)."""
 
-    def flush(self) -> str: ...
+    def forget(self) -> None:
+        """All keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +47,6 @@ class Timing:
     ttft_s: float = 0.0
     num_decoded: int = 0
     decode_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one pass added: a token (None when the last piece only flushes text) and the text that can be shown."""
-
-    token: Sampled | None
-    text: str
-    finish: FinishReason | None = None
 
 
 class Generator:
@@ -99,26 +95,61 @@ class Generator:
 
         `on_prefill(done, total)` is called after each prefill chunk. Raises what `check` and the passes raise.
         """
-        max_tokens = self.check(prompt, params)
-        sampler, stops = Sampler(params), StopMatcher(params.stop)
+        answer = Answer(params, self.check(prompt, params), end_ids, detokenizer)
         begin = self._clock.now()
         logits = self._prefill(prompt, on_prefill)
-        for num_done in range(1, max_tokens + 1):
-            sampled = sampler.sample(logits[-1], self._stored)
-            self._take_time(num_done, self._clock.now() - begin)
-            if sampled.token_id in end_ids and not params.ignore_eos:
-                yield Piece(None, stops.feed(detokenizer.flush()) + stops.flush(), FinishReason.STOP)
+        while True:
+            piece = answer.take(logits[-1], self._stored)
+            self._take_time(answer.num_passes, self._clock.now() - begin)
+            yield piece
+            if piece.finish is not None or piece.token is None:
                 return
-            text = stops.feed(detokenizer.push(sampled.token_id))
-            if stops.hit is not None:
-                yield Piece(sampled, text, FinishReason.STOP)
-                return
-            if num_done == max_tokens:
-                text += stops.feed(detokenizer.flush()) + stops.flush()
-                yield Piece(sampled, text, FinishReason.STOP if stops.hit is not None else FinishReason.LENGTH)
-                return
-            yield Piece(sampled, text)
-            logits = self._pass([sampled.token_id], outputs=[0])
+            logits = self._pass([piece.token.token_id], outputs=[0])
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        end_ids: frozenset[int],
+        detokenizers: Sequence[Detokenizer],
+    ) -> Iterator[tuple[int, Piece]]:
+        """Answers to several prompts, piece by piece, each with the index of its prompt.
+
+        Each prompt is read by itself; then every pass adds a token to every answer. One that has ended waits for those
+        before it, or takes part in vain: sequences do not change places. Raises what `check` and the passes raise.
+        """
+        limits = [self.check(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        details = zip(params, limits, detokenizers, strict=True)
+        answers = [Answer(each, limit, end_ids, detokenizer) for each, limit, detokenizer in details]
+        self._stored.clear()
+        self._forward.forget()
+        self.timing = Timing(sum(map(len, prompts)), 0)
+        begin, num_tokens = self._clock.now(), 0
+        logits = [self._read_prompt(i, prompt) for i, prompt in enumerate(prompts)]
+        histories, going = [list(prompt) for prompt in prompts], set(range(len(prompts)))
+        while going:
+            for i in sorted(going):
+                piece = answers[i].take(logits[i], histories[i])
+                num_tokens += piece.token is not None
+                self._take_time(max(num_tokens - len(prompts) + 1, 1), self._clock.now() - begin)
+                yield i, piece
+                if piece.finish is not None or piece.token is None:
+                    going.discard(i)
+                else:
+                    histories[i].append(piece.token.token_id)
+            if going:
+                together = histories[: max(going) + 1]
+                logits = list(self._forward.run_batch([h[-1] for h in together], [len(h) - 1 for h in together]))
+        self._forward.forget()
+
+    def _read_prompt(self, sequence: int, prompt: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits (vocabulary) after it."""
+        chunk = self._forward.max_tokens
+        last = (len(prompt) - 1) // chunk * chunk
+        for start in range(0, last, chunk):
+            self._forward.run(prompt[start : start + chunk], start, [], sequence)
+        logits = self._forward.run(prompt[last:], last, [len(prompt) - last - 1], sequence)
+        return logits[-1:].copy().reshape(-1)
 
     def logits(self, token_ids: Sequence[int], chunk: int) -> Iterator[npt.NDArray[np.float32]]:
         """Logits (tokens of the chunk, vocabulary) of every position, computed afresh. For evaluation and tests."""

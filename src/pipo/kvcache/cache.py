@@ -1,25 +1,28 @@
-"""Keys and values of one sequence, in RAM: per block, rows of all heads in the order of position."""
+"""Keys and values, in RAM: per block, rows of all heads in the order of position, sequence by sequence."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipo.base.errors import UsageError
 from pipo.base.manifest import HyperParameters
 from pipo.base.tensor_type import TensorType
-from pipo.base.units import PAGE_BYTES, round_up
+from pipo.base.units import PAGE_BYTES, round_down, round_up
 from pipo.tiers.ram import Place
 
 ROWS_PER_CLASS = 256  # graphs see the KV length rounded up to this, as llama.cpp's do
-ROWS_PER_PAGE = 32  # memory is taken in steps of this: 16 MiB in a 7B. Rows that are seen, not used, are the zero page
+# memory is taken in steps of this, 16 MiB in a 7B. A graph reads rows beyond them, as masked: on Linux they are the
+# shared page of zeros, elsewhere reading may take memory
+ROWS_PER_PAGE = 32 if sys.platform == "linux" else ROWS_PER_CLASS
 CACHE_TYPES = {t.name.lower(): t for t in (TensorType.F16, TensorType.F32, TensorType.Q8_0, TensorType.Q4_0)}
 
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """Size of a cache. `num_rows` is the context rounded up to whole classes. Each block's keys, and its values, begin
-    on a page, so that rows which are not used yet take none.
+    """Size of a cache. `num_rows` is the context of each sequence rounded up to whole classes. Each block's keys, and
+    its values, begin on a page, so that rows which are not used yet take none.
     """
 
     num_layers: int
@@ -27,35 +30,65 @@ class KvShape:
     num_rows: int
     type_k: TensorType
     type_v: TensorType
+    num_sequences: int = 1
+
+    @property
+    def sequence_bytes_k(self) -> int:
+        """Of one sequence in one block."""
+        return self.num_rows * self.type_k.row_bytes(self.kv_size)
+
+    @property
+    def sequence_bytes_v(self) -> int:
+        return self.num_rows * self.type_v.row_bytes(self.kv_size)
 
     @property
     def layer_bytes_k(self) -> int:
-        return round_up(self.num_rows * self.type_k.row_bytes(self.kv_size), PAGE_BYTES)
+        return round_up(self.num_sequences * self.sequence_bytes_k, PAGE_BYTES)
 
     @property
     def layer_bytes_v(self) -> int:
-        return round_up(self.num_rows * self.type_v.row_bytes(self.kv_size), PAGE_BYTES)
+        return round_up(self.num_sequences * self.sequence_bytes_v, PAGE_BYTES)
 
     @property
     def num_bytes(self) -> int:
         return self.num_layers * (self.layer_bytes_k + self.layer_bytes_v)
 
+    @property
+    def page_bytes(self) -> int:
+        """The most that ROWS_PER_PAGE more rows of every sequence and block take. One sequence begins on a page."""
+        parts = 2 * self.num_layers * self.num_sequences * PAGE_BYTES if self.num_sequences > 1 else 0
+        return self.used_bytes(ROWS_PER_PAGE) + parts
+
     def used_bytes(self, num_rows: int) -> int:
-        """Of the pages that hold the first `num_rows` of every block."""
-        return replace(self, num_rows=num_rows).num_bytes
+        """Of the pages that hold the first `num_rows` of every sequence and block."""
+        return self.num_bytes - self.num_layers * sum(end - start for start, end in self._unused_in_block(num_rows))
 
     def unused_ranges(self, num_rows: int) -> Iterator[tuple[int, int]]:
         """From where to where the other pages lie, in bytes from the start of the cache."""
-        used = replace(self, num_rows=num_rows)
-        start = 0
-        for _ in range(self.num_layers):
-            for whole, part in ((self.layer_bytes_k, used.layer_bytes_k), (self.layer_bytes_v, used.layer_bytes_v)):
-                if part < whole:
-                    yield start + part, start + whole
-                start += whole
+        block_bytes = self.layer_bytes_k + self.layer_bytes_v
+        for start, end in self._unused_in_block(num_rows):
+            for begin in range(0, self.num_bytes, block_bytes):
+                yield begin + start, begin + end
+
+    def _unused_in_block(self, num_rows: int) -> Iterator[tuple[int, int]]:
+        """Of one block, from its start."""
+        used, begin = replace(self, num_rows=num_rows), 0
+        for layer_bytes, whole, part in (
+            (self.layer_bytes_k, self.sequence_bytes_k, used.sequence_bytes_k),
+            (self.layer_bytes_v, self.sequence_bytes_v, used.sequence_bytes_v),
+        ):
+            for sequence in range(self.num_sequences):
+                is_last = sequence == self.num_sequences - 1
+                start = round_up(begin + sequence * whole + part, PAGE_BYTES)
+                end = begin + layer_bytes if is_last else round_down(begin + (sequence + 1) * whole, PAGE_BYTES)
+                if start < end:
+                    yield start, end
+            begin += layer_bytes
 
 
-def kv_shape(hyper: HyperParameters, context_tokens: int, type_k: TensorType, type_v: TensorType) -> KvShape:
+def kv_shape(
+    hyper: HyperParameters, context_tokens: int, type_k: TensorType, type_v: TensorType, num_sequences: int = 1
+) -> KvShape:
     """Raises UsageError when a head is not whole blocks of the type."""
     for name, type_ in (("--cache-type-k", type_k), ("--cache-type-v", type_v)):
         if hyper.head_dim % type_.block_elems:
@@ -65,7 +98,7 @@ def kv_shape(hyper: HyperParameters, context_tokens: int, type_k: TensorType, ty
                 hint="use f16",
             )
     rows = kv_rows_class(context_tokens)
-    return KvShape(hyper.num_layers, hyper.num_kv_heads * hyper.head_dim, rows, type_k, type_v)
+    return KvShape(hyper.num_layers, hyper.num_kv_heads * hyper.head_dim, rows, type_k, type_v, num_sequences)
 
 
 def kv_rows_class(num_tokens: int) -> int:
@@ -83,8 +116,10 @@ class KvCache:
         self._base = place.address if place else 0
         self._layer_of = {block: i for i, block in enumerate(blocks)}
 
-    def address_k(self, block_idx: int) -> int:
-        return self._base + self._layer_of[block_idx] * (self.shape.layer_bytes_k + self.shape.layer_bytes_v)
+    def address_k(self, block_idx: int, sequence: int = 0) -> int:
+        shape = self.shape
+        layer = self._layer_of[block_idx] * (shape.layer_bytes_k + shape.layer_bytes_v)
+        return self._base + layer + sequence * shape.sequence_bytes_k
 
-    def address_v(self, block_idx: int) -> int:
-        return self.address_k(block_idx) + self.shape.layer_bytes_k
+    def address_v(self, block_idx: int, sequence: int = 0) -> int:
+        return self.address_k(block_idx) + self.shape.layer_bytes_k + sequence * self.shape.sequence_bytes_v

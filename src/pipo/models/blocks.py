@@ -3,6 +3,7 @@
 Leaves the pipeline binds besides weights: `hidden` (hidden_size, T) F32, read and written in place · `positions` (T,)
 I32 · `kv_rows` (T,) I64 · `mask` (kv rows, T) F16 · `k_cache`, `v_cache` (kv heads * head_dim, kv rows) ·
 `out_rows` (outputs,) I32 · `normed` (hidden_size, outputs) F32 · `logits` (rows of the piece, outputs) F32.
+The tokens of a sequence lie side by side; the rows of all sequences are those of one cache.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ def lay_attention(s: StageBuilder) -> None:
     q = ops.rope(q, positions, h.rope, factors)
     k = ops.rope(k, positions, h.rope, factors)
     keys, values = _store(s, ops.reshape(k, h.head_dim * h.num_kv_heads, num_tokens), s.linear("attn_v", x))
-    mask = ops.leaf("mask", TensorType.F16, s.shape.num_kv_rows, num_tokens)
+    sequences: tuple[int, ...] = ()
+    if s.shape.num_sequences > 1:
+        sequences = (1, s.shape.num_sequences)
+        q = ops.reshape(q, h.head_dim, h.num_q_heads, s.shape.tokens_each, s.shape.num_sequences)
+    mask = ops.leaf("mask", TensorType.F16, s.shape.num_kv_rows, s.shape.tokens_each, *sequences)
     mixed = ops.flash_attention(ops.permute(q, 0, 2, 1), keys, values, mask, 1.0 / sqrt(h.head_dim))
     flat = ops.reshape(mixed, h.head_dim * h.num_q_heads, num_tokens)
     ops.expand(ops.add_inplace(hidden, s.linear("attn_output", flat)))
@@ -37,12 +42,14 @@ def _store(s: StageBuilder, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Write new rows into the cache; the views returned depend on the writes, so no device may reorder them."""
     ops, h = s.ops, s.hyper
     rows = ops.leaf("kv_rows", TensorType.I64, s.shape.num_tokens)
-    kv_size = h.head_dim * h.num_kv_heads
-    k_cache = ops.leaf("k_cache", s.shape.kv_type_k, kv_size, s.shape.num_kv_rows)
-    v_cache = ops.leaf("v_cache", s.shape.kv_type_v, kv_size, s.shape.num_kv_rows)
+    kv_size, num_rows = h.head_dim * h.num_kv_heads, s.shape.num_kv_rows
+    sequences = s.shape.num_sequences, s.shape.kv_stride_rows
+    num_all = (s.shape.num_sequences - 1) * s.shape.kv_stride_rows + num_rows
+    k_cache = ops.leaf("k_cache", s.shape.kv_type_k, kv_size, num_all)
+    v_cache = ops.leaf("v_cache", s.shape.kv_type_v, kv_size, num_all)
     return (
-        ops.heads_view(ops.set_rows(k_cache, k, rows), h.head_dim, h.num_kv_heads, s.shape.num_kv_rows),
-        ops.heads_view(ops.set_rows(v_cache, v, rows), h.head_dim, h.num_kv_heads, s.shape.num_kv_rows),
+        ops.heads_view(ops.set_rows(k_cache, k, rows), h.head_dim, h.num_kv_heads, num_rows, *sequences),
+        ops.heads_view(ops.set_rows(v_cache, v, rows), h.head_dim, h.num_kv_heads, num_rows, *sequences),
     )
 
 

@@ -22,7 +22,9 @@ class StageKind(Enum):
 class ShapeClass:
     """What a graph depends on besides its weights. Graphs are built once per class.
 
-    `num_kv_rows` is the KV length rounded up to a class, `num_outputs` the rows that reach the head.
+    `num_tokens` are those of all sequences, of which each has as many; `num_kv_rows` is the KV length rounded up to a
+    class, `num_outputs` the rows that reach the head. Where there are several sequences, the rows of each begin
+    `kv_stride_rows` after those of the last one.
     """
 
     num_tokens: int
@@ -30,6 +32,12 @@ class ShapeClass:
     num_outputs: int
     kv_type_k: TensorType
     kv_type_v: TensorType
+    num_sequences: int = 1
+    kv_stride_rows: int = 0
+
+    @property
+    def tokens_each(self) -> int:
+        return self.num_tokens // self.num_sequences
 
 
 @dataclass(frozen=True, slots=True)

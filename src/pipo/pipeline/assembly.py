@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
@@ -25,7 +24,7 @@ from pipo.pipeline.sides import CpuMemory, Model, Side
 from pipo.pipeline.stage_graphs import Compute, StageGraphs
 from pipo.pipeline.units import Unit, cut_head, make_units
 from pipo.planner.placement import KV_CACHE, Placement
-from pipo.planner.residency import Pool, Residency, SlotId, UnitId
+from pipo.planner.residency import Pool, Residency, SlotId, UnitId, numbered_slots
 from pipo.planner.schedule import SCHEDULES
 from pipo.store.index import RepackRows
 from pipo.tiers.ledger import Ledger
@@ -78,9 +77,9 @@ class Assembly:
         chunk = placement.chunk.num_tokens
         kv, largest = blueprint.kv_shape(context_tokens), blueprint.largest_shape(context_tokens, chunk)
         buffers = self._buffers(blueprint.buffer_shape(context_tokens, chunk))
-        kv_in_ram = blueprint.kv_shape_in_ram(context_tokens)
-        lent = self._lent_memory(kv_in_ram, placement)
-        cache = self._cache(blueprint, kv_in_ram, lent)
+        kv_in_ram, blocks = blueprint.kv_shape_in_ram(context_tokens), blueprint.kv_blocks_in_ram
+        kv_memory = self._kv_memory(kv_in_ram)
+        cache = KvCache(kv_in_ram, kv_memory.place if kv_memory else None, blocks)
         in_ram = InRam(self._load_vectors(stages, transfer), buffers, cache)
         cpu = Side(model, self._graphs(blueprint, stages, largest), CpuMemory(in_ram.vectors, buffers, in_ram.cache))
         residency, sides, link = Residency(pool), Sides(cpu), None
@@ -94,8 +93,8 @@ class Assembly:
         embedding = self._embedding(blueprint, transfer, executor, chunk)
         schedule = SCHEDULES[blueprint.config.schedule]
         room = None
-        if lent is not None:
-            room = self._exit.enter_context(KvRoom(kv_in_ram, lent, placement, executor, self.ledger))
+        if kv_memory is not None:
+            room = self._exit.enter_context(KvRoom(kv_in_ram, kv_memory, placement, executor, self.ledger))
         return transfer, Forward(
             model,
             sides,
@@ -112,17 +111,11 @@ class Assembly:
     def _buffers(self, shape: BufferShape) -> PassBuffers:
         return PassBuffers(shape, self._arena("activations", shape.num_bytes))
 
-    def _lent_memory(self, shape: KvShape, placement: Placement) -> GrowingMemory | None:
-        """For keys and values, where units live in what they do not use yet."""
-        if not placement.borrowers:
+    def _kv_memory(self, shape: KvShape) -> GrowingMemory | None:
+        """None where all blocks have their keys and values on a device."""
+        if not shape.num_bytes:
             return None
         return self._exit.enter_context(GrowingMemory(shape.num_bytes, name=KV_CACHE, ledger=self.ledger))
-
-    def _cache(self, blueprint: Blueprint, shape: KvShape, lent: GrowingMemory | None) -> KvCache:
-        blocks, place = blueprint.kv_blocks_in_ram, lent.place if lent else None
-        if lent is None and blocks:
-            place = self._arena(KV_CACHE, shape.num_bytes)
-        return KvCache(shape, place, blocks)
 
     def _stages(self, blueprint: Blueprint, placement: Placement) -> Sequence[Stage]:
         """The head in pieces when it streams, whole when it is resident (the results are the same)."""
@@ -158,12 +151,9 @@ class Assembly:
         streamed = [u for u in units if not placement.resident[min(u.unit_id, last)]]
         homes = self._make_homes(resident)
         slots: dict[SlotId, Place] = {}
-        free: list[deque[SlotId]] = []
-        for slot_class in placement.slots:
-            ids = [SlotId(len(slots) + i) for i in range(slot_class.num_slots)]
-            places = self._split("slots", [slot_class.slot_bytes] * slot_class.num_slots)
-            slots |= dict(zip(ids, places, strict=True))
-            free.append(deque(ids))
+        free = numbered_slots([each.num_slots for each in placement.slots])
+        for ids, each in zip(free, placement.slots, strict=True):
+            slots |= zip(ids, self._split("slots", [each.slot_bytes] * each.num_slots), strict=True)
         classes = {u.unit_id: placement.slot_class[min(u.unit_id, last)] for u in streamed}
         return Places(homes, slots), Pool(classes, free, {u.unit_id for u in resident})
 

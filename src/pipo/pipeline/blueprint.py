@@ -48,9 +48,9 @@ class Blueprint:
     device: DeviceShare | None = None
 
     def kv_shape(self, context_tokens: int) -> KvShape:
-        """Of all blocks."""
+        """Of all blocks and sequences."""
         types = CACHE_TYPES[self.config.cache_type_k], CACHE_TYPES[self.config.cache_type_v]
-        return kv_shape(self.manifest.hyper, context_tokens, *types)
+        return kv_shape(self.manifest.hyper, context_tokens, *types, self.config.num_sequences)
 
     def kv_shape_in_ram(self, context_tokens: int) -> KvShape:
         """Of the blocks whose keys and values live there."""
@@ -84,6 +84,7 @@ class Blueprint:
         return max(self.config.max_outputs, self.config.num_sequences)
 
     def largest_shape(self, context_tokens: int, chunk_tokens: int) -> ShapeClass:
+        """Of one sequence. A token of each takes no more: a chunk has as many."""
         kv = self.kv_shape(context_tokens)
         return ShapeClass(chunk_tokens, kv.num_rows, self.num_outputs, kv.type_k, kv.type_v)
 
@@ -142,9 +143,9 @@ def demand(
         ]
     finally:
         graphs.close()
-    num_sequences = blueprint.config.num_sequences
+    num_sequences, kv = blueprint.config.num_sequences, blueprint.kv_shape_in_ram(context_tokens)
     fixed = {
-        KV_CACHE: blueprint.kv_shape_in_ram(context_tokens).num_bytes * num_sequences,
+        KV_CACHE: kv.used_bytes(round_up(context_tokens, ROWS_PER_PAGE)),
         "transfer buffers": blueprint.bounce_bytes,
         "norms": vector_bytes(blueprint.stages),
         "graphs": graphs_bytes(len(blueprint.stages)),
@@ -154,9 +155,7 @@ def demand(
         **kept_bytes,
     }
     in_flight = blueprint.drive.chunk_bytes * blueprint.drive.num_workers
-    page_bytes = blueprint.kv_shape_in_ram(context_tokens).used_bytes(ROWS_PER_PAGE)
-    page = KvPage(ROWS_PER_PAGE, page_bytes * num_sequences)
-    return Demand(blueprint.unit_sizes, fixed, chunks, limit_bytes, in_flight, page)
+    return Demand(blueprint.unit_sizes, fixed, chunks, limit_bytes, in_flight, KvPage(ROWS_PER_PAGE, kv.page_bytes))
 
 
 def _chunks(blueprint: Blueprint, context_tokens: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,29 @@ class BufferShape:
         return sum(round_up(size, _ALIGNMENT) for size in self.sizes.values())
 
 
+@dataclass(frozen=True, slots=True)
+class PassRows:
+    """Whose tokens a pass computes: `tokens_each` of each sequence from `first` on, at positions from its start on."""
+
+    starts: Sequence[int]
+    tokens_each: int
+    first: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.starts) * self.tokens_each
+
+    @property
+    def num_positions(self) -> int:
+        """That the longest of them has after the pass."""
+        return max(self.starts) + self.tokens_each
+
+    @property
+    def ends(self) -> Iterator[tuple[int, int]]:
+        """Each sequence and the positions it has after the pass."""
+        return ((self.first + i, start + self.tokens_each) for i, start in enumerate(self.starts))
+
+
 class PassBuffers:
     """Addresses of the arrays by leaf name, and the writes that prepare a pass."""
 
@@ -64,17 +88,17 @@ class PassBuffers:
         self.used_bytes: dict[str, int] = {}  # of the pass that was prepared last
         self.hidden = arrays["hidden"].view(np.float32).reshape(shape.max_tokens, shape.hidden_size)
 
-    def prepare(self, start: int, num_tokens: int, outputs: npt.NDArray[np.int32]) -> None:
-        """Positions, KV rows and the causal mask of tokens start … start + num_tokens - 1."""
+    def prepare(self, rows: PassRows, outputs: npt.NDArray[np.int32], stride_rows: int = 0) -> None:
+        """Positions, KV rows and the causal mask. A sequence's rows begin `stride_rows` after those of the last one."""
+        num_tokens, num_rows = rows.num_tokens, kv_rows_class(rows.num_positions)
         assert num_tokens <= self.shape.max_tokens and len(outputs) <= self.shape.max_outputs
-        self.used_bytes = self._used(num_tokens, kv_rows_class(start + num_tokens), len(outputs))
-        positions = np.arange(start, start + num_tokens)
-        self._positions[:num_tokens] = positions
-        self._kv_rows[:num_tokens] = positions
+        self.used_bytes = self._used(num_tokens, num_rows, len(outputs))
+        positions = np.add.outer(rows.starts, np.arange(rows.tokens_each))
+        self._positions[:num_tokens] = positions.ravel()
+        self._kv_rows[:num_tokens] = (positions + np.arange(len(rows.starts))[:, None] * stride_rows).ravel()
         self._out_rows[: len(outputs)] = outputs
-        num_rows = kv_rows_class(start + num_tokens)
         mask = self._mask[: num_tokens * num_rows].reshape(num_tokens, num_rows)
-        for row, position in zip(mask, range(start, start + num_tokens), strict=True):
+        for row, position in zip(mask, positions.ravel().tolist(), strict=True):
             # in place: an array of conditions would take three times the mask, outside any budget
             row[: position + 1] = 0
             row[position + 1 :] = -np.inf

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pipo.pipeline.device_tier import DeviceArena, DeviceLink, DeviceMemory, Dev
 from pipo.pipeline.sides import Model, Side
 from pipo.pipeline.stage_graphs import Compute, StageGraphs
 from pipo.planner.device_placement import SLOTS_PER_CLASS
-from pipo.planner.residency import Pool, SlotId, UnitId
+from pipo.planner.residency import Pool, SlotId, UnitId, numbered_slots
 from pipo.tiers.ledger import Ledger
 
 KvPlaces = dict[int, tuple[DevicePlace, DevicePlace]]
@@ -88,7 +87,7 @@ class DeviceEngine:
         homes = self._make_homes(sizes)
         slots, self.pool = self._make_slots(sizes.keys() - homes.keys())
         moving, kv_places = self._place_kv(kv, ram.cache)
-        memory = DeviceMemory(self._load_vectors(ram.vectors), layouts, self._place_arrays(ram.buffers), kv_places)
+        memory = DeviceMemory(self._load_vectors(ram.vectors), layouts, self._place_arrays(ram.buffers), kv_places, kv)
         side = Side(self._model, self._graphs(hyper, shape), memory)
         self.stages = DeviceStages(side, memory, ram.buffers, moving)
         self.link = DeviceLink(homes, slots, layouts, moving, tracer=tracer, clock=clock)
@@ -102,12 +101,9 @@ class DeviceEngine:
     def _make_slots(self, passing: set[UnitId]) -> tuple[dict[SlotId, DevicePlace], Pool]:
         placement = self._share.placement
         slots: dict[SlotId, DevicePlace] = {}
-        free: list[deque[SlotId]] = []
-        for slot_class in placement.slots:
-            ids = [SlotId(len(slots) + i) for i in range(slot_class.num_slots)]
-            places = self._arena.take("slots", [slot_class.slot_bytes] * slot_class.num_slots)
-            slots |= dict(zip(ids, places, strict=True))
-            free.append(deque(ids))
+        free = numbered_slots([each.num_slots for each in placement.slots])
+        for ids, each in zip(free, placement.slots, strict=True):
+            slots |= zip(ids, self._arena.take("slots", [each.slot_bytes] * each.num_slots), strict=True)
         classes = {unit_id: placement.slot_class[self._fate(unit_id)] for unit_id in passing}
         return slots, Pool(classes, free, set(self.units - passing))
 

@@ -98,7 +98,7 @@ def _demand_of(
         for stage in stages
         if stage.matrices
     ]
-    return DeviceDemand(units, fixed, kv_block_bytes(sizes.kv, device) * sizes.num_sequences, limit_bytes)
+    return DeviceDemand(units, fixed, kv_block_bytes(sizes.kv, device), limit_bytes)
 
 
 def array_bytes(buffers: BufferShape, device: DeviceSizes) -> dict[str, int]:

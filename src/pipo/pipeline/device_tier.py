@@ -13,7 +13,7 @@ from pipo.compute.device import ComputeDevice, DeviceBuffer, DevicePlace
 from pipo.compute.graph import Binding, Graph
 from pipo.kvcache.cache import KvCache, KvShape
 from pipo.models.stage import ShapeClass
-from pipo.pipeline.buffers import PassBuffers
+from pipo.pipeline.buffers import PassBuffers, PassRows
 from pipo.pipeline.device_layout import DeviceLayout
 from pipo.pipeline.executor import Places
 from pipo.pipeline.sides import Side
@@ -66,6 +66,7 @@ class DeviceMemory:
     layouts: Mapping[UnitId, DeviceLayout]
     arrays: Mapping[str, DevicePlace]
     kv: Mapping[int, tuple[DevicePlace, DevicePlace]]
+    kv_shape: KvShape
 
     def vector(self, name: str) -> DevicePlace:
         return self.vectors[name]
@@ -80,8 +81,10 @@ class DeviceMemory:
     def logits(self, first_row: int, num_outputs: int) -> DevicePlace:
         return _beyond(self.arrays["logits"], PassBuffers.logits_offset(first_row, num_outputs))
 
-    def keys_and_values(self, block_idx: int) -> tuple[DevicePlace, DevicePlace]:
-        return self.kv[block_idx]
+    def keys_and_values(self, block_idx: int, sequence: int) -> tuple[DevicePlace, DevicePlace]:
+        keys, values = self.kv[block_idx]
+        shape = self.kv_shape
+        return _beyond(keys, sequence * shape.sequence_bytes_k), _beyond(values, sequence * shape.sequence_bytes_v)
 
     def bind(self, graph: Graph, leaves: Mapping[str, DevicePlace]) -> Binding:
         return graph.device_binding(leaves)
@@ -106,8 +109,7 @@ class MovingKv:
         self._slot_of_stage = {stage: i % len(slots) for i, stage in enumerate(block_of_stage)}
         self._slots = slots
         self._saved: dict[int, Handle] = {}  # by slot: the newest save from it
-        self.start = 0  # of the pass: positions before it are loaded
-        self.num_tokens = 0  # of the pass: positions from `start` on are saved
+        self.rows = PassRows([0], 0)  # of the pass: positions before the starts are loaded, those after them saved
 
     @property
     def places(self) -> dict[int, tuple[DevicePlace, DevicePlace]]:
@@ -116,16 +118,24 @@ class MovingKv:
 
     def load(self, stage_idx: int, up: DeviceTransfer) -> Handle:
         saved = self._saved.get(self._slot_of_stage[stage_idx])
-        return up.submit(self._rows(stage_idx, 0, self.start), "keys and values", [saved] if saved else [])
+        first = self.rows.first
+        copies = [c for i, start in enumerate(self.rows.starts) for c in self._rows(stage_idx, first + i, 0, start)]
+        return up.submit(copies, "keys and values", [saved] if saved else [])
 
     def save(self, stage_idx: int, down: DeviceTransfer) -> Handle:
-        handle = down.submit(self._rows(stage_idx, self.start, self.num_tokens), "keys and values")
+        first, num_new = self.rows.first, self.rows.tokens_each
+        copies = [
+            c for i, start in enumerate(self.rows.starts) for c in self._rows(stage_idx, first + i, start, num_new)
+        ]
+        handle = down.submit(copies, "keys and values")
         self._saved[self._slot_of_stage[stage_idx]] = handle
         return handle
 
-    def _rows(self, stage_idx: int, first: int, num_rows: int) -> list[Copy]:
+    def _rows(self, stage_idx: int, sequence: int, first: int, num_rows: int) -> list[Copy]:
+        """Of one sequence."""
         block = self._block_of_stage[stage_idx]
         keys, values = self._slots[self._slot_of_stage[stage_idx]]
+        first += sequence * self._shape.num_rows
         sources = (
             (self._cache.address_k(block), keys, self._shape.type_k.row_bytes(self._shape.kv_size)),
             (self._cache.address_v(block), values, self._shape.type_v.row_bytes(self._shape.kv_size)),
@@ -150,8 +160,8 @@ class DeviceStages:
         self._buffers = buffers
         self._moving_kv = moving_kv
 
-    def take_shape(self, shape: ShapeClass, stage_idxs: Sequence[int]) -> None:
-        self._side.take_shape(shape, stage_idxs)
+    def take_shape(self, shape: ShapeClass, stage_idxs: Sequence[int], sequence: int) -> None:
+        self._side.take_shape(shape, stage_idxs, sequence)
 
     def compute(self, stage_idx: int, place: Place | DevicePlace | None) -> None:
         self._side.compute(stage_idx, place)
@@ -159,9 +169,9 @@ class DeviceStages:
     def compute_all(self, place_of: Callable[[int], Place | DevicePlace | None]) -> None:
         self._side.compute_all(place_of)
 
-    def begin_pass(self, start: int, num_tokens: int) -> None:
+    def begin_pass(self, rows: PassRows) -> None:
         if self._moving_kv is not None:
-            self._moving_kv.start, self._moving_kv.num_tokens = start, num_tokens
+            self._moving_kv.rows = rows
         for name in ("positions", "kv_rows", "mask", "out_rows"):
             self._move(name, DeviceBuffer.upload)
 

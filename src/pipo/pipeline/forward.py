@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pipo.compute.device import DevicePlace
 from pipo.kvcache.cache import KvShape, kv_rows_class
 from pipo.models.stage import ShapeClass, StageKind
-from pipo.pipeline.buffers import PassBuffers
+from pipo.pipeline.buffers import PassBuffers, PassRows
 from pipo.pipeline.embedding import Embedding
 from pipo.pipeline.executor import Executor
 from pipo.pipeline.kv_room import KvRoom
@@ -31,13 +31,13 @@ WHOLE_PASS = -2  # in place of a stage's index: all of them at once, when every 
 class DeviceSide(Protocol):
     """Stages that compute on a device, and what crosses between it and RAM in a pass."""
 
-    def take_shape(self, shape: ShapeClass, stage_idxs: Sequence[int]) -> None: ...
+    def take_shape(self, shape: ShapeClass, stage_idxs: Sequence[int], sequence: int) -> None: ...
 
     def compute(self, stage_idx: int, place: Place | DevicePlace | None) -> None: ...
 
     def compute_all(self, place_of: Callable[[int], Place | DevicePlace | None]) -> None: ...
 
-    def begin_pass(self, start: int, num_tokens: int) -> None:
+    def begin_pass(self, rows: PassRows) -> None:
         """Bring the inputs of a pass but the hidden state."""
 
     def bring_hidden(self) -> None:
@@ -69,7 +69,7 @@ class _Needs:
 
 
 class Forward:
-    """Runs passes over one sequence's KV cache. Threads: one at a time."""
+    """Runs passes over the KV cache of one or more sequences. Threads: one at a time."""
 
     def __init__(
         self,
@@ -85,8 +85,8 @@ class Forward:
         moves_kv: bool = False,
         choose_threads: Callable[[int], None] = lambda num_tokens: None,
     ) -> None:
-        """`kv` is the shape of all blocks' cache. `kv_room` is there where it grows. `moves_kv`: that of the device's
-        blocks lives in RAM. `choose_threads` hears of the tokens of each pass before it computes.
+        """`kv` is the shape of all blocks' cache, `kv_room` what grows of it in RAM. `moves_kv`: that of the device's
+        blocks lives there. `choose_threads` hears of the tokens of each pass before it computes.
         """
         self._model = model
         self._sides = sides
@@ -106,6 +106,7 @@ class Forward:
         self._without_outputs = self._split([n for n in needs if not self._is_output(n.stage_idx)])
         self._all_units = [need.unit_id for need in needs if need.unit_id is not None]
         self._is_hidden_on_device = False
+        self._num_positions = [0] * kv.num_sequences  # of each sequence
 
     def take_stats(self) -> PassStats:
         """The counters since they were last taken."""
@@ -120,27 +121,48 @@ class Forward:
     def max_outputs(self) -> int:
         return self._buffers.shape.max_outputs
 
-    def run(self, token_ids: Sequence[int], start: int, outputs: Sequence[int] = ()) -> npt.NDArray[np.float32]:
-        """Pass tokens at positions start, start + 1, …; `outputs` are indices into `token_ids`.
+    @property
+    def num_sequences(self) -> int:
+        """That have keys and values at a time."""
+        return self._kv.num_sequences
+
+    def run(
+        self, token_ids: Sequence[int], start: int, outputs: Sequence[int] = (), sequence: int = 0
+    ) -> npt.NDArray[np.float32]:
+        """Pass tokens of one sequence at positions start, start + 1, …; `outputs` are indices into `token_ids`.
 
         Returns logits (outputs, vocabulary), valid until the next pass. Without outputs the head is neither read nor
-        computed. The KV cache then holds these positions; after an error it does not.
+        computed. The KV cache then holds these positions and no later ones; after an error it does not.
         Raises TransferError, ComputeError, Cancelled.
         """
-        num_tokens, num_outputs = len(token_ids), len(outputs)
-        needs = self._with_outputs if outputs else self._without_outputs
-        if self._kv_room is not None and self._kv_room.hold(start + num_tokens):
+        return self._run(token_ids, PassRows([start], len(token_ids), sequence), outputs)
+
+    def run_batch(self, token_ids: Sequence[int], starts: Sequence[int]) -> npt.NDArray[np.float32]:
+        """One token of each of the first sequences, at its start. Returns logits (sequences, vocabulary), as `run`."""
+        assert len(token_ids) == len(starts) <= self.num_sequences
+        return self._run(token_ids, PassRows(starts, 1), range(len(starts)))
+
+    def forget(self) -> None:
+        """The keys and values of all sequences: the memory they grew into is free for others."""
+        self._num_positions = [0] * self.num_sequences
+
+    def _run(self, token_ids: Sequence[int], rows: PassRows, outputs: Sequence[int]) -> npt.NDArray[np.float32]:
+        num_outputs = len(outputs)
+        needs = self._with_outputs if num_outputs else self._without_outputs
+        for sequence, end in rows.ends:
+            self._num_positions[sequence] = end
+        if self._kv_room is not None and self._kv_room.hold(max(self._num_positions)):
             self._sides.cpu.forget_places()
-        self._choose_threads(num_tokens)
-        self._take_shape(num_tokens, start + num_tokens, max(num_outputs, 1), needs)
-        self._buffers.prepare(start, num_tokens, np.asarray(outputs, np.int32))
+        self._choose_threads(rows.num_tokens)
+        self._take_shape(rows, max(num_outputs, 1), needs)
+        self._buffers.prepare(rows, np.asarray(outputs, np.int32), self._kv.num_rows)
         self._embedding.gather(token_ids, self._buffers.hidden, self._table_address())
         self._is_hidden_on_device = False
         if self._sides.device is not None and needs.on_device:
-            self._sides.device.begin_pass(start, num_tokens)
+            self._sides.device.begin_pass(rows)
         self._executor.run(self._steps(needs), partial(self._compute, needs))
-        self._executor.stats.num_tokens += num_tokens
-        if not outputs:
+        self._executor.stats.num_tokens += rows.num_tokens
+        if not num_outputs:
             return np.empty((0, 0), np.float32)
         if self._sides.device is not None and self._pieces[0].stage_idx in self._sides.on_device:
             self._sides.device.return_logits()
@@ -151,13 +173,15 @@ class Forward:
             return [Step(StepKind.COMPUTE, WHOLE_PASS)]
         return self._schedule(needs.needs, self._all_units, self._executor.residency.copy())
 
-    def _take_shape(self, num_tokens: int, num_positions: int, num_outputs: int, needs: _Needs) -> None:
-        kv_rows = kv_rows_class(num_positions)
-        assert kv_rows <= self._kv.num_rows, "the caller keeps to the context"
-        shape = ShapeClass(num_tokens, kv_rows, num_outputs, self._kv.type_k, self._kv.type_v)
-        self._sides.cpu.take_shape(shape, needs.on_cpu)
+    def _take_shape(self, rows: PassRows, num_outputs: int, needs: _Needs) -> None:
+        kv, kv_rows = self._kv, kv_rows_class(rows.num_positions)
+        assert kv_rows <= kv.num_rows, "the caller keeps to the context"
+        shape = ShapeClass(rows.num_tokens, kv_rows, num_outputs, kv.type_k, kv.type_v)
+        if len(rows.starts) > 1:
+            shape = replace(shape, num_sequences=len(rows.starts), kv_stride_rows=kv.num_rows)
+        self._sides.cpu.take_shape(shape, needs.on_cpu, rows.first)
         if self._sides.device is not None:
-            self._sides.device.take_shape(shape, needs.on_device)
+            self._sides.device.take_shape(shape, needs.on_device, rows.first)
 
     def _compute(self, needs: _Needs, stage_idx: int, place: Place | DevicePlace | None) -> None:
         is_whole = stage_idx == WHOLE_PASS

@@ -42,7 +42,8 @@ class Memory(Protocol[A]):
 
     def logits(self, first_row: int, num_outputs: int) -> A: ...
 
-    def keys_and_values(self, block_idx: int) -> tuple[A, A]: ...
+    def keys_and_values(self, block_idx: int, sequence: int) -> tuple[A, A]:
+        """Of a sequence, and of those after it."""
 
     def bind(self, graph: Graph, leaves: Mapping[str, A]) -> Binding: ...
 
@@ -68,8 +69,8 @@ class CpuMemory:
     def logits(self, first_row: int, num_outputs: int) -> int:
         return self.array("logits") + self._buffers.logits_offset(first_row, num_outputs)
 
-    def keys_and_values(self, block_idx: int) -> tuple[int, int]:
-        return self._cache.address_k(block_idx), self._cache.address_v(block_idx)
+    def keys_and_values(self, block_idx: int, sequence: int) -> tuple[int, int]:
+        return self._cache.address_k(block_idx, sequence), self._cache.address_v(block_idx, sequence)
 
     def bind(self, graph: Graph, leaves: Mapping[str, int]) -> Binding:
         return graph.binding(leaves)
@@ -97,11 +98,14 @@ class Side(Generic[A]):
         self._whole: _Bound | None = None
         self._shape: ShapeClass | None = None
         self._stage_idxs: Sequence[int] = ()
+        self._sequence = 0
 
-    def take_shape(self, shape: ShapeClass, stage_idxs: Sequence[int]) -> None:
-        """Of the passes to come, and the stages that each computes. What was bound for others is of no use any more."""
-        if shape != self._shape or stage_idxs is not self._stage_idxs:
-            self._shape, self._stage_idxs = shape, stage_idxs
+    def take_shape(self, shape: ShapeClass, stage_idxs: Sequence[int], sequence: int) -> None:
+        """Of the passes to come, the stages that each computes, and the first sequence they are for. What was bound for
+        others is of no use any more.
+        """
+        if shape != self._shape or stage_idxs is not self._stage_idxs or sequence != self._sequence:
+            self._shape, self._stage_idxs, self._sequence = shape, stage_idxs, sequence
             self.forget_places()
 
     def forget_places(self) -> None:
@@ -150,7 +154,7 @@ class Side(Generic[A]):
             leaves |= {role: memory.matrix(unit, spec.name, place) for role, spec in stage.matrices.items()}
         leaves |= {name: memory.array(name) for name in PassBuffers.INPUTS}
         if stage.kind is StageKind.ATTENTION:
-            leaves["k_cache"], leaves["v_cache"] = memory.keys_and_values(stage.block_idx)
+            leaves["k_cache"], leaves["v_cache"] = memory.keys_and_values(stage.block_idx, self._sequence)
         elif stage.kind is StageKind.HEAD:
             leaves["logits"] = memory.logits(self._pieces[stage_idx].start, self._shape.num_outputs)
         return leaves

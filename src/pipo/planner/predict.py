@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,13 +9,13 @@ from pipo.base.machine import MachineProfile
 from pipo.planner.cost import PassLoad, StageCost, beside_each_other, step_costs
 from pipo.planner.device_placement import DevicePlacement
 from pipo.planner.placement import Placement, SlotClass
-from pipo.planner.residency import Need, Pool, Residency, SlotId, UnitId, empty_pool
+from pipo.planner.residency import Need, Pool, Residency, UnitId, numbered_slots
 from pipo.planner.schedule import Schedule
 from pipo.planner.simulate import Forecast, Line, StepCosts
 
 # seconds from one pass's logits to the next one's first graph: sampling, detokenising, handing over (docs/log.md)
 BETWEEN_PASSES_S = 0.0003
-FEW_ROWS = 2  # up to which computing is reading weights from memory, which is what it shares with the drive
+FEW_ROWS = 4  # up to which computing is reading weights from memory, which is what it shares with the drive
 COLD_PASSES = 3  # of a prefill, simulated one by one: what stays arrives, the slots fill
 LIKE_PASSES = 6  # simulated of the rest; each stands for those around it, which differ in the positions they see
 
@@ -63,7 +62,7 @@ class Shapes:
 class Placed:
     """A model on a machine: who lives where in RAM and, where one computes, on the machine's first device.
 
-    `decode_threads` compute on the CPU in passes of few rows; None: all there are.
+    `decode_threads` compute a pass of one token on the CPU; None: all there are.
     """
 
     shapes: Shapes
@@ -128,7 +127,7 @@ class Placed:
         if self.is_one_graph:
             start_s = self.machine.devices[1 if there else 0].graph_start_s
             costs = replace(costs, compute={stage: seconds - start_s for stage, seconds in costs.compute.items()})
-        use = self.machine.shared_use(self.decode_threads)
+        use = self.machine.shared_use(self.decode_threads if load.num_tokens == 1 else None)
         if use is not None and load.num_tokens <= FEW_ROWS:
             costs = beside_each_other(costs, use, self._read_in_every_pass)
         return replace(costs, between_passes=BETWEEN_PASSES_S)
@@ -164,14 +163,9 @@ def _pool(
     stays: Sequence[bool], slot_class: Sequence[int], slots: Sequence[SlotClass], units: frozenset[UnitId] | None = None
 ) -> Pool:
     """Of these units, all where None is named."""
-    pool, first = empty_pool(), 0
-    for each in slots:
-        pool.free.append(deque(SlotId(first + i) for i in range(each.num_slots)))
-        first += each.num_slots
     ours = [UnitId(i) for i in range(len(stays)) if units is None or i in units]
-    pool.classes = {unit: slot_class[unit] for unit in ours if not stays[unit]}
-    pool.missing = {unit for unit in ours if stays[unit]}
-    return pool
+    classes = {unit: slot_class[unit] for unit in ours if not stays[unit]}
+    return Pool(classes, numbered_slots([each.num_slots for each in slots]), {unit for unit in ours if stays[unit]})
 
 
 def _prefill_s(placed: Placed, schedule: Schedule, workload: Workload) -> float:

@@ -8,8 +8,10 @@ each step to their own as it happens.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import accumulate
 from typing import NamedTuple, NewType
 
 UnitId = NewType("UnitId", int)
@@ -105,6 +107,12 @@ class Pool:
 
     def copy(self) -> Pool:
         return Pool(self.classes, [deque(slots) for slots in self.free], set(self.missing), dict(self.held))
+
+
+def numbered_slots(counts: Sequence[int]) -> list[deque[SlotId]]:
+    """So many of each class, numbered from 0 through all of them: what is free before the first pass."""
+    firsts = accumulate(counts, initial=0)
+    return [deque(map(SlotId, range(first, first + count))) for first, count in zip(firsts, counts, strict=False)]
 
 
 def empty_pool() -> Pool:

@@ -1,0 +1,62 @@
+"""One answer as it grows: a token from each pass's logits, the text that can be shown, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipo.generation.request import FinishReason, SamplingParams
+from pipo.generation.sampling import Sampled, Sampler
+from pipo.generation.stops import StopMatcher
+
+
+class Detokenizer(Protocol):
+    def push(self, token_id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one pass added: a token (None when the last piece only flushes text) and the text that can be shown."""
+
+    token: Sampled | None
+    text: str
+    finish: FinishReason | None = None
+
+
+class Answer:
+    """Ends when the model does, at a stop string, or after `max_tokens`: the piece that says so is the last one."""
+
+    def __init__(
+        self, params: SamplingParams, max_tokens: int, end_ids: frozenset[int], detokenizer: Detokenizer
+    ) -> None:
+        self.num_passes = 0  # whose logits it has taken
+        self._params = params
+        self._max_tokens = max_tokens
+        self._end_ids = end_ids
+        self._detokenizer = detokenizer
+        self._sampler = Sampler(params)
+        self._stops = StopMatcher(params.stop)
+
+    def take(self, logits: npt.NDArray[np.float32], history: Sequence[int]) -> Piece:
+        """Choose from logits (vocabulary). `history` is prompt and answer so far. Raises ComputeError."""
+        sampled = self._sampler.sample(logits, history)
+        self.num_passes += 1
+        if sampled.token_id in self._end_ids and not self._params.ignore_eos:
+            return Piece(None, self._rest(), FinishReason.STOP)
+        text = self._stops.feed(self._detokenizer.push(sampled.token_id))
+        if self._stops.hit is not None:
+            return Piece(sampled, text, FinishReason.STOP)
+        if self.num_passes == self._max_tokens:
+            text += self._rest()
+            return Piece(sampled, text, FinishReason.LENGTH if self._stops.hit is None else FinishReason.STOP)
+        return Piece(sampled, text)
+
+    def _rest(self) -> str:
+        """What was held back for a whole character, and for a stop string that did not come."""
+        return self._stops.feed(self._detokenizer.flush()) + self._stops.flush()

@@ -1,0 +1,68 @@
+"""Where keys and values lie, and which of their pages a context does not use yet."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipo.base.tensor_type import TensorType
+from pipo.base.units import PAGE_BYTES
+from pipo.kvcache.cache import ROWS_PER_CLASS, ROWS_PER_PAGE, KvCache, KvShape
+from pipo.tiers.ram import Place
+
+types = st.sampled_from([TensorType.F16, TensorType.F32, TensorType.Q8_0, TensorType.Q4_0])
+shapes = st.builds(
+    KvShape,
+    num_layers=st.integers(1, 4),
+    kv_size=st.integers(1, 24).map(lambda n: 32 * n),
+    num_rows=st.integers(1, 6).map(lambda n: ROWS_PER_CLASS * n),
+    type_k=types,
+    type_v=types,
+    num_sequences=st.integers(1, 5),
+)
+
+
+@given(shapes, st.integers(1, 6 * ROWS_PER_CLASS))
+def test_unused_pages_hold_no_row_in_use(shape: KvShape, num_rows: int) -> None:
+    num_rows = min(num_rows, shape.num_rows)
+    unused = sorted(shape.unused_ranges(num_rows))
+    assert all(start % PAGE_BYTES == end % PAGE_BYTES == 0 and start < end for start, end in unused)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(unused))
+    assert shape.used_bytes(num_rows) == shape.num_bytes - sum(end - start for start, end in unused)
+    cache = _cache(shape)
+    for block in range(shape.num_layers):
+        for sequence in range(shape.num_sequences):
+            for address, type_ in (
+                (cache.address_k(block, sequence), shape.type_k),
+                (cache.address_v(block, sequence), shape.type_v),
+            ):
+                end = address + num_rows * type_.row_bytes(shape.kv_size)
+                assert 0 <= address < end <= shape.num_bytes
+                assert all(stop <= address or end <= start for start, stop in unused)
+
+
+@given(shapes, st.integers(1, 40))
+def test_pages_never_take_more_than_is_counted(shape: KvShape, num_pages: int) -> None:
+    num_rows = min(num_pages * ROWS_PER_PAGE, shape.num_rows)
+    assert shape.used_bytes(num_rows) <= -(-num_rows // ROWS_PER_PAGE) * shape.page_bytes
+    assert shape.used_bytes(shape.num_rows) == shape.num_bytes
+
+
+@given(shapes)
+def test_sequences_and_blocks_do_not_overlap(shape: KvShape) -> None:
+    cache = _cache(shape)
+    spans = []
+    for block in range(shape.num_layers):
+        for sequence in range(shape.num_sequences):
+            k, v = cache.address_k(block, sequence), cache.address_v(block, sequence)
+            spans += [(k, k + shape.sequence_bytes_k), (v, v + shape.sequence_bytes_v)]
+    spans.sort()
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+    assert spans[-1][1] <= shape.num_bytes
+
+
+def _cache(shape: KvShape) -> KvCache:
+    """At address 0."""
+    return KvCache(shape, Place(memoryview(b""), 0, shape.num_bytes), range(shape.num_layers))
