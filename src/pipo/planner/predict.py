@@ -15,7 +15,7 @@ from pipo.planner.simulate import Forecast, Line, StepCosts
 
 # seconds from one pass's logits to the next one's first graph: sampling, detokenising, handing over (docs/log.md)
 BETWEEN_PASSES_S = 0.0003
-FEW_ROWS = 16  # up to which computing is reading weights from memory, which is what it shares with the drive
+FEW_ROWS = 16  # up to which a pass and the drive are taken to slow each other as with one row (docs/log.md)
 COLD_PASSES = 3  # of a prefill, simulated one by one: what stays arrives, the slots fill
 LIKE_PASSES = 6  # simulated of the rest; each stands for those around it, which differ in the positions they see
 
