@@ -18,10 +18,12 @@ from pipo.base.trace import Zone
 from pipo.engine import Engine
 from pipo.generation.request import SamplingParams
 from pipo.model_file import ModelFile
+from pipo.planner.predict import Workload
 
 SCHEDULES = ("layer", "pipelined")
 NUM_PASSES = 4  # of which the last is shown: by then everything that stays has arrived
 FIRST_BLOCK, NUM_BLOCKS = 4, 6
+LONGEST_GAP_S = 0.005  # between chunks of one read: a longer one lies between two passes
 COLOURS = {"attention": "#2f6db5", "mlp": "#c8632b"}
 
 
@@ -38,10 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _traced(path: Path, ram: str, num_tokens: int, schedule: str) -> list[Zone]:
     """Of the last pass over a prompt, from its first stage on."""
     config = EngineConfig(
-        ram=ram, context_tokens=NUM_PASSES * num_tokens + 1, schedule=schedule, prefill_chunk=num_tokens, trace=True
+        ram=ram, context_tokens=NUM_PASSES * num_tokens + 2, schedule=schedule, prefill_chunk=num_tokens, trace=True
     )
     with Engine(ModelFile(path), config) as engine:
-        engine.start(engine.make_plan())
+        engine.start(engine.make_plan(workload=Workload(NUM_PASSES * num_tokens, 2)))
         prompt = random_prompt(NUM_PASSES * num_tokens, 0, engine.model.manifest.hyper.vocab_size)
         for _ in engine.stream(prompt, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)):
             pass
@@ -65,19 +67,24 @@ def _picture(args: argparse.Namespace, schedule: str, zones: Sequence[Zone], sec
     lanes = [("drive → RAM", list(_reads(zones))), ("CPU", list(_computed(zones)))]
     busy = [sum(max(min(bar.end, end) - max(bar.begin, begin), 0) for bar in bars) / seconds for _, bars in lanes]
     subtitle = (
-        f"{args.model.stem}, --ram {args.ram}, {args.tokens} tokens a pass, measured: attention (A, blue) and MLP (M, "
-        f"orange) of each block. Drive busy for {busy[0]:.0%}, CPU for {busy[1]:.0%} of the time shown."
+        f"Measured with --ram {args.ram}, {args.tokens} tokens a pass: attention (A) and MLP (M) of each block. "
+        f"Drive busy for {busy[0]:.0%} of the time shown, CPU for {busy[1]:.0%}."
     )
-    return Picture(f"--schedule {schedule}", subtitle, lanes, begin, end)
+    return Picture(f"--schedule {schedule} · {args.model.stem}", subtitle, lanes, begin, end)
 
 
 def _reads(zones: Sequence[Zone]) -> Iterator[Bar]:
     """A unit from its first chunk to its last; where two are on their way at once, the earlier one is shown."""
-    chunks: dict[str, list[Zone]] = {}
-    for zone in zones:
-        if zone.row.startswith("read") and zone.name.split()[0] in COLOURS:
-            chunks.setdefault(zone.name, []).append(zone)
-    spans = sorted((min(z.start_s for z in each), max(z.end_s for z in each), name) for name, each in chunks.items())
+    chunks = [zone for zone in zones if zone.row.startswith("read") and zone.name.split()[0] in COLOURS]
+    spans: list[tuple[float, float, str]] = []
+    newest: dict[str, int] = {}  # of each unit: its span
+    for zone in sorted(chunks, key=lambda zone: zone.start_s):
+        idx = newest.get(zone.name)
+        if idx is not None and zone.start_s < spans[idx][1] + LONGEST_GAP_S:
+            spans[idx] = (spans[idx][0], max(spans[idx][1], zone.end_s), zone.name)
+        else:
+            newest[zone.name] = len(spans)
+            spans.append((zone.start_s, zone.end_s, zone.name))
     last = 0.0
     for start_s, end_s, name in spans:
         if end_s > last:

@@ -172,7 +172,8 @@ def _plan(setup: PipoSetup) -> PlanFacts:
 
 def _forecast(setup: PipoSetup, num_tokens: int) -> PassForecast:
     with Engine(ModelFile(setup.path), _config(setup)) as engine:
-        expected = engine.forecast(engine.make_plan(), PassLoad(1, num_tokens, num_tokens * 3))
+        plan = engine.make_plan(workload=_workload(setup))
+        expected = engine.forecast(plan, PassLoad(1, num_tokens, num_tokens * 3))
     return PassForecast(expected.seconds, expected.busy[Lane.CPU], expected.busy[Lane.DRIVE])
 
 

@@ -1,7 +1,8 @@
 """The paper's ablation, measured: three orders of the same steps, from little compute per byte to much of it.
 
-More tokens in a pass are more compute for the same bytes. Each ratio stands beside what the simulator says of this
-very placement, from figures that the machine was measured with in the same run.
+Each order has the same budget and layout, planned as any request is: slots by simulation. More tokens in a pass are
+more compute for the same bytes. Each ratio stands beside what the simulator says of this very placement, from figures
+that the machine was measured with in the same run.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ def measure(lab: Lab) -> Iterator[Row]:
     for share in SHARES:
         ram_bytes = smallest + int((roomy.needed_bytes - smallest) * share)
         for tokens in TOKENS:
-            yield from _point(lab, replace(lab.setup(ram_bytes), prefill_chunk=tokens), tokens, share)
+            request = max(_PASSES * tokens, _PROMPT_TOKENS), 2
+            setup = replace(lab.setup(ram_bytes), prefill_chunk=tokens, request=request)
+            yield from _point(lab, setup, tokens, share)
 
 
 def _point(lab: Lab, setup: PipoSetup, tokens: int, share: float) -> Iterator[Row]:
-    setups = {name: replace(setup, schedule=name) for name in SCHEDULE_NAMES}
+    layout = "repacked" if lab.plan(setup).repacked_types else "plain"
+    setups = {name: replace(setup, schedule=name, layout=layout) for name in SCHEDULE_NAMES}
     expected = {name: lab.forecast(Forecast(each, tokens)) for name, each in setups.items()}
     with lab.started(setups) as engines:
         seconds = _run_rounds(lab, engines, tokens)
