@@ -88,7 +88,6 @@ class DeviceShares:
             blueprint.largest_shape(context_tokens, chunk),
             blueprint.buffer_shape(context_tokens, chunk),
             blueprint.kv_shape(context_tokens),
-            config.num_sequences,
         )
         return device_demand(model.stages, model.manifest.hyper, device, self._compute, sizes, limit)
 

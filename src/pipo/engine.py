@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -39,6 +41,8 @@ from pipo.text.chat_template import Message
 TRACE_SHARE = 16  # the zones of a trace may take this fraction of the budget
 LEAST_TRACE_BYTES = 4 * MIB  # or this much: some 70 tokens of 30 blocks
 TOKENS_PER_SAMPLE = 16  # of the memory in use: between two passes, with caches cold, a sample takes 0.1 ms
+
+Pieces = abc.Generator[tuple[int, Piece], None, None]  # of several answers, each with the index of its prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,47 +284,39 @@ class Engine:
         params: SamplingParams,
         on_prefill: Callable[[int, int], None],
     ) -> Iterator[Piece]:
-        """On the compute thread: generate, and keep the accounts of prefill and decode apart."""
-        assert self._assembly is not None
-        forward = self._assembly.forward
-        forward.take_stats()
-        detokenizer = self.model.tokenizer.detokenizer(prompt)
+        """On the compute thread."""
+        tokenizer = self.model.tokenizer
 
         def note_chunk(done: int, total: int) -> None:
             self._peak.sample()
             on_prefill(done, total)
 
-        prefill: PassStats | None = None
-        num_generated = 0
-        try:
-            pieces = generator.generate(prompt, params, self.model.tokenizer.end_ids, detokenizer, note_chunk)
-            for piece in pieces:
-                prefill = prefill or forward.take_stats()
-                num_generated += piece.token is not None
-                if num_generated % TOKENS_PER_SAMPLE == 1:
-                    self._peak.sample()
+        pieces = generator.generate(prompt, params, tokenizer.end_ids, tokenizer.detokenizer(prompt), note_chunk)
+        with closing(self._accounted(generator, ((0, piece) for piece in pieces))) as accounted:
+            for _, piece in accounted:
                 yield piece
-        finally:
-            self._peak.sample()
-            rest = forward.take_stats()
-            decode = rest if prefill else PassStats()
-            self.report = Report(generator.timing, prefill or rest, decode, num_generated, self._peak.peak_bytes)
 
     def _answer_batch(
         self, generator: Generator, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> Iterator[tuple[int, Piece]]:
-        """On the compute thread, as `_answer`."""
+        """On the compute thread."""
+        tokenizer = self.model.tokenizer
+        detokenizers = [tokenizer.detokenizer(prompt) for prompt in prompts]
+        return self._accounted(generator, generator.generate_batch(prompts, params, tokenizer.end_ids, detokenizers))
+
+    def _accounted(self, generator: Generator, pieces: Iterator[tuple[int, Piece]]) -> Pieces:
+        """The same, while the accounts of prefill and decode are kept apart."""
         assert self._assembly is not None
         forward = self._assembly.forward
         forward.take_stats()
-        tokenizer = self.model.tokenizer
-        detokenizers = [tokenizer.detokenizer(prompt) for prompt in prompts]
         prefill: PassStats | None = None
         num_generated = 0
         try:
-            for i, piece in generator.generate_batch(prompts, params, tokenizer.end_ids, detokenizers):
+            for i, piece in pieces:
                 prefill = prefill or forward.take_stats()
                 num_generated += piece.token is not None
+                if num_generated % TOKENS_PER_SAMPLE == 1:
+                    self._peak.sample()
                 yield i, piece
         finally:
             self._peak.sample()

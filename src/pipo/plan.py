@@ -247,12 +247,9 @@ class PlanMaker:
         """The largest power of two whose keys and values take at most a quarter of the budget, or the least one."""
         blueprint = self._blueprint(False, NARROW_DRIVE, None)
         context = min(LEAST_CONTEXT_TOKENS, trained)
-        while context * 2 <= trained and self._kv_bytes(blueprint, context * 2) * KV_SHARE <= limit:
+        while context * 2 <= trained and blueprint.kv_shape(context * 2).num_bytes * KV_SHARE <= limit:
             context *= 2
         return context
-
-    def _kv_bytes(self, blueprint: Blueprint, context_tokens: int) -> int:
-        return blueprint.kv_shape(context_tokens).num_bytes
 
     def _plan_at(self, context_tokens: int, limit: int) -> Plan:
         return self._plan_with(self._shares.first(context_tokens), context_tokens, limit)

@@ -16,7 +16,7 @@ from pipo.planner.device_placement import place_on_device
 from pipo.planner.placement import Placement, place, smallest_bytes
 from tests.gpu.conftest import first_gpu
 from tests.gpu.test_device_engine import relative_error, split
-from tests.support.rigs import FloatArray, Rig
+from tests.support.rigs import FloatArray, Rig, read_prompts
 
 CHUNK, NUM_NEW, ROOMY = 16, 3, 1 << 30
 PROMPTS = [list(range(5, 45)), [7, 8, 9], list(range(100, 117))]
@@ -43,17 +43,12 @@ def device(lib: Library) -> ComputeDevice:
 def together(rig: Rig, ram: Placement) -> FloatArray:
     """Logits after every prompt, and of the tokens that the CPU would choose. Shape: (1 + NUM_NEW, prompts, vocab)."""
     with rig.running(ram) as forward:
-        rows = []
-        for sequence, prompt in enumerate(PROMPTS):
-            for start in range(0, len(prompt), CHUNK):
-                part = prompt[start : start + CHUNK]
-                found = forward.run(part, start, [len(part) - 1], sequence)
-            rows.append(found[0].copy())
+        after_prompts = read_prompts(forward, PROMPTS, CHUNK)
         ends = [len(prompt) for prompt in PROMPTS]
         answers = [
             forward.run_batch([20 + i, 30 + i, 40 + i], [end + i for end in ends]).copy() for i in range(NUM_NEW)
         ]
-        return np.stack([np.stack(rows), *answers])
+        return np.stack([after_prompts, *answers])
 
 
 @pytest.mark.parametrize("moves_kv", [False, True])

@@ -130,7 +130,9 @@ def test_plan_is_what_is_taken(rig: Rig, device: ComputeDevice) -> None:
     with there.running(there.all_resident()) as forward:
         transcript(forward, PROMPT, CHUNK, 2)
         assert placement.num_bytes * 0.95 <= device.held_bytes <= placement.num_bytes
-    tight = replace(there.blueprint.device, limit_bytes=placement.num_bytes * 94 // 100)  # type: ignore[type-var]
+    share = there.blueprint.device
+    assert share is not None
+    tight = replace(share, limit_bytes=placement.num_bytes * 94 // 100)
     there.blueprint = replace(there.blueprint, device=tight)
     with pytest.raises(OverBudget, match="--vram"), there.running(there.all_resident()):
         pass

@@ -15,7 +15,7 @@ from pipo.base.errors import ContextOverflow, UsageError
 from pipo.generation.request import FinishReason, SamplingParams
 from pipo.pipeline.forward import Forward
 from tests.support.engines import PLENTY, smallest_ram_bytes, start_engine
-from tests.support.rigs import FloatArray, Rig
+from tests.support.rigs import FloatArray, Rig, read_prompts
 
 CHUNK = 16
 LENGTHS = (5, 300, 1, 40, 37)  # of the prompts: two classes of KV length, one of them crossed while decoding
@@ -35,20 +35,9 @@ def rig(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
         yield rig
 
 
-def read_prompts(forward: Forward) -> list[FloatArray]:
-    """Logits (vocab,) after each, in a sequence of its own."""
-    logits = []
-    for sequence, prompt in enumerate(PROMPTS):
-        for start in range(0, len(prompt), CHUNK):
-            part = prompt[start : start + CHUNK]
-            found = forward.run(part, start, [len(part) - 1], sequence)
-        logits.append(found[0].copy())
-    return logits
-
-
 def together(forward: Forward) -> FloatArray:
     """Greedy answers to all prompts in common passes. Shape: (1 + NUM_NEW, prompts, vocab)."""
-    rows = [np.stack(read_prompts(forward))]
+    rows = [read_prompts(forward, PROMPTS, CHUNK)]
     for i in range(NUM_NEW):
         tokens = [int(row.argmax()) for row in rows[-1]]
         rows.append(forward.run_batch(tokens, [len(prompt) + i for prompt in PROMPTS]).copy())

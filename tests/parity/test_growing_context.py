@@ -14,6 +14,7 @@ from pipo.base.clock import RealClock
 from pipo.base.config import SCHEDULE_NAMES, EngineConfig
 from pipo.base.errors import Cancelled
 from pipo.base.trace import NullTracer
+from pipo.compute.devices import CpuBackend
 from pipo.kvcache.cache import ROWS_PER_CLASS, ROWS_PER_PAGE
 from pipo.pipeline.assembly import Assembly
 from pipo.pipeline.forward import Forward
@@ -126,7 +127,8 @@ def test_a_pass_that_was_cancelled_leaves_room_for_the_next(rig: Rig, resident: 
     placement = tight(rig, 40)
     with rig.running(placement) as forward:
         all_logits(forward, PROMPT[:CHUNK], CHUNK)
-        abort = rig.compute.backend.abort  # type: ignore[attr-defined]  # a CpuBackend's
+        assert isinstance(rig.compute.backend, CpuBackend)
+        abort = rig.compute.backend.abort
         abort.set()
         with pytest.raises(Cancelled):
             all_logits(forward, PROMPT, CHUNK)

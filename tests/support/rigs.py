@@ -113,10 +113,15 @@ def all_logits(forward: Forward, token_ids: Sequence[int], chunk: int) -> FloatA
     return np.concatenate([forward.run(part, start, range(len(part))).copy() for part, start in parts])
 
 
-def _prefill(forward: Forward, prompt: Sequence[int], chunk: int) -> FloatArray:
+def read_prompts(forward: Forward, prompts: Sequence[Sequence[int]], chunk: int) -> FloatArray:
+    """Logits after each, which is read into a sequence of its own. Shape: (prompts, vocab)."""
+    return np.stack([_prefill(forward, prompt, chunk, sequence) for sequence, prompt in enumerate(prompts)])
+
+
+def _prefill(forward: Forward, prompt: Sequence[int], chunk: int, sequence: int = 0) -> FloatArray:
     """Logits after the prompt. Shape: (vocab,)."""
     last = (len(prompt) - 1) // chunk * chunk
     for start in range(0, last, chunk):
-        forward.run(prompt[start : start + chunk], start)
-    logits: FloatArray = forward.run(prompt[last:], last, [len(prompt) - last - 1])[0].copy()
+        forward.run(prompt[start : start + chunk], start, sequence=sequence)
+    logits: FloatArray = forward.run(prompt[last:], last, [len(prompt) - last - 1], sequence)[0].copy()
     return logits

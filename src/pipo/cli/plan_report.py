@@ -138,11 +138,12 @@ def _homes(model: ModelFile, plan: Plan) -> list[dict[str, str | int | bool | No
     """Of every unit in the order of a pass: where it lives, and what computes with it."""
     share = plan.device.placement if plan.device else None
     homes: list[dict[str, str | int | bool | None]] = []
+    in_ram = plan.in_use.resident
     stages = [stage for stage in model.stages if stage.matrices]
     for i, stage in enumerate(stages):
         computes = share is not None and share.computes[i]
         is_there = share is not None and share.resident[i]
-        home = "device" if is_there else "ram" if plan.in_use.resident[i] else "disk"
+        home = "device" if is_there else "ram" if in_ram[i] else "disk"
         homes.append(
             {
                 "stage": stage.kind.value,

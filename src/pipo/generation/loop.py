@@ -21,9 +21,6 @@ class ForwardPass(Protocol):
     @property
     def max_tokens(self) -> int: ...
 
-    @property
-    def num_sequences(self) -> int: ...
-
     def run(
         self, token_ids: Sequence[int], start: int, outputs: Sequence[int] = (), sequence: int = 0
     ) -> npt.NDArray[np.float32]:
@@ -102,7 +99,7 @@ class Generator:
             piece = answer.take(logits[-1], self._stored)
             self._take_time(answer.num_passes, self._clock.now() - begin)
             yield piece
-            if piece.finish is not None or piece.token is None:
+            if piece.token is None or piece.finish is not None:
                 return
             logits = self._pass([piece.token.token_id], outputs=[0])
 
@@ -125,31 +122,30 @@ class Generator:
         self._forward.forget()
         self.timing = Timing(sum(map(len, prompts)), 0)
         begin, num_tokens = self._clock.now(), 0
-        logits = [self._read_prompt(i, prompt) for i, prompt in enumerate(prompts)]
-        histories, going = [list(prompt) for prompt in prompts], set(range(len(prompts)))
-        while going:
-            for i in sorted(going):
-                piece = answers[i].take(logits[i], histories[i])
-                num_tokens += piece.token is not None
-                self._take_time(max(num_tokens - len(prompts) + 1, 1), self._clock.now() - begin)
-                yield i, piece
-                if piece.finish is not None or piece.token is None:
-                    going.discard(i)
-                else:
-                    histories[i].append(piece.token.token_id)
-            if going:
-                together = histories[: max(going) + 1]
-                logits = list(self._forward.run_batch([h[-1] for h in together], [len(h) - 1 for h in together]))
-        self._forward.forget()
+        try:
+            logits = [self._read_prompt(i, prompt) for i, prompt in enumerate(prompts)]
+            histories, going = [list(prompt) for prompt in prompts], set(range(len(prompts)))
+            while going:
+                for i in sorted(going):
+                    piece = answers[i].take(logits[i], histories[i])
+                    num_tokens += piece.token is not None
+                    self._take_time(max(num_tokens - len(prompts) + 1, 1), self._clock.now() - begin)
+                    yield i, piece
+                    if piece.token is None or piece.finish is not None:
+                        going.discard(i)
+                    else:
+                        histories[i].append(piece.token.token_id)
+                if going:
+                    together = histories[: max(going) + 1]
+                    logits = list(self._forward.run_batch([h[-1] for h in together], [len(h) - 1 for h in together]))
+        finally:
+            self._forward.forget()
 
     def _read_prompt(self, sequence: int, prompt: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits (vocabulary) after it."""
-        chunk = self._forward.max_tokens
-        last = (len(prompt) - 1) // chunk * chunk
-        for start in range(0, last, chunk):
-            self._forward.run(prompt[start : start + chunk], start, [], sequence)
-        logits = self._forward.run(prompt[last:], last, [len(prompt) - last - 1], sequence)
-        return logits[-1:].copy().reshape(-1)
+        for _, logits in self._read(prompt, 0, sequence):
+            last = logits
+        return last.reshape(-1).copy()
 
     def logits(self, token_ids: Sequence[int], chunk: int) -> Iterator[npt.NDArray[np.float32]]:
         """Logits (tokens of the chunk, vocabulary) of every position, computed afresh. For evaluation and tests."""
@@ -161,15 +157,25 @@ class Generator:
     def _prefill(self, prompt: Sequence[int], on_prefill: Callable[[int, int], None]) -> npt.NDArray[np.float32]:
         cached = min(_common_prefix(self._stored, prompt), len(prompt) - 1)
         del self._stored[cached:]
-        todo, chunk = prompt[cached:], self._forward.max_tokens
+        todo, logits = prompt[cached:], np.empty((0, 0), np.float32)
         self.timing = Timing(len(todo), cached)
-        logits = np.empty((0, 0), np.float32)
-        for start in range(0, len(todo), chunk):
-            part = todo[start : start + chunk]
-            is_last = start + chunk >= len(todo)
-            logits = self._pass(part, outputs=[len(part) - 1] if is_last else [])
-            on_prefill(start + len(part), len(todo))
+        for part, found in self._read(todo, cached, 0):
+            self._stored.extend(part)
+            logits = found
+            on_prefill(len(self._stored) - cached, len(todo))
         return logits
+
+    def _read(
+        self, tokens: Sequence[int], start: int, sequence: int
+    ) -> Iterator[tuple[Sequence[int], npt.NDArray[np.float32]]]:
+        """Chunk by chunk, at positions from `start` on; with each its logits, of which only the last one's last token
+        has any: (1, vocabulary).
+        """
+        chunk = self._forward.max_tokens
+        for done in range(0, len(tokens), chunk):
+            part = tokens[done : done + chunk]
+            outputs = [len(part) - 1] if done + chunk >= len(tokens) else []
+            yield part, self._forward.run(part, start + done, outputs, sequence)
 
     def _take_time(self, num_done: int, seconds: float) -> None:
         """A token was chosen, the `num_done`th, `seconds` after the request."""

@@ -94,7 +94,8 @@ class Assembly:
         schedule = SCHEDULES[blueprint.config.schedule]
         room = None
         if kv_memory is not None:
-            room = self._exit.enter_context(KvRoom(kv_in_ram, kv_memory, placement, executor, self.ledger))
+            room = KvRoom(kv_in_ram, kv_memory, placement, executor, self.ledger)
+            self._exit.callback(room.close)
         return transfer, Forward(
             model,
             sides,

@@ -23,12 +23,11 @@ PLAIN = WeightLayouts(frozenset())  # repacked kernels are the CPU's
 
 @dataclass(frozen=True, slots=True)
 class PassSizes:
-    """Of the largest pass: its graphs, its arrays, and the cache of all blocks for one of its sequences."""
+    """Of the largest pass: its graphs, its arrays, and the cache of all blocks."""
 
     shape: ShapeClass
     buffers: BufferShape
     kv: KvShape
-    num_sequences: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import TracebackType
 
 from pipo.base.units import round_up
 from pipo.kvcache.cache import ROWS_PER_PAGE, KvShape
@@ -79,11 +78,3 @@ class KvRoom:
         """Closing again does nothing. Whatever reads into a home has ended, or keeps its memory until it does."""
         while self._tenants:
             self._tenants.pop().home.close()
-
-    def __enter__(self) -> KvRoom:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
