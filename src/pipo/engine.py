@@ -81,7 +81,13 @@ class Engine:
         self._backend = CpuBackend(self._lib, config.num_threads)
         try:
             self._compute = Compute(self._lib, self._backend, RepackBuffer.find(self._lib))
-            self._planner = PlanMaker(model, config, self._compute, choose_device(self._lib, config.device))
+            device = choose_device(self._lib, config.device)
+            if device is None and config.vram != "auto" and config.device.lower() != "cpu":
+                raise UsageError(
+                    f"--vram {config.vram}: libggml sees no device besides the CPU",
+                    hint="leave it out, or --device cpu",
+                )
+            self._planner = PlanMaker(model, config, self._compute, device)
         except BaseException:
             self._backend.close()
             raise
@@ -111,19 +117,27 @@ class Engine:
         """
         self._check_open()
         self._planner.kept_bytes |= {"log-probabilities": logprobs_bytes} if logprobs_bytes else {}
-        machine = self._machine(on_probe) if workload is not None else None
         try:
-            return self._planner.make(context_tokens, workload, machine)
+            return self._planned(context_tokens, workload, on_probe)
         except OverBudget:
             if not self._shrink_trace():
                 raise
-            return self._planner.make(context_tokens, workload, machine)
+            return self._planned(context_tokens, workload, on_probe)
 
-    def _machine(self, on_probe: Progress) -> MachineProfile | None:
-        """What this machine was measured to do, now or before; None where a budget or a file is too small to tell."""
+    def _planned(self, context_tokens: int | None, workload: Workload | None, on_probe: Progress) -> Plan:
+        """A budget that is too small is refused before anything is measured; a probe may leave less of it."""
+        machine = None
+        if workload is not None:
+            machine = self._machine(on_probe, before=lambda: self._planner.make(context_tokens))
+        return self._planner.make(context_tokens, workload, machine)
+
+    def _machine(self, on_probe: Progress, before: Callable[[], object] = lambda: None) -> MachineProfile | None:
+        """What this machine was measured to do, now or before; None where a budget or a file is too small to tell.
+        `before` it is measured now, something else is done.
+        """
         # on the thread that will compute: a second one would leave OpenMP with more threads than cores, and from then
         # on every one of them sleeps at each barrier (0.15 ms a block and token, measured on two cores)
-        (profile,) = self._worker.stream(lambda: iter([self._planner.machine(on_probe)]))
+        (profile,) = self._worker.stream(lambda: iter([self._planner.machine(on_probe, before)]))
         return profile
 
     def forecast(self, plan: Plan, load: PassLoad, on_probe: Progress = lambda step, fraction: None) -> Forecast:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -138,9 +138,12 @@ class PlanMaker:
             return plan
         return self._best(plan, workload, machine)
 
-    def machine(self, on_probe: Progress = lambda step, fraction: None) -> MachineProfile | None:
-        """The profile of this machine, measured now where no earlier one serves: some seconds, of which `on_probe`
-        hears. None where the budget or the file is too small to tell of anything. Computes on this thread.
+    def machine(
+        self, on_probe: Progress = lambda step, fraction: None, before: Callable[[], object] = lambda: None
+    ) -> MachineProfile | None:
+        """The profile of this machine, measured now, after `before`, where no earlier one serves: some seconds, of
+        which `on_probe` hears. None where the budget or the file is too small to tell of anything. Computes on this
+        thread.
         """
         model, config, device = self._model, self._config, self._device
         files = model.manifest.files
@@ -151,6 +154,7 @@ class PlanMaker:
             return None
 
         def measure(wanted: Sequence[TensorType]) -> MachineProfile:
+            before()
             scope = Scope(files, wanted, limit_bytes=limit, drive_s=FIRST_DRIVE_S, compute_s=FIRST_COMPUTE_S)
             assert isinstance(self._compute.backend, CpuBackend)
             assert not isinstance(device, AbsentDevice)

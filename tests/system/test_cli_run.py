@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,24 @@ def test_what_cut_an_answer_is_named(pipo: CommandLine) -> None:
     full = pipo("run", "smollm2", "hi", "--raw", "-c", "20", "--ignore-eos")
     assert "the context of 20 is full" in full.err and "by -n" not in full.err
     assert "cut at 5 tokens by -n" in pipo("run", "smollm2", "hi", "--raw", "-n", "5", "--ignore-eos").err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--vram", "1GB", "--device", "cpu"), "contradict"),
+        (("--vram", "1GB"), "no device besides the CPU"),
+    ],
+)
+def test_memory_of_a_device_that_is_not_there(pipo: CommandLine, arguments: tuple[str, ...], what: str) -> None:
+    ended = pipo("run", "smollm2", "hi", *arguments)
+    assert ended.code == 2 and what in ended.err and not ended.out
+
+
+def test_what_cannot_fit_is_refused_before_the_machine_is_measured(
+    pipo: CommandLine, smollm2_path: Path, tmp_path: Path
+) -> None:
+    fresh = replace(pipo, environment=pipo.environment | {"XDG_CACHE_HOME": str(tmp_path)})
+    ended = fresh("run", str(smollm2_path), "hi", "--ram", "140MB", "-c", "8000")
+    assert ended.code == 2 and "the smallest --ram" in ended.err
+    assert not (tmp_path / "pipo" / "machine.json").exists()

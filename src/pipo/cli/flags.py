@@ -12,6 +12,7 @@ from typing import Annotated, get_type_hints
 import typer
 
 from pipo.base.config import CACHE_TYPE_NAMES, COMPUTE_NAMES, LAYOUT_NAMES, SCHEDULE_NAMES, EngineConfig, resolve_config
+from pipo.base.errors import UsageError
 from pipo.base.folders import config_folder
 from pipo.generation.request import SamplingParams
 
@@ -205,6 +206,8 @@ SystemFlag = Annotated[str | None, typer.Option(metavar="TEXT", help="System pro
 
 def make_config(memory: MemoryFlags, compute: ComputeFlags, *, trace: bool = False) -> EngineConfig:
     """argument > environment > file > default. Raises UsageError."""
+    if memory.vram is not None and compute.device is not None and compute.device.lower() == "cpu":
+        raise UsageError("--vram and --device cpu contradict each other", hint="leave one of them out")
     arguments = memory.arguments | compute.arguments | {"trace": trace or None}
     return resolve_config(arguments, os.environ, config_folder() / "config.toml")
 

@@ -75,8 +75,6 @@ def _check_flags(
         raise UsageError("--svg needs --advise", hint="it draws the curve of tokens per second by batch size")
     if svg is not None and not svg.absolute().parent.is_dir():
         raise UsageError(f"--svg {svg}: there is no folder {svg.absolute().parent}")
-    if memory.vram is not None and compute.device is not None and compute.device.lower() == "cpu":
-        raise UsageError("--vram and --device cpu contradict each other", hint="leave one of them out")
     if machine is not None and compute.threads is not None:
         raise UsageError(
             "--threads and --machine contradict each other", hint="a profile's figures are of the threads it names"
