@@ -169,7 +169,12 @@ def _write_header(path: Path, name: str, model: Shape, mix: Mix, tensors: Sequen
     writer.add_file_type(mix.file_type)
     writer.add_vocab_size(model.vocab_size)
     writer.add_rope_dimension_count(model.hidden_size // model.num_q_heads)
-    _add_vocab(writer, model.vocab_size)
+    add_vocab(writer, model.vocab_size)
+    finish_header(writer, tensors)
+
+
+def finish_header(writer: GGUFWriter, tensors: Sequence[Tensor]) -> None:
+    """Say which tensors follow; their data has to be appended in this order."""
     writer.add_quantization_version(2)
     for tensor in tensors:
         rows_first = tuple(reversed(tensor.shape))
@@ -181,7 +186,7 @@ def _write_header(path: Path, name: str, model: Shape, mix: Mix, tensors: Sequen
     writer.close()
 
 
-def _add_vocab(writer: GGUFWriter, size: int) -> None:
+def add_vocab(writer: GGUFWriter, size: int) -> None:
     """A SentencePiece vocabulary: specials, bytes, characters, and every word of up to three letters until full."""
     special_and_bytes = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces = list(islice(_pieces(), size - len(special_and_bytes)))

@@ -21,12 +21,13 @@ from gguf import GGMLQuantizationType as GgufType
 from gguf.quants import dequantize, quantize
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from tests.support import tiny_mixtures
 from tests.support.tiny_vocab import Tokenizer, add_vocab
 
 torch.set_num_threads(1)  # on matrices this small more threads only wait for each other
 
 FloatArray = npt.NDArray[np.float32]
-Family = Literal["llama", "mistral"]
+Family = Literal["llama", "mistral", "mixtral", "olmoe", "qwen2moe", "qwen3moe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class TinySpec:
     rope_theta: float = 10000.0
     rope_scaling: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
 
 
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -69,7 +72,12 @@ SPECS: Mapping[str, TinySpec] = {
         rope_theta=50000.0, rope_scaling={**_LLAMA3, "original_max_position_embeddings": 64}, is_tied=True, seed=8
     ),
     "mistral": TinySpec(family="mistral", head_dim=24, norm_epsilon=1e-6, rope_theta=1e6, seed=9),
+    "mixtral": TinySpec(family="mixtral", num_layers=3, seed=10),
+    "olmoe": TinySpec(family="olmoe", num_kv_heads=4, num_experts=16, num_experts_per_tok=4, seed=11),
+    "qwen2moe": TinySpec(family="qwen2moe", num_experts=12, num_experts_per_tok=3, has_attention_bias=True, seed=12),
+    "qwen3moe": TinySpec(family="qwen3moe", head_dim=32, num_experts=16, num_experts_per_tok=5, seed=13),
 }
+MIXTURES = ("mixtral", "olmoe", "qwen2moe", "qwen3moe")
 
 
 def make_model(spec: TinySpec) -> PreTrainedModel:
@@ -77,6 +85,8 @@ def make_model(spec: TinySpec) -> PreTrainedModel:
     model: PreTrainedModel
     if spec.family == "mistral":
         model = MistralForCausalLM(_mistral_config(spec))
+    elif spec.family in MIXTURES:
+        model = tiny_mixtures.make_model(spec.family, _shared_config(spec), spec.num_experts, spec.num_experts_per_tok)
     else:
         model = LlamaForCausalLM(_llama_config(spec))
     _fill(model, spec)
@@ -98,7 +108,7 @@ def write_gguf(
 
     Embeddings and head of a 4- or 5-bit file are Q8_0, where llama.cpp would use Q6_K.
     """
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, architecture_of(model))
     _add_metadata(writer, model, type)
     add_vocab(writer, tokenizer, model.config.vocab_size)
     for name, weight in exported_tensors(model):
@@ -116,14 +126,14 @@ def rounded_model(model: PreTrainedModel, type: GgufType) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
             weight = parameter.numpy()
-            kind = stored_type(_gguf_name(name), weight, type)
+            kind = stored_type("experts" if ".experts." in name else _gguf_name(name), weight, type)
             parameter.copy_(torch.from_numpy(dequantize(quantize(weight, kind), kind)))
     return rounded
 
 
 def stored_type(name: str, weight: FloatArray, type: GgufType) -> GgufType:
-    """The type `write_gguf` gives this tensor: vectors stay F32."""
-    if weight.ndim == 1:
+    """The type `write_gguf` gives this tensor: vectors and routers stay F32."""
+    if weight.ndim == 1 or "ffn_gate_inp" in name:
         return GgufType.F32
     bits = 8 * GGML_QUANT_SIZES[type][1] / GGML_QUANT_SIZES[type][0]
     return GgufType.Q8_0 if bits < 8 and name in ("token_embd.weight", "output.weight") else type
@@ -139,11 +149,22 @@ def exported_tensors(model: PreTrainedModel) -> Iterator[tuple[str, FloatArray]]
         weight = state[name].numpy()
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if ".q_proj." in name:
+        if ".experts." in name:
+            yield from tiny_mixtures.expert_tensors(name, weight)
+            continue
+        if architecture_of(model) == "llama" and ".q_proj." in name:
             weight = pair_neighbours(weight, config.num_attention_heads)
-        elif ".k_proj." in name:
+        elif architecture_of(model) == "llama" and ".k_proj." in name:
             weight = pair_neighbours(weight, config.num_key_value_heads)
+        elif name.endswith("shared_expert_gate.weight"):
+            weight = weight.reshape(-1)
         yield _gguf_name(name), np.ascontiguousarray(weight)
+
+
+def architecture_of(model: PreTrainedModel) -> str:
+    """As llama.cpp names it."""
+    kind: str = model.config.model_type
+    return {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe"}.get(kind, "llama")
 
 
 def pair_neighbours(weight: FloatArray, num_heads: int) -> FloatArray:
@@ -207,8 +228,8 @@ def _mean_and_scale(name: str, shape: tuple[int, ...], *, is_tied: bool) -> tupl
         return 0.0, 0.3
     if "embed_tokens" in name:
         return 0.0, 0.3 if is_tied else 1.0
-    gain = {"q_proj": 1.4, "k_proj": 1.4, "lm_head": 2.0}.get(name.split(".")[-2], 1.0)
-    return 0.0, gain / math.sqrt(shape[1])
+    gain = {"q_proj": 1.4, "k_proj": 1.4, "lm_head": 2.0, "gate": 2.0}.get(name.split(".")[-2], 1.0)
+    return 0.0, gain / math.sqrt(shape[-1])
 
 
 def _add_metadata(writer: GGUFWriter, model: PreTrainedModel, type: GgufType) -> None:
@@ -221,6 +242,7 @@ def _add_metadata(writer: GGUFWriter, model: PreTrainedModel, type: GgufType) ->
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    tiny_mixtures.add_metadata(writer, config)
     _add_rope(writer, config.rope_parameters)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if _head_dim(config) * config.num_attention_heads != config.hidden_size:
@@ -243,7 +265,7 @@ def _add_rope(writer: GGUFWriter, rope: Mapping[str, Any]) -> None:
 
 
 def _head_dim(config: Any) -> int:
-    return int(config.head_dim)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _gguf_name(name: str) -> str:
@@ -266,6 +288,13 @@ _BLOCK_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }
 _FILE_TYPES = {
     GgufType.F32: LlamaFileType.ALL_F32,

@@ -164,7 +164,7 @@ def test_causes_of_a_stall(times: tuple[float, float, float], now: float, want: 
     line = Line()
     line.clock.sleep(now)
     handle = ScriptedHandle(line.clock, *times)
-    line.executor._arrivals[Tier.RAM, UnitId(2)] = _Arrival(handle, line.executor._ram.homes[UnitId(2)])
+    line.executor._arrivals[Tier.RAM, UnitId(2)] = _Arrival(line.units[2], handle, line.executor._ram.homes[UnitId(2)])
     line.executor.run([Step(COMPUTE, 2)], lambda stage_idx, place: None)
     stalls = line.executor.stats.stall_s
     found = [stalls[cause] for cause in (StallCause.QUEUE, StallCause.DISK, StallCause.REPACK)]

@@ -84,6 +84,10 @@ class HyperParameters:
     context_tokens: int  # what the model was trained for
     norm_epsilon: float
     rope: Rope
+    num_experts: int = 0  # routed ones of a block; 0: a dense model
+    num_experts_per_tok: int = 0
+    expert_size: int = 0  # intermediate size of a routed expert; 0: the file does not say
+    shared_expert_size: int = 0  # of the expert that every token passes; 0: the file does not say
 
 
 @dataclass(frozen=True, slots=True)

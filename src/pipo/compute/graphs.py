@@ -137,6 +137,10 @@ class Builder:
             self._refuse(f"swiglu of {gate.shape} and {up.shape}")
         return self._op("swiglu_split", gate.type, gate.shape, gate, up)
 
+    def sigmoid(self, a: Tensor) -> Tensor:
+        self._check_rows("sigmoid", a)
+        return self._op("sigmoid", a.type, a.shape, a)
+
     def reshape(self, a: Tensor, *shape: int) -> Tensor:
         """To rank 2, 3 or 4, without a copy: `a` must lie in one run."""
         if _num_elems(a.shape) != _num_elems(shape) or len(shape) not in (2, 3, 4) or not _is_contiguous(a):
@@ -164,6 +168,13 @@ class Builder:
         if not fits or len(a.shape) != 2 or len(b.shape) != 2 or a.type not in _CACHEABLE:
             self._refuse(f"set_rows of {b.shape} into {a.shape} {a.type.name} at {rows.shape} {rows.type.name}")
         return self._op("set_rows", a.type, a.shape, a, b, rows)
+
+    def every_row(self, a: Tensor, first: int, step: int) -> Tensor:
+        """Rows first, first + step, … of `a` (n, any), without a copy."""
+        if len(a.shape) != 2 or not 0 <= first < step or a.shape[1] % step:
+            self._refuse(f"every {step}th row of {a.shape} from {first} on")
+        shape, row_bytes = (a.shape[0], a.shape[1] // step), a.type.row_bytes(a.shape[0])
+        return self._op("view_2d", a.type, shape, a, *shape, step * row_bytes, first * row_bytes)
 
     def heads_view(
         self, rows: Tensor, head_dim: int, num_heads: int, num_rows: int, num_sequences: int = 1, stride_rows: int = 0

@@ -19,11 +19,17 @@ from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata, ValueType, descri
 
 MAX_SIZE = (1 << 31) - 1
 MAX_LAYERS = 10_000
+MAX_EXPERTS = 4096  # of a block; 512 are the most in files so far
 MAX_EXTRA_BYTES = 1 << 20  # of all arrays without a field together; real ones have an entry per layer or rope section
 ROPE_FREQS = "rope_freqs.weight"
 
 # As `llama_model_rope_type` of llama.cpp has them; converters of the NORMAL ones permute the rows of q and k.
-ROPE_LAYOUTS = {"llama": RopeLayout.NORMAL}
+ROPE_LAYOUTS = {
+    "llama": RopeLayout.NORMAL,
+    "olmoe": RopeLayout.NEOX,
+    "qwen2moe": RopeLayout.NEOX,
+    "qwen3moe": RopeLayout.NEOX,
+}
 _ROPE_SCALINGS = {"none": RopeScaling.NONE, "linear": RopeScaling.LINEAR, "yarn": RopeScaling.YARN}
 
 
@@ -56,6 +62,14 @@ class ArchKeys:
         if value is not None and not 1 <= value <= most:
             raise self.wrong(name, str(value), f"a count from 1 to {most}")
         return value
+
+    def count(self, name: str, *, most: int = MAX_SIZE) -> int:
+        """From 0 to `most`; 0 where there is none."""
+        self._taken.add(name)
+        value = self.metadata.integer(self.full(name))
+        if value is not None and not 0 <= value <= most:
+            raise self.wrong(name, str(value), f"a count from 0 to {most}")
+        return value or 0
 
     def number_or_none(self, name: str, least: float, most: float) -> float | None:
         self._taken.add(name)
@@ -126,6 +140,7 @@ def read_hyper_parameters(
     num_q_heads = keys.size("attention.head_count", per_layer=num_layers)
     head_dim = _head_dim(keys, hidden_size, num_q_heads)
     context_tokens = keys.size("context_length")
+    num_experts = keys.count("expert_count", most=MAX_EXPERTS)
     hyper = HyperParameters(
         architecture=keys.architecture,
         hidden_size=hidden_size,
@@ -138,6 +153,10 @@ def read_hyper_parameters(
         context_tokens=context_tokens,
         norm_epsilon=_norm_epsilon(keys),
         rope=_rope(keys, head_dim, context_tokens, tensors.get(ROPE_FREQS)),
+        num_experts=num_experts,
+        num_experts_per_tok=_num_experts_per_tok(keys, num_experts),
+        expert_size=keys.count("expert_feed_forward_length"),
+        shared_expert_size=keys.count("expert_shared_feed_forward_length"),
     )
     return hyper, keys.left_over()
 
@@ -170,6 +189,14 @@ def _num_kv_heads(keys: ArchKeys, num_q_heads: int, num_layers: int) -> int:
     if num_q_heads % num_kv_heads:
         raise keys.wrong("attention.head_count_kv", str(num_kv_heads), f"a divisor of the {num_q_heads} heads")
     return num_kv_heads
+
+
+def _num_experts_per_tok(keys: ArchKeys, num_experts: int) -> int:
+    used = keys.count("expert_used_count", most=MAX_EXPERTS)
+    if bool(used) is not bool(num_experts) or used > num_experts:
+        wanted = f"a count from 1 to the {num_experts} there are" if num_experts else "0, as there are no experts"
+        raise keys.wrong("expert_used_count", str(used), wanted)
+    return used
 
 
 def _vocab_size(keys: ArchKeys, tensors: Mapping[str, TensorSpec]) -> int:

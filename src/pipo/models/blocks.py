@@ -23,10 +23,8 @@ def lay_attention(s: StageBuilder) -> None:
     x = s.rms_norm("attn_norm", hidden)
     positions = ops.leaf("positions", TensorType.I32, num_tokens)
     factors = s.weight("rope_freqs.weight") if h.rope.scaling is RopeScaling.FREQ_FACTORS else None
-    q = ops.reshape(s.linear("attn_q", x), h.head_dim, h.num_q_heads, num_tokens)
-    k = ops.reshape(s.linear("attn_k", x), h.head_dim, h.num_kv_heads, num_tokens)
-    q = ops.rope(q, positions, h.rope, factors)
-    k = ops.rope(k, positions, h.rope, factors)
+    q = ops.rope(_heads(s, "attn_q", x, h.num_q_heads), positions, h.rope, factors)
+    k = ops.rope(_heads(s, "attn_k", x, h.num_kv_heads), positions, h.rope, factors)
     keys, values = _store(s, ops.reshape(k, h.head_dim * h.num_kv_heads, num_tokens), s.linear("attn_v", x))
     sequences: tuple[int, ...] = ()
     if s.shape.num_sequences > 1:
@@ -36,6 +34,17 @@ def lay_attention(s: StageBuilder) -> None:
     mixed = ops.flash_attention(ops.permute(q, 0, 2, 1), keys, values, mask, 1.0 / sqrt(h.head_dim))
     flat = ops.reshape(mixed, h.head_dim * h.num_q_heads, num_tokens)
     ops.expand(ops.add_inplace(hidden, s.linear("attn_output", flat)))
+
+
+def _heads(s: StageBuilder, role: str, x: Tensor, num_heads: int) -> Tensor:
+    """(head_dim, heads, T), normalised where the family does that: over each head (Qwen 3) or all of them (OLMoE)."""
+    y, norm = s.linear(role, x), f"{role}_norm"
+    if not s.has(f"{norm}.weight"):
+        return s.ops.reshape(y, s.hyper.head_dim, num_heads, s.shape.num_tokens)
+    is_over_all = s.size_of(f"{norm}.weight") > s.hyper.head_dim
+    y = s.rms_norm(norm, y) if is_over_all else y
+    heads = s.ops.reshape(y, s.hyper.head_dim, num_heads, s.shape.num_tokens)
+    return heads if is_over_all else s.rms_norm(norm, heads)
 
 
 def _store(s: StageBuilder, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

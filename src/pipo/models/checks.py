@@ -40,6 +40,16 @@ class TensorBook:
             raise UnsupportedModel(f"{self._manifest.name}: {name} is {spec.type.name}; vectors must be F32")
         return spec
 
+    def experts(self, name: str, num_in: int, num_out: int, num_experts: int) -> TensorSpec:
+        """The matrices of all routed experts of a block, as one tensor (in, out, experts)."""
+        first = name.replace("_exps", ".0")
+        if not self.has(name) and self.has(first):
+            raise UnsupportedModel(
+                f"{self._manifest.name}: has a tensor for each expert ({first}), as llama.cpp wrote them before 2024",
+                hint="convert the model again: one tensor holds all experts of a block",
+            )
+        return self._tensor(name, (num_in, num_out, num_experts))
+
     def linears(self, block_idx: int, **shapes: tuple[int, int]) -> Linears:
         matrices, biases = {}, {}
         for role, (num_in, num_out) in shapes.items():
@@ -48,6 +58,13 @@ class TensorBook:
             if self.has(f"{name}.bias"):
                 biases[f"{role}.bias"] = self.vector(f"{name}.bias", num_out)
         return Linears(matrices, biases)
+
+    def refuse_dense(self) -> None:
+        """Raises MalformedFile: the family is one of mixtures of experts, and the file names none."""
+        architecture = self._manifest.hyper.architecture
+        raise MalformedFile(
+            f"{self._manifest.name}: key '{architecture}.expert_count' is missing or 0, wanted the experts of a block"
+        )
 
     def refuse_leftovers(self) -> None:
         """Raises UnsupportedModel when the file holds tensors nobody asked for: it needs more than we would run."""

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from pipo.base.errors import UnsupportedModel
 from pipo.base.manifest import Manifest
 from pipo.models.llama import llama_stages
+from pipo.models.mixtures import olmoe_stages, qwen2moe_stages, qwen3moe_stages
 from pipo.models.stage import Stage
 
 FAMILIES: dict[str, Callable[[Manifest], list[Stage]]] = {
     "llama": llama_stages,
+    "olmoe": olmoe_stages,
+    "qwen2moe": qwen2moe_stages,
+    "qwen3moe": qwen3moe_stages,
 }
 
 

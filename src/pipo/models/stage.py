@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
-from pipo.base.manifest import HyperParameters, TensorSpec
+from pipo.base.manifest import Extent, HyperParameters, TensorSpec
 from pipo.base.tensor_type import TensorType
 from pipo.compute.graphs import Builder, Tensor, WeightType
 
@@ -14,6 +14,8 @@ from pipo.compute.graphs import Builder, Tensor, WeightType
 class StageKind(Enum):
     ATTENTION = "attention"
     MLP = "mlp"
+    ROUTER = "router"  # says which experts each token passes
+    EXPERTS = "experts"  # those of a block that were chosen
     FINAL_NORM = "final_norm"
     HEAD = "head"
 
@@ -40,11 +42,53 @@ class ShapeClass:
         return self.num_tokens // self.num_sequences
 
 
+class Sum(Enum):
+    """Where the results of experts are added up. All of them add in the order of the experts' numbers."""
+
+    AT_ONCE = "at once"  # all experts of the only token, straight onto the hidden state
+    LATER = "later"  # each into its row of `expert_out`: some experts are not there yet
+    NOW = "now"  # rows of `expert_out` onto the hidden state
+    IN_ORDER = "in order"  # one expert onto its rows of the hidden state, after those before it
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """`num_experts` that are computed in one graph, each with `num_rows` of the pass's `num_tokens`."""
+
+    sum: Sum
+    num_tokens: int
+    num_experts: int = 0
+    num_rows: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertBank:
+    """The routed experts of a block. `matrices` by role as the file has them: (in, out, experts)."""
+
+    matrices: Mapping[str, TensorSpec]
+    num_experts: int
+    num_experts_per_tok: int
+    renormalise: bool  # the weights of those that a token passes add up to 1
+    lay: Callable[[StageBuilder, ExpertShape], None]
+
+    def expert(self, expert_idx: int) -> dict[str, TensorSpec]:
+        """One expert's matrices (in, out) by role."""
+        return {role: _slice(spec, expert_idx) for role, spec in self.matrices.items()}
+
+
+def _slice(spec: TensorSpec, expert_idx: int) -> TensorSpec:
+    """Named `blk.0.ffn_up_exps.weight[3]`."""
+    size = spec.num_bytes // spec.shape[2]
+    extent = Extent(spec.extent.file_idx, spec.extent.offset + expert_idx * size, size)
+    return replace(spec, name=f"{spec.name}[{expert_idx}]", shape=spec.shape[:2], extent=extent)
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One step of a pass: its weights by role, and how to lay its ops over them.
 
-    `matrices` are the stage's unit: they move. `vectors` (norms, biases, rope factors) are small and always resident.
+    `matrices` are the stage's unit: they move. `vectors` (norms, biases, rope factors, routers) are small and always
+    resident. A stage of EXPERTS has a `bank` instead, each of whose experts is a unit, and lays its ops with that.
     """
 
     kind: StageKind
@@ -52,11 +96,18 @@ class Stage:
     matrices: Mapping[str, TensorSpec]
     vectors: Mapping[str, TensorSpec]
     lay: Callable[[StageBuilder], None]
+    bank: ExpertBank | None = None
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """Of all that moves, experts as the file has them."""
+        return [*self.matrices.values(), *(self.bank.matrices.values() if self.bank else ())]
 
     def signature(self, is_repacked: Callable[[str], bool]) -> tuple[object, ...]:
         """Equal for stages whose graphs are the same but for the addresses of their weights."""
-        weights = [(role, s.shape, s.type, is_repacked(s.name)) for role, s in self.matrices.items()]
-        return (self.kind, *weights, *((role, s.shape) for role, s in self.vectors.items()))
+        weights = [(spec.shape, spec.type, is_repacked(spec.name)) for spec in self.specs]
+        vectors = [(role, spec.shape, spec.type) for role, spec in self.vectors.items()]
+        return (self.kind, self.lay, *self.matrices, *weights, *vectors)
 
 
 class StageBuilder:
@@ -74,14 +125,26 @@ class StageBuilder:
     def has(self, role: str) -> bool:
         return role in self._stage.matrices or role in self._stage.vectors
 
+    def size_of(self, role: str) -> int:
+        """Elements of a vector of this stage."""
+        return self._stage.vectors[role].shape[0]
+
     def weight(self, role: str) -> Tensor:
         """A matrix (in, out) or vector (n,) of this stage, as a leaf named by its role."""
         spec = self._stage.matrices.get(role)
         if spec is not None:
-            layout = WeightType(spec.type, self._is_repacked(spec.name))
-            return self.ops.weight(role, layout, *spec.shape)
+            return self.ops.weight(role, self._layout(spec), *spec.shape)
         spec = self._stage.vectors[role]
         return self.ops.leaf(role, spec.type, *spec.shape)
+
+    def expert_weight(self, role: str, slot: int) -> Tensor:
+        """A matrix (in, out) of the expert in this place of the graph, as a leaf named `role.slot`."""
+        assert self._stage.bank is not None
+        spec = self._stage.bank.matrices[role]
+        return self.ops.weight(f"{role}.{slot}", self._layout(spec), *spec.shape[:2])
+
+    def _layout(self, spec: TensorSpec) -> WeightType:
+        return WeightType(spec.type, self._is_repacked(spec.name))
 
     def linear(self, role: str, x: Tensor) -> Tensor:
         """`weight @ x`, plus the bias where the model has one."""

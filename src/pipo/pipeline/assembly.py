@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
@@ -18,12 +19,15 @@ from pipo.pipeline.buffers import BufferShape, PassBuffers
 from pipo.pipeline.device_engine import DeviceEngine, InRam
 from pipo.pipeline.embedding import Embedding, embedding_bytes
 from pipo.pipeline.executor import Executor, Places
+from pipo.pipeline.expert_cache import ExpertCache
+from pipo.pipeline.expert_stages import ExpertStages
+from pipo.pipeline.expert_units import ExpertUnits, expert_slot_bytes
 from pipo.pipeline.forward import EMBEDDING_TABLE, Forward, Sides
 from pipo.pipeline.kv_room import KvRoom
 from pipo.pipeline.sides import CpuMemory, Model, Side
 from pipo.pipeline.stage_graphs import Compute, StageGraphs
 from pipo.pipeline.units import Unit, cut_head, make_units
-from pipo.planner.placement import KV_CACHE, Placement
+from pipo.planner.placement import EXPERT_RECORD_BYTES, EXPERTS, KV_CACHE, Placement
 from pipo.planner.residency import Pool, Residency, SlotId, UnitId, numbered_slots
 from pipo.planner.schedule import SCHEDULES
 from pipo.store.index import RepackRows
@@ -31,6 +35,7 @@ from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Arena, GrowingMemory, Place
 from pipo.transfer.disk import DiskTransfer
 
+AHEAD_IN_FLIGHTS = 2  # of what the drive should have been asked for: a finished read waits for its turn
 _HELD_BY_PARTS = frozenset({KV_CACHE, "transfer buffers", "norms"})  # these reserve their own bytes
 
 
@@ -81,7 +86,8 @@ class Assembly:
         kv_memory = self._kv_memory(kv_in_ram)
         cache = KvCache(kv_in_ram, kv_memory.place if kv_memory else None, blocks)
         in_ram = InRam(self._load_vectors(stages, transfer), buffers, cache)
-        cpu = Side(model, self._graphs(blueprint, stages, largest), CpuMemory(in_ram.vectors, buffers, in_ram.cache))
+        graphs = self._graphs(blueprint, stages, largest)
+        cpu = Side(model, graphs, CpuMemory(in_ram.vectors, buffers, in_ram.cache))
         residency, sides, link = Residency(pool), Sides(cpu), None
         if blueprint.device is not None:
             hyper = blueprint.manifest.hyper
@@ -89,7 +95,9 @@ class Assembly:
             self._exit.callback(device.close)
             residency = Residency(pool, device.pool, device.units)
             sides, link = Sides(cpu, device.stages, device.stage_idxs), device.link
-        executor = Executor(units, ram, residency, transfer, clock, tracer, blueprint.is_aborted, link)
+        experts = self._experts(blueprint, placement, model, graphs, buffers)
+        residency.experts = experts.cache if experts else None
+        executor = Executor(units, ram, residency, transfer, clock, tracer, blueprint.is_aborted, link, experts)
         embedding = self._embedding(blueprint, transfer, executor, chunk)
         schedule = SCHEDULES[blueprint.config.schedule]
         room = None
@@ -105,6 +113,7 @@ class Assembly:
             kv,
             schedule,
             room,
+            experts,
             moves_kv=blueprint.moves_kv,
             choose_threads=choose_threads,
         )
@@ -155,8 +164,30 @@ class Assembly:
         free = numbered_slots([each.num_slots for each in placement.slots])
         for ids, each in zip(free, placement.slots, strict=True):
             slots |= zip(ids, self._split("slots", [each.slot_bytes] * each.num_slots), strict=True)
+        for ids, experts in zip(_ids_of_expert_slots(placement), placement.expert_slots, strict=True):
+            slots |= zip(ids, self._split(EXPERTS, [experts.slot_bytes] * experts.num_slots), strict=True)
+            self._exit.enter_context(self.ledger.reserve(EXPERTS, experts.num_slots * EXPERT_RECORD_BYTES))
         classes = {u.unit_id: placement.slot_class[min(u.unit_id, last)] for u in streamed}
         return Places(homes, slots), Pool(classes, free, {u.unit_id for u in resident})
+
+    def _experts(
+        self,
+        blueprint: Blueprint,
+        placement: Placement,
+        model: Model,
+        graphs: StageGraphs,
+        buffers: PassBuffers,
+    ) -> ExpertStages | None:
+        """None for a dense model."""
+        if not placement.expert_slots:
+            return None
+        units = ExpertUnits(model.stages, blueprint.layouts, len(model.units))
+        sizes = [each.slot_bytes for each in placement.expert_slots]
+        banks = [stage.bank for stage in model.stages if stage.bank is not None]
+        slot_class = [sizes.index(expert_slot_bytes(bank, blueprint.layouts)) for bank in banks]
+        cache = ExpertCache(units.ids, slot_class, _ids_of_expert_slots(placement))
+        num_ahead = -(-AHEAD_IN_FLIGHTS * blueprint.drive.in_flight_bytes // max(sizes))
+        return ExpertStages(model.stages, units, cache, graphs, buffers, max(num_ahead, banks[0].num_experts_per_tok))
 
     def _make_homes(self, resident: Sequence[Unit]) -> dict[UnitId, Place]:
         places = self._split("resident weights", [u.layout.num_bytes for u in resident])
@@ -197,6 +228,12 @@ class Assembly:
 
     def close(self) -> None:
         self._exit.close()
+
+
+def _ids_of_expert_slots(placement: Placement) -> list[deque[SlotId]]:
+    """By class, after those of all other slots."""
+    first = sum(each.num_slots for each in placement.slots)
+    return numbered_slots([each.num_slots for each in placement.expert_slots], first)
 
 
 def _choice_of_threads(compute: Compute, decode_threads: int | None) -> Callable[[int], None]:

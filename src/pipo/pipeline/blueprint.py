@@ -14,13 +14,14 @@ from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.kvcache.cache import CACHE_TYPES, ROWS_PER_PAGE, KvShape, kv_rows_class, kv_shape
 from pipo.models.stage import ShapeClass, Stage
-from pipo.pipeline.buffers import BufferShape
+from pipo.pipeline.buffers import BufferShape, ExpertCounts
 from pipo.pipeline.device_share import DeviceShare
 from pipo.pipeline.embedding import embedding_bytes
+from pipo.pipeline.expert_units import expert_slot_bytes
 from pipo.pipeline.forward import EMBEDDING_TABLE
 from pipo.pipeline.stage_graphs import Compute, StageGraphs, graphs_bytes
 from pipo.pipeline.units import WeightLayouts, unit_sizes
-from pipo.planner.placement import KV_CACHE, ChunkCost, Demand, KvPage, UnitSize
+from pipo.planner.placement import KV_CACHE, ChunkCost, Demand, ExpertClass, KvPage, UnitSize
 from pipo.transfer.disk import DriveSettings
 
 CHUNKS = (16, 32, 64, 128, 256, 512)  # prefill chunks the planner may choose from
@@ -76,7 +77,8 @@ class Blueprint:
 
     def buffer_shape(self, context_tokens: int, chunk_tokens: int) -> BufferShape:
         h, rows = self.manifest.hyper, kv_rows_class(context_tokens)
-        return BufferShape(h.hidden_size, h.vocab_size, chunk_tokens, rows, self.num_outputs)
+        experts = ExpertCounts(h.num_experts, h.num_experts_per_tok) if h.num_experts else None
+        return BufferShape(h.hidden_size, h.vocab_size, chunk_tokens, rows, self.num_outputs, experts)
 
     @property
     def num_outputs(self) -> int:
@@ -97,6 +99,16 @@ class Blueprint:
         """Read buffers of the transfer workers: for rows on their way through repacking, and for embeddings."""
         is_repacking = bool(self.layouts.repacked)
         return round_up(self.drive.bounce_bytes(repacks=is_repacking, group_bytes=self.group_bytes), PAGE_BYTES)
+
+    @property
+    def experts(self) -> tuple[ExpertClass, ...]:
+        """By size: blocks whose experts have other types have larger or smaller ones."""
+        banks = [stage.bank for stage in self.stages if stage.bank is not None]
+        sizes = [expert_slot_bytes(bank, self.layouts) for bank in banks]
+        return tuple(
+            ExpertClass(size, sum(each == size for each in sizes) * banks[0].num_experts, banks[0].num_experts_per_tok)
+            for size in sorted(set(sizes))
+        )
 
     @property
     def group_bytes(self) -> int:
@@ -121,9 +133,9 @@ def choose_layouts(
         return WeightLayouts(frozenset())
     names = set()
     for stage in stages:
-        for spec in stage.matrices.values():
+        for spec in stage.specs:
             is_chosen = wanted == "repacked" or all_resident or spec.type in FAST_TO_REPACK
-            if is_chosen and spec.name not in on_device and repack.supports(spec.type, spec.shape):
+            if is_chosen and spec.name not in on_device and repack.supports(spec.type, spec.shape[:2]):
                 names.add(spec.name)
     return WeightLayouts(frozenset(names))
 
@@ -148,14 +160,15 @@ def demand(
         KV_CACHE: kv.used_bytes(round_up(context_tokens, ROWS_PER_PAGE)),
         "transfer buffers": blueprint.bounce_bytes,
         "norms": vector_bytes(blueprint.stages),
-        "graphs": graphs_bytes(len(blueprint.stages)),
+        "graphs": graphs_bytes(len(blueprint.stages), blueprint.manifest.hyper.num_experts_per_tok),
         "encoding": round_up(context_tokens * ENCODING_BYTES_PER_TOKEN, PAGE_BYTES),
         "answer": round_up(context_tokens * ANSWER_BYTES_PER_TOKEN, PAGE_BYTES) * num_sequences,
         "process": process_bytes + GROWTH_BYTES,
         **kept_bytes,
     }
     in_flight = blueprint.drive.chunk_bytes * blueprint.drive.num_workers
-    return Demand(blueprint.unit_sizes, fixed, chunks, limit_bytes, in_flight, KvPage(ROWS_PER_PAGE, kv.page_bytes))
+    page = KvPage(ROWS_PER_PAGE, kv.page_bytes)
+    return Demand(blueprint.unit_sizes, fixed, chunks, limit_bytes, in_flight, page, blueprint.experts)
 
 
 def _chunks(blueprint: Blueprint, context_tokens: int) -> list[int]:

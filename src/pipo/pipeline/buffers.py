@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,36 @@ from pipo.kvcache.cache import kv_rows_class
 from pipo.tiers.ram import Place
 
 _ALIGNMENT = 128
+# up to which the results of a pass's experts are kept apart until all are there: some may be missing. With more tokens
+# nearly all experts of a block are needed, and are added as they come
+FEW_TOKENS = 16
+
+
+def row_class(num_rows: int) -> int:
+    """Rows of an expert's graph: a few sizes, so that few graphs serve; at most a quarter and three more than asked."""
+    if num_rows <= 4:
+        return num_rows
+    step = 4
+    while num_rows > 8 * step and step < 64:
+        step *= 2
+    return round_up(num_rows, step)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCounts:
+    """Of a mixture: the experts of a block, and how many of them a token passes."""
+
+    num_experts: int
+    num_experts_per_tok: int
+
+    def num_results(self, max_tokens: int) -> int:
+        """Rows of results that are kept apart; the last ones are for rows that pad an expert's graph."""
+        return (min(max_tokens, FEW_TOKENS) + 1) * self.num_experts_per_tok
+
+    def num_rows(self, max_tokens: int) -> int:
+        """Of all experts' graphs together, at most."""
+        pairs = max_tokens * self.num_experts_per_tok
+        return pairs + pairs // 4 + 3 * min(self.num_experts, pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +54,33 @@ class BufferShape:
     max_tokens: int
     num_kv_rows: int
     max_outputs: int
+    experts: ExpertCounts | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of each array."""
         t, rows, out = self.max_tokens, self.num_kv_rows, self.max_outputs
         return {
-            "hidden": t * self.hidden_size * 4,
+            "hidden": (t if self.experts is None else t + 1) * self.hidden_size * 4,
             "positions": t * 4,
             "kv_rows": t * 8,
             "mask": t * rows * 2,
             "out_rows": out * 4,
             "normed": out * self.hidden_size * 4,
             "logits": out * self.vocab_size * 4,
+            **({} if self.experts is None else self._expert_sizes(self.experts)),
+        }
+
+    def _expert_sizes(self, experts: ExpertCounts) -> dict[str, int]:
+        t, row, num_rows = self.max_tokens, self.hidden_size * 4, experts.num_rows(self.max_tokens)
+        return {
+            "ffn_x": (t + 1) * row,
+            "router": t * experts.num_experts * 4,
+            "next_router": t * experts.num_experts * 4,
+            "expert_out": experts.num_results(t) * row,
+            "expert_rows": num_rows * 4,
+            "expert_out_rows": num_rows * 8,
+            "expert_weights": num_rows * 4,
         }
 
     @property
@@ -71,6 +115,7 @@ class PassBuffers:
     """Addresses of the arrays by leaf name, and the writes that prepare a pass."""
 
     INPUTS = ("hidden", "positions", "kv_rows", "mask", "out_rows", "normed")  # leaves of the stages
+    EXPERT_INPUTS = ("ffn_x", "router", "next_router")
 
     def __init__(self, shape: BufferShape, place: Place) -> None:
         self.shape = shape
@@ -86,7 +131,8 @@ class PassBuffers:
         self._out_rows = arrays["out_rows"].view(np.int32)
         self._logits = arrays["logits"].view(np.float32)
         self.used_bytes: dict[str, int] = {}  # of the pass that was prepared last
-        self.hidden = arrays["hidden"].view(np.float32).reshape(shape.max_tokens, shape.hidden_size)
+        self.hidden = arrays["hidden"].view(np.float32).reshape(-1, shape.hidden_size)[: shape.max_tokens]
+        self.arrays = arrays
 
     def prepare(self, rows: PassRows, outputs: npt.NDArray[np.int32], stride_rows: int = 0) -> None:
         """Positions, KV rows and the causal mask. A sequence's rows begin `stride_rows` after those of the last one."""
@@ -105,7 +151,7 @@ class PassBuffers:
 
     def _used(self, num_tokens: int, num_rows: int, num_outputs: int) -> dict[str, int]:
         s = self.shape
-        return BufferShape(s.hidden_size, s.vocab_size, num_tokens, num_rows, num_outputs).sizes
+        return replace(s, max_tokens=num_tokens, num_kv_rows=num_rows, max_outputs=num_outputs).sizes
 
     def logits(self, pieces: list[tuple[int, int]], num_outputs: int) -> npt.NDArray[np.float32]:
         """(outputs, vocabulary). A view for one output; a copy that joins the head's pieces for several."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, Protocol, TypeVar
 
@@ -34,7 +34,15 @@ class Places(Generic[P]):
 class Transfer(Protocol):
     """Disk → RAM."""
 
-    def submit(self, reads: Sequence[Read], place: Place, label: str, after: Handle | None = None) -> Handle: ...
+    def submit(
+        self, reads: Sequence[Read], place: Place, label: str, after: Handle | None = None, *, is_guess: bool = False
+    ) -> Handle: ...
+
+    def hurry(self, handle: Handle) -> None:
+        """What was a guess is wanted for certain."""
+
+    def drop(self, handle: Handle) -> bool:
+        """What was a guess is not wanted. False where it has begun."""
 
     def check_files(self) -> None: ...
 
@@ -66,6 +74,33 @@ class NoDevice:
     save_kv = load_kv
 
 
+class Experts(Protocol):
+    """Stages whose units are known late."""
+
+    def unit(self, unit_id: UnitId) -> Unit: ...
+
+    def steps(self, stage_idx: int, is_here: Callable[[UnitId], bool]) -> Iterator[Step]:
+        """Once the router's scores are there: those that bring the experts and compute them. Each is done before the
+        next one is asked for.
+        """
+
+    def compute(self, step: Step, experts: Sequence[tuple[Unit, Place]]) -> None:
+        """With the units of the step, where they are."""
+
+
+class NoExperts:
+    """For dense models."""
+
+    def unit(self, unit_id: UnitId) -> Unit:
+        raise AssertionError("there are no experts")
+
+    def steps(self, stage_idx: int, is_here: Callable[[UnitId], bool]) -> Iterator[Step]:
+        raise AssertionError("there are no experts")
+
+    def compute(self, step: Step, experts: Sequence[tuple[Unit, Place]]) -> None:
+        raise AssertionError("there are no experts")
+
+
 Compute = Callable[[int, Place | DevicePlace | None], None]
 
 
@@ -73,6 +108,7 @@ Compute = Callable[[int, Place | DevicePlace | None], None]
 class _Arrival:
     """A unit on its way to a place. A copy to a device may still wait for `source`, the read it copies from."""
 
+    unit: Unit
     handle: Handle
     place: Place | DevicePlace
     source: Handle | None = None
@@ -93,6 +129,7 @@ class Executor:
         tracer: Tracer,
         is_aborted: Callable[[], bool],
         device: DeviceTier | None = None,
+        experts: Experts | None = None,
     ) -> None:
         self.residency = residency
         self.stats = PassStats()
@@ -104,6 +141,7 @@ class Executor:
         self._tracer = tracer
         self._is_aborted = is_aborted
         self._device: DeviceTier = device or NoDevice()
+        self._experts: Experts = experts or NoExperts()
         self._unit_of_stage = {unit.stage_idx: unit for unit in units}
         self._arrivals: dict[tuple[Tier, UnitId], _Arrival] = {}
         self._copying: dict[SlotId, Handle] = {}  # from slots in RAM that are released already
@@ -122,16 +160,17 @@ class Executor:
             if step.kind is StepKind.COMPUTE:
                 self._compute(step.stage_idx, compute)
             else:
-                self._others[step.kind](self, step)
+                self._do(step)
         self.stats.num_passes += 1
         self.stats.wall_s += self._clock.now() - begin
 
     @property
     def is_settled(self) -> bool:
-        """Nothing streams and every unit has arrived. An interrupted pass may have left reads in flight."""
+        """Nothing streams, experts aside, and every unit has arrived. An interrupted pass may have left reads in flight."""
         if not self._is_settled and self.residency.is_settled:
-            have_ended = all(arrival.handle.is_done for arrival in self._arrivals.values())
-            for arrival in self._arrivals.values():
+            arrivals = [a for (_, unit_id), a in self._arrivals.items() if unit_id < len(self._units)]
+            have_ended = all(arrival.handle.is_done for arrival in arrivals)
+            for arrival in arrivals:
                 arrival.handle.wait(0)  # raises what the transfer met, however often one asks
             self._is_settled = have_ended
         return self._is_settled
@@ -167,11 +206,16 @@ class Executor:
         """Where the stage of a unit that has arrived computes with it."""
         return self._arrivals[self.residency.tier_of(unit_id), unit_id].place
 
+    def _do(self, step: Step) -> None:
+        self._others[step.kind](self, step)
+
     def _read(self, step: Step) -> None:
         self.residency.apply(step)
-        unit, place = self._units[step.unit_id], self._ram.of(step)
-        handle = self._transfer.submit(unit.layout.reads, place, unit.label, self._copying.pop(step.slot_id, None))
-        self._arrivals[Tier.RAM, unit.unit_id] = _Arrival(handle, place)
+        unit = self._units[step.unit_id] if step.unit_id < len(self._units) else self._experts.unit(step.unit_id)
+        place, after = self._ram.of(step), self._copying.pop(step.slot_id, None)
+        is_guess = step.kind is StepKind.GUESS
+        handle = self._transfer.submit(unit.layout.reads, place, unit.label, after, is_guess=is_guess)
+        self._arrivals[Tier.RAM, unit.unit_id] = _Arrival(unit, handle, place)
         self.stats.num_reads += 1
         self.stats.bytes_read += unit.num_bytes
 
@@ -181,7 +225,7 @@ class Executor:
         source = self._arrivals[Tier.RAM, unit.unit_id]
         assert isinstance(source.place, Place)
         handle = self._device.load(unit, source.place, target, [source.handle])
-        self._arrivals[Tier.DEVICE, unit.unit_id] = _Arrival(handle, target, source.handle)
+        self._arrivals[Tier.DEVICE, unit.unit_id] = _Arrival(unit, handle, target, source.handle)
         self.stats.bytes_copied += unit.num_bytes
 
     def _compute(self, stage_idx: int, compute: Compute) -> None:
@@ -195,9 +239,39 @@ class Executor:
             self._await(self._kv_loads.pop(stage_idx), "keys and values")
         begin = self._clock.now()
         compute(stage_idx, place)
+        self._end_compute(unit.label if unit else "pass", begin)
+
+    def _end_compute(self, label: str, begin: float) -> None:
         end = self._clock.now()
         self.stats.compute_s += end - begin
-        self._tracer.zone("compute", unit.label if unit else "pass", begin, end)
+        self._tracer.zone("compute", label, begin, end)
+
+    def _route(self, step: Step) -> None:
+        for late in self._experts.steps(step.stage_idx, self._is_here):
+            self._do(late)
+
+    def _is_here(self, unit_id: UnitId) -> bool:
+        arrival = self._arrivals.get((Tier.RAM, unit_id))
+        return arrival is not None and arrival.handle.is_done
+
+    def _compute_experts(self, step: Step) -> None:
+        arrivals = [self._arrivals[Tier.RAM, unit_id] for unit_id in step.units]
+        for arrival in arrivals:
+            self._await(arrival.handle, arrival.unit.label)
+        begin = self._clock.now()
+        self._experts.compute(step, [(a.unit, a.place) for a in arrivals if isinstance(a.place, Place)])
+        self._end_compute(arrivals[0].unit.label if len(arrivals) == 1 else "experts", begin)
+
+    def _hurry(self, step: Step) -> None:
+        self._transfer.hurry(self._arrivals[Tier.RAM, step.unit_id].handle)
+
+    def _drop(self, step: Step) -> None:
+        arrival = self._arrivals[Tier.RAM, step.unit_id]
+        if self._transfer.drop(arrival.handle):
+            del self._arrivals[Tier.RAM, step.unit_id]
+            self.residency.apply(step)
+            self.stats.num_reads -= 1
+            self.stats.bytes_read -= arrival.unit.num_bytes
 
     def _release(self, step: Step) -> None:
         """A slot is free once nothing writes to it or reads from it; cancelled meanwhile, it stays held."""
@@ -217,13 +291,18 @@ class Executor:
         self._kv_saves[step.stage_idx] = self._device.save_kv(step.stage_idx)
 
     def _wait_for_all(self, step: Step) -> None:
-        for (_, unit_id), arrival in list(self._arrivals.items()):
-            self._await(arrival.handle, self._units[unit_id].label, arrival.source)
+        for arrival in list(self._arrivals.values()):
+            self._await(arrival.handle, arrival.unit.label, arrival.source)
         for handle in [*self._kv_loads.values(), *self._kv_saves.values()]:
             self._await(handle, "keys and values")
 
     _others: ClassVar = {
         StepKind.READ: _read,
+        StepKind.GUESS: _read,
+        StepKind.HURRY: _hurry,
+        StepKind.DROP: _drop,
+        StepKind.ROUTE: _route,
+        StepKind.EXPERTS: _compute_experts,
         StepKind.COPY: _copy,
         StepKind.RELEASE: _release,
         StepKind.KV_LOAD: _load_kv,

@@ -16,6 +16,7 @@ from pipo.models.stage import ShapeClass, StageKind
 from pipo.pipeline.buffers import PassBuffers, PassRows
 from pipo.pipeline.embedding import Embedding
 from pipo.pipeline.executor import Executor
+from pipo.pipeline.expert_stages import ExpertStages
 from pipo.pipeline.kv_room import KvRoom
 from pipo.pipeline.sides import Model, Side
 from pipo.pipeline.stats import PassStats
@@ -81,11 +82,12 @@ class Forward:
         kv: KvShape,
         schedule: Schedule,
         kv_room: KvRoom | None = None,
+        experts: ExpertStages | None = None,
         *,
         moves_kv: bool = False,
         choose_threads: Callable[[int], None] = lambda num_tokens: None,
     ) -> None:
-        """`kv` is the shape of all blocks' cache, `kv_room` what grows of it in RAM. `moves_kv`: that of the device's
+        """`kv` is the shape of all blocks' cache, `kv_room` what grows of it in RAM, `experts` those of a mixture. `moves_kv`: that of the device's
         blocks lives there. `choose_threads` hears of the tokens of each pass before it computes.
         """
         self._model = model
@@ -96,6 +98,7 @@ class Forward:
         self._kv = kv
         self._schedule = schedule
         self._kv_room = kv_room
+        self.experts = experts
         self._moves_kv = moves_kv
         self._choose_threads = choose_threads
         self._unit_of_stage = model.unit_of_stage
@@ -111,6 +114,8 @@ class Forward:
     def take_stats(self) -> PassStats:
         """The counters since they were last taken."""
         stats, self._executor.stats = self._executor.stats, PassStats()
+        if self.experts is not None:
+            stats.experts = self.experts.take_stats()
         return stats
 
     @property
@@ -160,6 +165,8 @@ class Forward:
         self._is_hidden_on_device = False
         if self._sides.device is not None and needs.on_device:
             self._sides.device.begin_pass(rows)
+        if self.experts is not None:
+            self.experts.begin_pass(rows.num_tokens)
         self._executor.run(self._steps(needs), partial(self._compute, needs))
         self._executor.stats.num_tokens += rows.num_tokens
         if not num_outputs:
@@ -169,7 +176,8 @@ class Forward:
         return self._buffers.logits([(p.start, p.stop) for p in self._pieces], num_outputs)
 
     def _steps(self, needs: _Needs) -> list[Step]:
-        if self._executor.is_settled and not (needs.on_cpu and needs.on_device) and not self._moves_kv:
+        is_split = (needs.on_cpu and needs.on_device) or self._moves_kv or self.experts is not None
+        if not is_split and self._executor.is_settled:
             return [Step(StepKind.COMPUTE, WHOLE_PASS)]
         return self._schedule(needs.needs, self._all_units, self._executor.residency.copy())
 
@@ -225,9 +233,9 @@ class Forward:
 
     def _need(self, stage_idx: int) -> Need:
         unit = self._unit_of_stage.get(stage_idx)
-        attends = self._model.stages[stage_idx].kind is StageKind.ATTENTION
-        moves_kv = self._moves_kv and attends and stage_idx in self._sides.on_device
-        return Need(stage_idx, unit.unit_id if unit else None, moves_kv)
+        kind = self._model.stages[stage_idx].kind
+        moves_kv = self._moves_kv and kind is StageKind.ATTENTION and stage_idx in self._sides.on_device
+        return Need(stage_idx, unit.unit_id if unit else None, moves_kv, is_routed=kind is StageKind.EXPERTS)
 
     def _is_output(self, stage_idx: int) -> bool:
         return self._model.stages[stage_idx].kind in (StageKind.FINAL_NORM, StageKind.HEAD)

@@ -97,6 +97,8 @@ class Side(Generic[A]):
         self._bound: dict[int, _Bound] = {}
         self._whole: _Bound | None = None
         self._shape: ShapeClass | None = None
+        has_experts = any(stage.kind is StageKind.ROUTER for stage in model.stages)
+        self._arrays = PassBuffers.INPUTS + (PassBuffers.EXPERT_INPUTS if has_experts else ())
         self._stage_idxs: Sequence[int] = ()
         self._sequence = 0
 
@@ -152,7 +154,7 @@ class Side(Generic[A]):
         if place is not None:
             unit = self._unit_of_stage[stage_idx]
             leaves |= {role: memory.matrix(unit, spec.name, place) for role, spec in stage.matrices.items()}
-        leaves |= {name: memory.array(name) for name in PassBuffers.INPUTS}
+        leaves |= {name: memory.array(name) for name in self._arrays}
         if stage.kind is StageKind.ATTENTION:
             leaves["k_cache"], leaves["v_cache"] = memory.keys_and_values(stage.block_idx, self._sequence)
         elif stage.kind is StageKind.HEAD:

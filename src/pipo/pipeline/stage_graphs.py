@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipo.base.manifest import HyperParameters
+from pipo.base.tensor_type import TensorType
 from pipo.compute.device import ComputeDevice
 from pipo.compute.device_backend import DeviceBackend
 from pipo.compute.devices import CpuBackend
@@ -14,18 +15,25 @@ from pipo.compute.ggml import Library
 from pipo.compute.graph import Graph, Workspace
 from pipo.compute.graphs import Builder
 from pipo.compute.repack import RepackBuffer
-from pipo.models.stage import ShapeClass, Stage, StageBuilder, StageKind
+from pipo.models.stage import ExpertShape, ShapeClass, Stage, StageBuilder, StageKind, Sum
+from pipo.pipeline.buffers import FEW_TOKENS, row_class
 from pipo.pipeline.units import WeightLayouts
 
 MAX_GRAPHS = 96  # more than any one request shape needs
 MAX_WHOLE_GRAPHS = 4  # of the whole model, for the newest shapes
+MAX_EXPERT_GRAPHS = 96
+MAX_GROUP = 8  # experts in a graph, unless all of a token's are
 _NODES_PER_STAGE = 48
 _GRAPH_BYTES = 24 << 10  # what one stage's graph touches of its context
 _WHOLE_STAGE_BYTES = 12 << 10  # the same, per stage of a whole graph
+_NODES_PER_EXPERT = 16
 
 
-def graphs_bytes(num_stages: int) -> int:
+def graphs_bytes(num_stages: int, num_experts_per_tok: int = 0) -> int:
     """Most that the graphs' own structures take, without the tensors they compute."""
+    if num_experts_per_tok:
+        group = max(num_experts_per_tok, MAX_GROUP)
+        return MAX_GRAPHS * _GRAPH_BYTES + MAX_EXPERT_GRAPHS * group * _GRAPH_BYTES // 4
     return MAX_GRAPHS * _GRAPH_BYTES + MAX_WHOLE_GRAPHS * num_stages * _WHOLE_STAGE_BYTES
 
 
@@ -57,6 +65,7 @@ class StageGraphs:
         self._workspace = Workspace(compute.lib, compute.device)
         self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
         self._whole: OrderedDict[tuple[int, ShapeClass], Graph] = OrderedDict()
+        self._of_experts: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
         self._signatures: dict[int, tuple[object, ...]] = {}
 
     def measure(self, stages: Sequence[Stage], shape: ShapeClass) -> int:
@@ -80,9 +89,14 @@ class StageGraphs:
             graph.free()
 
     def _largest(self, stages: Sequence[Stage], shape: ShapeClass) -> Iterator[Graph]:
-        for stage in self._distinct(stages):
-            yield self._lay(stage, _relevant(stage.kind, shape)).finish()
-        yield self._lay_all(self._distinct(stages), shape).finish()
+        distinct = self._distinct(stages)
+        for stage in distinct:
+            if stage.bank is None:
+                yield self._lay(stage, _relevant(stage.kind, shape)).finish()
+            for expert_shape in _largest_of_experts(stage, shape.num_tokens):
+                yield self._lay_experts(stage, expert_shape).finish()
+        if not any(stage.bank for stage in stages):
+            yield self._lay_all(distinct, shape).finish()
 
     def get(self, stage: Stage, shape: ShapeClass) -> Graph:
         key = (self._signature(stage), _relevant(stage.kind, shape))
@@ -94,6 +108,18 @@ class StageGraphs:
                 self._graphs.popitem(last=False)[1].free()
         else:
             self._graphs.move_to_end(key)
+        return graph
+
+    def get_experts(self, stage: Stage, shape: ExpertShape) -> Graph:
+        """Of a stage of experts. Leaves of the expert in place i are named `name.i`."""
+        key = (self._signature(stage), shape)
+        graph = self._of_experts.get(key)
+        if graph is None:
+            graph = self._of_experts[key] = self._lay_experts(stage, shape).build(self._workspace)
+            if len(self._of_experts) > MAX_EXPERT_GRAPHS:
+                self._of_experts.popitem(last=False)[1].free()
+        else:
+            self._of_experts.move_to_end(key)
         return graph
 
     def get_whole(self, stages: Sequence[Stage], shape: ShapeClass) -> Graph:
@@ -113,7 +139,7 @@ class StageGraphs:
         graph.run(self._compute.backend)
 
     def close(self) -> None:
-        for graphs in (self._graphs, self._whole):
+        for graphs in (self._graphs, self._whole, self._of_experts):
             while graphs:
                 graphs.popitem()[1].free()
         self._workspace.close()
@@ -136,6 +162,17 @@ class StageGraphs:
             raise
         return ops
 
+    def _lay_experts(self, stage: Stage, shape: ExpertShape) -> Builder:
+        assert stage.bank is not None
+        max_nodes = _NODES_PER_EXPERT * (max(shape.num_experts, stage.bank.num_experts_per_tok) + 1)
+        ops = Builder(self._compute.lib, self._compute.repack, max_nodes=max_nodes)
+        try:
+            stage.bank.lay(StageBuilder(ops, self._hyper, _NO_SHAPE, stage, self._layouts.is_repacked), shape)
+        except BaseException:
+            ops.free()
+            raise
+        return ops
+
     def _lay_all(self, stages: Sequence[Stage], shape: ShapeClass) -> Builder:
         ops = Builder(self._compute.lib, self._compute.repack, max_nodes=_NODES_PER_STAGE * len(stages))
         try:
@@ -148,11 +185,25 @@ class StageGraphs:
         return ops
 
 
+def _largest_of_experts(stage: Stage, num_tokens: int) -> Iterator[ExpertShape]:
+    """Of every way to add, the graph that takes most."""
+    if stage.bank is None:
+        return
+    few = min(num_tokens, FEW_TOKENS)
+    yield ExpertShape(Sum.AT_ONCE, 1, stage.bank.num_experts_per_tok)
+    yield ExpertShape(Sum.LATER, few + 1, MAX_GROUP, row_class(few))
+    yield ExpertShape(Sum.NOW, few)
+    yield ExpertShape(Sum.IN_ORDER, num_tokens + 1, 1, row_class(num_tokens))
+
+
+_NO_SHAPE = ShapeClass(1, 1, 1, TensorType.F16, TensorType.F16)  # experts look at their own
+
+
 def _relevant(kind: StageKind, shape: ShapeClass) -> ShapeClass:
     """The shape with what this kind of stage does not look at set to one, so that its graph is shared."""
     if kind is StageKind.ATTENTION:
         return replace(shape, num_outputs=1)
-    if kind is StageKind.MLP:
+    if kind in (StageKind.MLP, StageKind.ROUTER):
         return replace(shape, num_outputs=1, num_kv_rows=1)
     if kind is StageKind.FINAL_NORM:
         return replace(shape, num_kv_rows=1)

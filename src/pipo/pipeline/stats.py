@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from pipo.pipeline.expert_stats import ExpertStats
+
 
 class StallCause(Enum):
     """What the unit that compute waited for was doing meanwhile."""
@@ -27,6 +29,7 @@ class PassStats:
     compute_s: float = 0.0
     wall_s: float = 0.0
     num_bubbles: int = 0  # times compute had to wait
+    experts: ExpertStats | None = None
     stall_s: dict[StallCause, float] = field(default_factory=lambda: dict.fromkeys(StallCause, 0.0))
 
     @property

@@ -49,6 +49,7 @@ class WeightLayouts:
     repacked: frozenset[str]
 
     def is_repacked(self, name: str) -> bool:
+        """Of a tensor, or of a part of one: rows of the head, or an expert."""
         return name.split("[")[0] in self.repacked
 
     def lay_out(self, stage: Stage) -> UnitLayout:

@@ -19,6 +19,9 @@ from pipo.base.units import PAGE_BYTES, format_size, round_up
 Fit = TypeVar("Fit")
 
 KV_CACHE = "KV cache"  # its name among what is fixed
+EXPERTS = "expert slots"
+EXPERT_RECORD_BYTES = 4096  # of an expert in a slot: its handle, layout and place
+CHUNK_SHARE = 8  # a prefill chunk may take this fraction of what is left, where weights stream for want of it
 GOLDEN = (5**0.5 - 1) / 2
 MAX_EXTRA_SLOTS = 15
 # all weights stay in RAM sooner than a chunk of more tokens than this is taken: streaming is paid for every token of an
@@ -90,6 +93,30 @@ class KvPage:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertClass:
+    """Routed experts of one size, of all blocks together. A token passes `num_experts_per_tok` of a block."""
+
+    slot_bytes: int
+    num_experts: int
+    num_experts_per_tok: int
+
+    def slots(self, num_slots: int) -> ExpertSlots:
+        return ExpertSlots(self.slot_bytes, min(num_slots, self.num_experts))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSlots:
+    """Places for routed experts of one size, and what is kept of each that is in one."""
+
+    slot_bytes: int
+    num_slots: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_slots * (self.slot_bytes + EXPERT_RECORD_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
 class Demand:
     """Everything a placement depends on. `fixed` names what is needed whatever is resident, in bytes.
 
@@ -103,6 +130,7 @@ class Demand:
     limit_bytes: int
     in_flight_bytes: int = 0
     kv_page: KvPage = KvPage()
+    experts: tuple[ExpertClass, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,16 +158,25 @@ class Placement:
     fixed: Mapping[str, int]
     kv_page: KvPage = KvPage()
     borrowers: tuple[Borrower, ...] = ()
+    expert_slots: tuple[ExpertSlots, ...] = ()
+    num_experts: int = 0  # of all blocks
 
     @property
     def breakdown(self) -> dict[str, int]:
         slots = sum(s.num_bytes for s in self.slots)
+        experts = {EXPERTS: sum(each.num_bytes for each in self.expert_slots)} if self.expert_slots else {}
         return {
             "resident weights": self.resident_bytes,
             "slots": slots,
+            **experts,
             "activations": self.chunk.num_bytes,
             **self.fixed,
         }
+
+    @property
+    def misses_experts(self) -> bool:
+        """Not all of them fit at once."""
+        return sum(each.num_slots for each in self.expert_slots) < self.num_experts
 
     @property
     def num_bytes(self) -> int:
@@ -174,21 +211,36 @@ def place(demand: Demand) -> Placement:
     """The placement that streams least. Raises OverBudget naming the smallest limit that works.
 
     All weights stay in RAM where they fit beside a chunk of ENOUGH_CHUNK_TOKENS or more, the largest that fits. Else
-    the order of claims on the budget: what is fixed; one slot per class and the smallest chunk; a larger chunk, up to
-    an eighth of what is left, because prefill reads the streamed weights once per chunk; more slots (see
-    `_extra_slots`); resident units with the rest; should they all fit, a larger chunk.
+    the order of claims on the budget: what is fixed; one slot per class and the smallest chunk, and of a mixture the
+    experts of one token in one block; a larger chunk, up to an eighth of what is left, because prefill reads the
+    streamed weights once per chunk; more slots (see `_extra_slots`); resident units with the rest; should they all fit,
+    a larger chunk, or more experts.
     """
     smallest = _smallest(demand)
     if demand.limit_bytes < smallest.num_bytes:
         raise _over_budget(demand, smallest)
     everything = _all_resident(demand)
     if everything and everything.chunk.num_tokens >= min(ENOUGH_CHUNK_TOKENS, demand.chunks[-1].num_tokens):
-        return everything
+        return _with_experts(demand, everything)
     chunk = _largest_affordable_chunk(demand)
     best = with_slots(demand, chunk, extra_slots=0)
     assert best is not None, "the smallest placement fits"
     filled = with_slots(demand, chunk, _extra_slots(demand, best)) or best
-    return everything if everything and not filled.streamed_bytes else filled
+    return _with_experts(demand, everything) if everything and not filled.streamed_bytes else filled
+
+
+def _with_experts(demand: Demand, placement: Placement) -> Placement:
+    """All memory that is left holds experts, of each size the same share."""
+    if not demand.experts:
+        return placement
+    left = demand.limit_bytes - placement.num_bytes
+    slots = []
+    wanted = [c.slots(c.num_experts).num_bytes - c.slots(c.num_experts_per_tok).num_bytes for c in demand.experts]
+    for expert_class, more in zip(demand.experts, wanted, strict=True):
+        share = left * more // (sum(wanted) or 1)
+        num_more = share // expert_class.slots(1).num_bytes
+        slots.append(expert_class.slots(expert_class.num_experts_per_tok + num_more))
+    return replace(placement, expert_slots=tuple(slots))
 
 
 def _with_borrowers(demand: Demand, placement: Placement) -> Placement:
@@ -211,10 +263,14 @@ def _may_borrow(unit: UnitSize) -> bool:
 
 
 def _all_resident(demand: Demand) -> Placement | None:
-    """With the largest chunk that fits; None where none does."""
+    """With the largest chunk that fits; None where none does. Where experts go short of memory, it has its share."""
+    all_experts = sum(each.slots(each.num_experts).num_bytes for each in demand.experts)
     for chunk in reversed(demand.chunks):
         placement = _with_residents(demand, chunk, [not u.is_staged for u in demand.units], extra_slots=0)
-        if placement.num_bytes <= demand.limit_bytes:
+        left = demand.limit_bytes - placement.num_bytes
+        is_small = chunk.num_bytes * CHUNK_SHARE <= left or chunk is demand.chunks[0]
+        holds_experts = sum(each.num_bytes for each in placement.expert_slots) + left >= all_experts
+        if left >= 0 and (is_small or holds_experts):
             return placement
     return None
 
@@ -252,7 +308,7 @@ def _largest_affordable_chunk(demand: Demand) -> ChunkCost:
     bare = _with_residents(demand, demand.chunks[0], [False] * len(demand.units), extra_slots=0).num_bytes
     bare -= demand.chunks[0].num_bytes
     left = demand.limit_bytes - bare
-    affordable = [c for c in demand.chunks if c.num_bytes <= left // 8]
+    affordable = [c for c in demand.chunks if c.num_bytes <= left // CHUNK_SHARE]
     return affordable[-1] if affordable else demand.chunks[0]
 
 
@@ -278,7 +334,7 @@ def with_slots(demand: Demand, chunk: ChunkCost, extra_slots: int) -> Placement 
             candidate = _keep_more(demand, candidate, extra_slots)
             if best is None or candidate.streamed_bytes < best.streamed_bytes:
                 best = candidate
-    return best and _with_borrowers(demand, best)
+    return best and _with_experts(demand, _with_borrowers(demand, best))
 
 
 def first_fitting(attempt: Callable[[int], Fit | None], num: int) -> Fit | None:
@@ -339,6 +395,8 @@ def _with_residents(demand: Demand, chunk: ChunkCost, resident: Sequence[bool], 
         ),
         streamed_bytes=sum(u.read_bytes for u in streamed if not u.is_staged),
         fixed=demand.fixed,
+        expert_slots=tuple(each.slots(each.num_experts_per_tok) for each in demand.experts),
+        num_experts=sum(each.num_experts for each in demand.experts),
     )
 
 

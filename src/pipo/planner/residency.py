@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import accumulate
-from typing import NamedTuple, NewType
+from typing import NamedTuple, NewType, Protocol
 
 UnitId = NewType("UnitId", int)
 SlotId = NewType("SlotId", int)
@@ -27,6 +27,11 @@ class StepKind(Enum):
     READ = "read"  # disk → RAM
     COPY = "copy"  # RAM → device
     COMPUTE = "compute"
+    ROUTE = "route"  # learn which experts a stage needs, and go on with the steps that bring and compute them
+    EXPERTS = "experts"  # compute some of them
+    GUESS = "guess"  # READ of an expert that the next block may need, after all that is needed for certain
+    HURRY = "hurry"  # the guess was right: its read is as urgent as any other from now on
+    DROP = "drop"  # the guess was wrong: its read is not wanted, unless it has begun
     RELEASE = "release"
     KV_LOAD = "kv load"  # keys and values of a stage, RAM → device
     KV_SAVE = "kv save"  # the new ones, device → RAM
@@ -34,8 +39,8 @@ class StepKind(Enum):
 
 
 class Step(NamedTuple):
-    """`stage_idx` is set for COMPUTE and the KV steps; `unit_id` for READ, COPY and RELEASE; `slot_id` where the unit
-    has a slot in the tier that the step is about.
+    """`stage_idx` is set for COMPUTE, the KV steps and those of experts; `unit_id` for what moves; `slot_id` where the
+    unit has a slot in the tier that the step is about; `units` for EXPERTS, where none means to add up their results.
     """
 
     kind: StepKind
@@ -43,17 +48,30 @@ class Step(NamedTuple):
     unit_id: UnitId = UnitId(-1)
     slot_id: SlotId = SlotId(-1)
     tier: Tier = Tier.RAM
+    units: tuple[UnitId, ...] = ()
 
 
 class Need(NamedTuple):
     """One stage of the pass, and the unit it cannot compute without (None: its weights are always there).
 
-    `moves_kv`: its keys and values live in RAM and are wanted on the device.
+    `moves_kv`: its keys and values live in RAM and are wanted on the device. `is_routed`: it needs experts, which are
+    known once the stage before it was computed.
     """
 
     stage_idx: int
     unit_id: UnitId | None
     moves_kv: bool = False
+    is_routed: bool = False
+
+
+class Slots(Protocol):
+    """Places that units of a kind take in turn."""
+
+    def owns(self, unit: UnitId) -> bool: ...
+
+    def take(self, unit: UnitId, slot: SlotId) -> None: ...
+
+    def give_back(self, unit: UnitId) -> None: ...
 
 
 @dataclass(slots=True)
@@ -109,10 +127,10 @@ class Pool:
         return Pool(self.classes, [deque(slots) for slots in self.free], set(self.missing), dict(self.held))
 
 
-def numbered_slots(counts: Sequence[int]) -> list[deque[SlotId]]:
-    """So many of each class, numbered from 0 through all of them: what is free before the first pass."""
-    firsts = accumulate(counts, initial=0)
-    return [deque(map(SlotId, range(first, first + count))) for first, count in zip(firsts, counts, strict=False)]
+def numbered_slots(counts: Sequence[int], first: int = 0) -> list[deque[SlotId]]:
+    """So many of each class, numbered from `first` through all of them: what is free before the first pass."""
+    firsts = accumulate(counts, initial=first)
+    return [deque(map(SlotId, range(start, start + count))) for start, count in zip(firsts, counts, strict=False)]
 
 
 def empty_pool() -> Pool:
@@ -121,11 +139,15 @@ def empty_pool() -> Pool:
 
 @dataclass(slots=True)
 class Residency:
-    """Which unit is where in RAM and on the device. `on_device` are the units whose stages compute there."""
+    """Which unit is where in RAM and on the device. `on_device` are the units whose stages compute there.
+
+    `experts` have slots of their own, of which no schedule disposes ahead: copies share them.
+    """
 
     ram: Pool
     device: Pool = field(default_factory=empty_pool)
     on_device: frozenset[UnitId] = frozenset()
+    experts: Slots | None = None
 
     @property
     def is_settled(self) -> bool:
@@ -168,7 +190,12 @@ class Residency:
 
     def apply(self, step: Step) -> Step:
         """Make this what it is after the step, and return the step."""
-        if step.kind is StepKind.READ:
+        if self.experts is not None and self.experts.owns(step.unit_id):
+            if step.kind in (StepKind.READ, StepKind.GUESS):
+                self.experts.take(step.unit_id, step.slot_id)
+            elif step.kind in (StepKind.RELEASE, StepKind.DROP):
+                self.experts.give_back(step.unit_id)
+        elif step.kind is StepKind.READ:
             self.ram.take(step.unit_id, step.slot_id)
         elif step.kind is StepKind.COPY:
             self.device.take(step.unit_id, step.slot_id)
@@ -177,4 +204,4 @@ class Residency:
         return step
 
     def copy(self) -> Residency:
-        return Residency(self.ram.copy(), self.device.copy(), self.on_device)
+        return Residency(self.ram.copy(), self.device.copy(), self.on_device, self.experts)

@@ -133,7 +133,7 @@ def layerwise(needs: Sequence[Need], next_units: Sequence[UnitId], residency: Re
 
 
 def _compute(need: Need) -> Iterator[Step]:
-    yield Step(StepKind.COMPUTE, need.stage_idx)
+    yield Step(StepKind.ROUTE if need.is_routed else StepKind.COMPUTE, need.stage_idx)
     if need.moves_kv:
         yield Step(StepKind.KV_SAVE, need.stage_idx)
 

@@ -1,4 +1,7 @@
-"""Disk → RAM: worker threads that read chunks past the page cache straight into places, first come, first served."""
+"""Disk → RAM: worker threads that read chunks past the page cache straight into places, first come, first served.
+
+What may turn out not to be wanted, a guess, waits behind all else and leaves some workers to it.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ log = logging.getLogger(__name__)
 
 WORKER_NICENESS = 5  # above that of the program
 _MOST_NICENESS = 19
+GUESSING_SHARE = 0.5  # of the workers: the others begin at once with a read that is wanted for certain
 CLOSE_S = 0.4  # how long `close` waits for a read that is under way
 _COPY_BYTES = 64 * KIB  # most of an embedding row or norm that is read at once
 
@@ -43,11 +47,16 @@ class DriveSettings:
     num_workers: int
     direct: bool = True
 
+    @property
+    def in_flight_bytes(self) -> int:
+        """Asked for at any time while the drive is busy."""
+        return self.chunk_bytes * self.num_workers
+
     def bounce_bytes(self, *, repacks: bool, group_bytes: int = 0) -> int:
-        """Buffers of all workers together. Without repacking only single rows and norms go through them; with it a
-        chunk, or the largest group of rows that is repacked at once, where that is more.
+        """Buffers of all workers together. Without repacking only embedding rows, norms and routers go through them;
+        with it a chunk, or the largest group of rows that is repacked at once, where that is more.
         """
-        largest = max(self.chunk_bytes, group_bytes) if repacks else _COPY_BYTES
+        largest = max(self.chunk_bytes, group_bytes, _COPY_BYTES) if repacks else _COPY_BYTES
         return self.num_workers * round_up(largest + 2 * ALIGNMENT, ALIGNMENT)
 
 
@@ -108,6 +117,9 @@ class DiskTransfer:
         self._clock = clock
         self._jobs: deque[_ReadJob | _CopyJob] = deque()
         self._urgent: deque[_ReadJob | _CopyJob] = deque()
+        self._guesses: deque[_ReadJob | _CopyJob] = deque()
+        self._num_guessing = 0
+        self._most_guessing = max(int(settings.num_workers * GUESSING_SHARE), 1)
         self._ready = threading.Condition()  # guards the queues, the failure and the number of workers
         self._failure: BaseException | None = None
         self._is_closed = False
@@ -130,8 +142,11 @@ class DiskTransfer:
         """Whether every file is read past the page cache; known for certain after the first reads."""
         return all(file.is_direct for file in self._files)
 
-    def submit(self, reads: Sequence[Read], place: Place, label: str, after: Handle | None = None) -> Handle:
-        """Queue the reads of one unit into its place, which `after` still uses until it is done.
+    def submit(
+        self, reads: Sequence[Read], place: Place, label: str, after: Handle | None = None, *, is_guess: bool = False
+    ) -> Handle:
+        """Queue the reads of one unit into its place, which `after` still uses until it is done. A guess waits until
+        nothing else does.
 
         Never blocks and never raises: the handle tells. Where `after` failed, the reads end with its error.
         """
@@ -139,8 +154,27 @@ class DiskTransfer:
         num_bytes = sum(read.extent.num_bytes for read in reads)
         handle = Handle(label, num_bytes=num_bytes, num_chunks=len(chunks), submitted_s=self._clock.now())
         self._check_open_files({read.extent.file_idx for read in reads})
-        self._enqueue(self._jobs, [_ReadJob(handle, chunk, place, after) for chunk in chunks])
+        queue = self._guesses if is_guess else self._jobs
+        self._enqueue(queue, [_ReadJob(handle, chunk, place, after) for chunk in chunks])
         return handle
+
+    def hurry(self, handle: Handle) -> None:
+        """A guess is wanted for certain: what of it has not begun is queued with all else."""
+        with self._ready:
+            jobs = [job for job in self._guesses if job.handle is handle]
+            self._jobs.extend(jobs)
+            self._guesses = deque(job for job in self._guesses if job.handle is not handle)
+            self._ready.notify(len(jobs))
+
+    def drop(self, handle: Handle) -> bool:
+        """A guess is not wanted. True where none of it had begun: it ends as Cancelled, and its place is free."""
+        with self._ready:
+            jobs = [job for job in self._guesses if job.handle is handle]
+            if not jobs or len(jobs) < handle.num_chunks:
+                return False
+            self._guesses = deque(job for job in self._guesses if job.handle is not handle)
+        self._drop(jobs, Cancelled(f"{handle.label} is not wanted"))
+        return True
 
     def submit_rows(self, extents: Sequence[Extent], out: memoryview) -> Handle:
         """Queue small extents, one after another into `out`, in parallel and ahead of everything queued. Never blocks
@@ -209,9 +243,10 @@ class DiskTransfer:
         with self._ready:
             self._failure = self._failure or failure.with_traceback(None)
             first = self._failure
-            dropped = [*self._urgent, *self._jobs]
-            self._urgent.clear()
-            self._jobs.clear()
+            queues = self._urgent, self._jobs, self._guesses
+            dropped = [job for queue in queues for job in queue]
+            for queue in queues:
+                queue.clear()
         self._drop(dropped, first)
         return first
 
@@ -229,7 +264,7 @@ class DiskTransfer:
 
     def _serve_one(self, worker: _Worker) -> bool:
         """Wait for a job and do it. False when the transfer was closed. Keeps no reference to a place in between."""
-        job = self._next_job()
+        job, is_guess = self._next_job()
         if job is None:
             return False
         worker.handle = job.handle
@@ -246,16 +281,31 @@ class DiskTransfer:
             raise
         finally:
             worker.handle = None
+            if is_guess:
+                self._end_guess()
             job.handle.end_chunk(self._clock.now(), error)
         return True
 
-    def _next_job(self) -> _ReadJob | _CopyJob | None:
+    def _next_job(self) -> tuple[_ReadJob | _CopyJob | None, bool]:
+        """And whether it is a guess. None when the transfer was closed."""
         with self._ready:
-            while not (self._urgent or self._jobs or self._is_closed):
+            while not (self._urgent or self._jobs or self._may_guess or self._is_closed):
                 self._ready.wait()
             if self._is_closed:
-                return None
-            return (self._urgent or self._jobs).popleft()
+                return None, False
+            if self._urgent or self._jobs:
+                return (self._urgent or self._jobs).popleft(), False
+            self._num_guessing += 1
+            return self._guesses.popleft(), True
+
+    @property
+    def _may_guess(self) -> bool:
+        return bool(self._guesses) and self._num_guessing < self._most_guessing
+
+    def _end_guess(self) -> None:
+        with self._ready:
+            self._num_guessing -= 1
+            self._ready.notify()
 
     def _has_ended(self) -> bool:
         return self._failure is not None

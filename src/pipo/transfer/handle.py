@@ -22,6 +22,7 @@ class Handle:
     def __init__(self, label: str, *, num_bytes: int, num_chunks: int, submitted_s: float) -> None:
         self.label = label
         self.num_bytes = num_bytes
+        self.num_chunks = num_chunks
         self.read_bytes = 0
         self.submitted_s = submitted_s
         self.started_s: float | None = None

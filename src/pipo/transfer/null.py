@@ -85,7 +85,10 @@ class NullTransfer:
         self._free_at_s = 0.0
         self._failure: BaseException | None = None
 
-    def submit(self, reads: Sequence[Read], place: Place, label: str, after: Handle | None = None) -> Handle:
+    def submit(
+        self, reads: Sequence[Read], place: Place, label: str, after: Handle | None = None, *, is_guess: bool = False
+    ) -> Handle:
+        """Guesses wait for their turn as all else does."""
         assert after is None, "no device copies from these places"
         self._num_submitted += 1
         num_bytes = sum(read.extent.num_bytes for read in reads)
@@ -110,6 +113,13 @@ class NullTransfer:
             out.cast("B")[:] = b"".join(self._bytes(e.file_idx, e.offset, e.end) for e in extents)
         handle.end_chunk(now, self._failure)
         return handle
+
+    def hurry(self, handle: Handle) -> None:
+        pass
+
+    def drop(self, handle: Handle) -> bool:
+        """Never in time."""
+        return False
 
     def read_now(self, extent: Extent) -> bytes:
         out = bytearray(extent.num_bytes)

@@ -1,0 +1,82 @@
+"""Runs of stages that families share: which tensors they take, under llama.cpp's names."""
+
+from __future__ import annotations
+
+from pipo.base.manifest import HyperParameters, Manifest, TensorSpec
+from pipo.models.blocks import lay_attention, lay_final_norm, lay_gated_mlp, lay_head
+from pipo.models.checks import TensorBook
+from pipo.models.experts import lay_experts, lay_router, lay_shared_expert
+from pipo.models.stage import ExpertBank, Stage, StageKind
+
+
+def attention(book: TensorBook, hyper: HyperParameters, i: int, **norms: int) -> Stage:
+    """Grouped-query attention. `norms` are vectors by role, with their sizes, that the family has besides `attn_norm`."""
+    q_size, kv_size = hyper.num_q_heads * hyper.head_dim, hyper.num_kv_heads * hyper.head_dim
+    linears = book.linears(i, attn_q=(hyper.hidden_size, q_size), attn_k=(hyper.hidden_size, kv_size),
+                           attn_v=(hyper.hidden_size, kv_size), attn_output=(q_size, hyper.hidden_size))  # fmt: skip
+    sizes = {"attn_norm": hyper.hidden_size, **norms}
+    vectors = {f"{role}.weight": book.vector(f"blk.{i}.{role}.weight", size) for role, size in sizes.items()}
+    return Stage(StageKind.ATTENTION, i, linears.matrices, vectors | linears.biases, lay_attention)
+
+
+def gated_mlp(book: TensorBook, hyper: HyperParameters, i: int) -> Stage:
+    sizes = hyper.hidden_size, hyper.intermediate_size
+    linears = book.linears(i, ffn_gate=sizes, ffn_up=sizes, ffn_down=sizes[::-1])
+    norm = {"ffn_norm.weight": book.vector(f"blk.{i}.ffn_norm.weight", hyper.hidden_size)}
+    return Stage(StageKind.MLP, i, linears.matrices, norm | linears.biases, lay_gated_mlp)
+
+
+def routed_experts(
+    book: TensorBook, hyper: HyperParameters, i: int, expert_size: int, *, renormalise: bool
+) -> list[Stage]:
+    """The router of block `i`, which looks at the next block's too, and its experts."""
+    hidden, num = hyper.hidden_size, hyper.num_experts
+    bank = ExpertBank(
+        {
+            "ffn_gate_exps.weight": book.experts(f"blk.{i}.ffn_gate_exps.weight", hidden, expert_size, num),
+            "ffn_up_exps.weight": book.experts(f"blk.{i}.ffn_up_exps.weight", hidden, expert_size, num),
+            "ffn_down_exps.weight": book.experts(f"blk.{i}.ffn_down_exps.weight", expert_size, hidden, num),
+        },
+        num,
+        hyper.num_experts_per_tok,
+        renormalise,
+        lay_experts,
+    )
+    vectors = _router(book, hyper, i)
+    if i + 1 < hyper.num_layers:
+        vectors |= {f"next_{role}": spec for role, spec in _router(book, hyper, i + 1).items()}
+    return [
+        Stage(StageKind.ROUTER, i, {}, vectors, lay_router),
+        Stage(StageKind.EXPERTS, i, {}, {}, _no_graph, bank),
+    ]
+
+
+def _router(book: TensorBook, hyper: HyperParameters, i: int) -> dict[str, TensorSpec]:
+    return {
+        "ffn_norm.weight": book.vector(f"blk.{i}.ffn_norm.weight", hyper.hidden_size),
+        "ffn_gate_inp.weight": book.matrix(f"blk.{i}.ffn_gate_inp.weight", hyper.hidden_size, hyper.num_experts),
+    }
+
+
+def _no_graph(s: object) -> None:
+    raise AssertionError("experts are laid by their bank")
+
+
+def shared_expert(book: TensorBook, hyper: HyperParameters, i: int, size: int) -> Stage:
+    """The expert that every token of block `i` passes."""
+    hidden = hyper.hidden_size
+    linears = book.linears(i, ffn_gate_shexp=(hidden, size), ffn_up_shexp=(hidden, size), ffn_down_shexp=(size, hidden))
+    gate = {"ffn_gate_inp_shexp.weight": book.vector(f"blk.{i}.ffn_gate_inp_shexp.weight", hidden)}
+    return Stage(StageKind.MLP, i, linears.matrices, gate | linears.biases, lay_shared_expert)
+
+
+def output_stages(book: TensorBook, manifest: Manifest) -> list[Stage]:
+    """The final norm, and the head, which is the embedding table where the file has no other."""
+    h = manifest.hyper
+    embedding = book.matrix("token_embd.weight", h.hidden_size, h.vocab_size)
+    head = book.optional_matrix("output.weight", h.hidden_size, h.vocab_size) or embedding
+    norm = book.vector("output_norm.weight", h.hidden_size)
+    return [
+        Stage(StageKind.FINAL_NORM, -1, {}, {"output_norm.weight": norm}, lay_final_norm),
+        Stage(StageKind.HEAD, -1, {"output.weight": head}, {}, lay_head),
+    ]
