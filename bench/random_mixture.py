@@ -1,4 +1,4 @@
-"""Write a GGUF of a mixture of experts with random weights whose routing is skewed and drifts, as that of real ones does.
+"""Write a GGUF of a mixture of experts with random weights, whose routing is skewed and drifts as that of real ones.
 
     python bench/random_mixture.py --shape moe-6b OUT.gguf
 

@@ -53,6 +53,10 @@ class Graph:
         """What the leaf takes in plain layout."""
         return int(self._lib.nbytes(self._leaves[name]))
 
+    def pointers(self, name: str) -> Binding:
+        """Where a leaf's address is written, and what is added to it each time: for those that bind by themselves."""
+        return self._pointers[name]
+
     def binding(self, addresses: Mapping[str, int]) -> Binding:
         """What `bind` writes to point these leaves, and every view of them, at memory. Keep it and bind it often."""
         return [

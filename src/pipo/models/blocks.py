@@ -17,6 +17,10 @@ from pipo.models.stage import StageBuilder
 
 
 def lay_attention(s: StageBuilder) -> None:
+    s.ops.expand(attend(s))
+
+
+def attend(s: StageBuilder) -> Tensor:
     """hidden += attention(norm(hidden)), after storing this pass's keys and values in the cache. Source: Llama."""
     ops, h, num_tokens = s.ops, s.hyper, s.shape.num_tokens
     hidden = _hidden(s)
@@ -33,7 +37,7 @@ def lay_attention(s: StageBuilder) -> None:
     mask = ops.leaf("mask", TensorType.F16, s.shape.num_kv_rows, s.shape.tokens_each, *sequences)
     mixed = ops.flash_attention(ops.permute(q, 0, 2, 1), keys, values, mask, 1.0 / sqrt(h.head_dim))
     flat = ops.reshape(mixed, h.head_dim * h.num_q_heads, num_tokens)
-    ops.expand(ops.add_inplace(hidden, s.linear("attn_output", flat)))
+    return ops.add_inplace(hidden, s.linear("attn_output", flat))
 
 
 def _heads(s: StageBuilder, role: str, x: Tensor, num_heads: int) -> Tensor:

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from pipo.base.tensor_type import TensorType
 from pipo.compute.graphs import Tensor
+from pipo.models.blocks import attend
 from pipo.models.stage import ExpertShape, StageBuilder, Sum
 
 
-def lay_router(s: StageBuilder) -> None:
-    """ffn_x = norm(hidden); router = gate @ ffn_x; next_router = the next block's gate @ its norm(hidden)."""
-    hidden = _hidden(s, s.shape.num_tokens)
+def lay_attention_and_router(s: StageBuilder) -> None:
+    """Attention, then ffn_x = norm(hidden); router = gate @ ffn_x; next_router = the next block's gate @ its
+    norm(hidden). In one graph: starting another takes longer than to compute the scores.
+    """
+    hidden = attend(s)
+    s.ops.expand(hidden)
     x = s.ops.output("ffn_x", s.rms_norm("ffn_norm", hidden))
     s.ops.expand(s.ops.output("router", s.ops.mul_mat(s.weight("ffn_gate_inp.weight"), x)))
     if s.has("next_ffn_gate_inp.weight"):
@@ -35,7 +39,7 @@ def lay_shared_expert(s: StageBuilder) -> None:
 
 
 def lay_experts(s: StageBuilder, shape: ExpertShape) -> None:
-    """Gated experts: down(silu(gate(x)) * up(x) * weight), which is the weighted result with fewer elements to scale."""
+    """Gated experts: down(silu(gate(x)) * up(x) * weight), the weighted result with fewer elements to scale."""
     if shape.sum is Sum.NOW:
         _add_results(s, shape)
     elif shape.sum is Sum.LATER:

@@ -42,4 +42,4 @@ def _block(book: TensorBook, manifest: Manifest, i: int) -> list[Stage]:
         first = replace(first, vectors={**first.vectors, "rope_freqs.weight": factors})
     if not h.num_experts:
         return [first, gated_mlp(book, h, i)]
-    return [first, *routed_experts(book, h, i, h.expert_size or h.intermediate_size, renormalise=True)]
+    return routed_experts(book, h, first, h.expert_size or h.intermediate_size, renormalise=True)

@@ -30,10 +30,8 @@ def olmoe_stages(manifest: Manifest) -> list[Stage]:
 
     def block(book: TensorBook, i: int) -> list[Stage]:
         size = h.expert_size or h.intermediate_size
-        return [
-            attention(book, h, i, attn_q_norm=q_size, attn_k_norm=kv_size),
-            *routed_experts(book, h, i, size, renormalise=False),
-        ]
+        first = attention(book, h, i, attn_q_norm=q_size, attn_k_norm=kv_size)
+        return routed_experts(book, h, first, size, renormalise=False)
 
     return _stages(manifest, _OLMOE_KEYS, block)
 
@@ -45,8 +43,7 @@ def qwen2moe_stages(manifest: Manifest) -> list[Stage]:
     def block(book: TensorBook, i: int) -> list[Stage]:
         size = h.expert_size or h.intermediate_size // h.num_experts_per_tok
         return [
-            attention(book, h, i),
-            *routed_experts(book, h, i, size, renormalise=False),
+            *routed_experts(book, h, attention(book, h, i), size, renormalise=False),
             shared_expert(book, h, i, h.shared_expert_size or h.intermediate_size),
         ]
 
@@ -59,10 +56,8 @@ def qwen3moe_stages(manifest: Manifest) -> list[Stage]:
 
     def block(book: TensorBook, i: int) -> list[Stage]:
         size = h.expert_size or h.intermediate_size // h.num_experts_per_tok
-        return [
-            attention(book, h, i, attn_q_norm=h.head_dim, attn_k_norm=h.head_dim),
-            *routed_experts(book, h, i, size, renormalise=True),
-        ]
+        first = attention(book, h, i, attn_q_norm=h.head_dim, attn_k_norm=h.head_dim)
+        return routed_experts(book, h, first, size, renormalise=True)
 
     return _stages(manifest, _QWEN3_KEYS, block)
 

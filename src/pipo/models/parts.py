@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipo.base.manifest import HyperParameters, Manifest, TensorSpec
 from pipo.models.blocks import lay_attention, lay_final_norm, lay_gated_mlp, lay_head
 from pipo.models.checks import TensorBook
-from pipo.models.experts import lay_experts, lay_router, lay_shared_expert
+from pipo.models.experts import lay_attention_and_router, lay_experts, lay_shared_expert
 from pipo.models.stage import ExpertBank, Stage, StageKind
 
 
 def attention(book: TensorBook, hyper: HyperParameters, i: int, **norms: int) -> Stage:
-    """Grouped-query attention. `norms` are vectors by role, with their sizes, that the family has besides `attn_norm`."""
+    """Grouped-query attention. `norms` are the vectors that the family has besides `attn_norm`, with their sizes."""
     q_size, kv_size = hyper.num_q_heads * hyper.head_dim, hyper.num_kv_heads * hyper.head_dim
     linears = book.linears(i, attn_q=(hyper.hidden_size, q_size), attn_k=(hyper.hidden_size, kv_size),
                            attn_v=(hyper.hidden_size, kv_size), attn_output=(q_size, hyper.hidden_size))  # fmt: skip
@@ -27,9 +29,10 @@ def gated_mlp(book: TensorBook, hyper: HyperParameters, i: int) -> Stage:
 
 
 def routed_experts(
-    book: TensorBook, hyper: HyperParameters, i: int, expert_size: int, *, renormalise: bool
+    book: TensorBook, hyper: HyperParameters, attention: Stage, expert_size: int, *, renormalise: bool
 ) -> list[Stage]:
-    """The router of block `i`, which looks at the next block's too, and its experts."""
+    """The attention of a block with the routers of this block and the next, and the experts."""
+    i = attention.block_idx
     hidden, num = hyper.hidden_size, hyper.num_experts
     bank = ExpertBank(
         {
@@ -42,11 +45,11 @@ def routed_experts(
         renormalise,
         lay_experts,
     )
-    vectors = _router(book, hyper, i)
+    vectors = {**attention.vectors, **_router(book, hyper, i)}
     if i + 1 < hyper.num_layers:
         vectors |= {f"next_{role}": spec for role, spec in _router(book, hyper, i + 1).items()}
     return [
-        Stage(StageKind.ROUTER, i, {}, vectors, lay_router),
+        replace(attention, vectors=vectors, lay=lay_attention_and_router),
         Stage(StageKind.EXPERTS, i, {}, {}, _no_graph, bank),
     ]
 

@@ -14,8 +14,7 @@ from pipo.compute.graphs import Builder, Tensor, WeightType
 class StageKind(Enum):
     ATTENTION = "attention"
     MLP = "mlp"
-    ROUTER = "router"  # says which experts each token passes
-    EXPERTS = "experts"  # those of a block that were chosen
+    EXPERTS = "experts"  # those of a block that the router, which is computed with its attention, chose
     FINAL_NORM = "final_norm"
     HEAD = "head"
 

@@ -166,7 +166,7 @@ class Executor:
 
     @property
     def is_settled(self) -> bool:
-        """Nothing streams, experts aside, and every unit has arrived. An interrupted pass may have left reads in flight."""
+        """Nothing streams, experts aside, and all has arrived. An interrupted pass may have left reads in flight."""
         if not self._is_settled and self.residency.is_settled:
             arrivals = [a for (_, unit_id), a in self._arrivals.items() if unit_id < len(self._units)]
             have_ended = all(arrival.handle.is_done for arrival in arrivals)

@@ -57,12 +57,13 @@ class ExpertCache:
         self.ids = ids
         self.held: dict[UnitId, SlotId] = {}
         self._slot_class = slot_class
+        self._unread = [UnitId(ids.first + i) for i in reversed(range(ids.num_blocks * ids.num_experts))]
         self._free = free
         self._half_life_tokens = half_life_tokens
         shape = ids.num_blocks, ids.num_experts
         self._may_go = np.zeros(shape, np.bool_)  # held, and nobody has asked to keep it
         self._wanted = np.zeros(shape)  # decayed count of tokens
-        self._seen = np.full((ids.num_blocks, 1), LEAST_SHARE)  # decayed count of all tokens
+        self._seen = LEAST_SHARE  # decayed count of all tokens
         self._in_class = [np.asarray(slot_class)[:, None] == i for i in range(len(free))]
         self._next_to_go: list[deque[UnitId]] = [deque() for _ in free]
 
@@ -73,6 +74,16 @@ class ExpertCache:
         """A free one it fits; None where another has to go first."""
         free = self._free[self._slot_class[self.ids.split(unit)[0]]]
         return free[0] if free else None
+
+    def never_read(self) -> tuple[UnitId, SlotId] | None:
+        """An expert that no slot holds, and a free one it fits, as long as none had to go."""
+        while self._unread:
+            unit = self._unread[-1]
+            slot = self.slot_for(unit)
+            if unit not in self.held and slot is not None:
+                return unit, slot
+            self._unread.pop()
+        return None
 
     def first_to_go(self, unit: UnitId, at_block: int) -> UnitId | None:
         """Whose slot `unit` should take, while block `at_block` computes; None where all are kept."""
@@ -108,12 +119,11 @@ class ExpertCache:
         for unit in self.held:
             self._may_go[self.ids.split(unit)] = True
 
-    def note(self, block: int, counts: npt.NDArray[np.int64], num_tokens: int) -> None:
-        """So many of the tokens of a pass went through each expert of the block. Who goes next is asked anew."""
+    def note(self, used: npt.NDArray[np.int64], num_tokens: int) -> None:
+        """A pass of so many tokens is over; `used` (blocks, experts) of them went through each expert."""
         kept = 0.5 ** (num_tokens / self._half_life_tokens)
-        self._wanted[block] *= kept
-        self._wanted[block] += counts * ((1 - kept) / num_tokens)
-        self._seen[block] = self._seen[block] * kept + 1 - kept
+        self._wanted = self._wanted * kept + used * ((1 - kept) / num_tokens)
+        self._seen = self._seen * kept + 1 - kept
         for ranked in self._next_to_go:
             ranked.clear()
 

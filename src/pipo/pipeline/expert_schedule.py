@@ -1,4 +1,4 @@
-"""What happens once a block's experts are known: steps that bring them, compute them, and read ahead for the next block.
+"""What happens once a block's experts are known: steps that bring them, compute them, and read ahead for the next one.
 
 Each step is done before the next one is asked for, so what is held is always what is there.
 """
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pipo.pipeline.expert_cache import ExpertCache
 from pipo.pipeline.expert_stats import ExpertStats
 from pipo.planner.residency import Step, StepKind, UnitId
+
+FILLING = 2  # experts that are read for no other reason than that there is room
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class ExpertSchedule:
         self._cache = cache
         self._num_ahead = num_ahead
         self._guesses = Guesses()
+        self._filling: list[UnitId] = []
 
     def steps(self, visit: Visit, is_here: Callable[[UnitId], bool]) -> Iterator[Step]:
         cache = self._cache
@@ -78,6 +81,18 @@ class ExpertSchedule:
         if is_sum_apart:
             yield Step(StepKind.EXPERTS, visit.stage_idx)
         yield from self._guess(guesses, under_way, visit)
+        yield from self._fill(is_here)
+
+    def _fill(self, is_here: Callable[[UnitId], bool]) -> Iterator[Step]:
+        """While slots are free: experts nobody has asked for, a few at a time and after all else."""
+        self._filling = [unit for unit in self._filling if not is_here(unit)]
+        while len(self._filling) < FILLING:
+            found = self._cache.never_read()
+            if found is None:
+                return
+            unit, slot = found
+            self._filling.append(unit)
+            yield Step(StepKind.GUESS, unit_id=unit, slot_id=slot)
 
     def _groups(self, visit: Visit, is_here: Callable[[UnitId], bool]) -> deque[tuple[UnitId, ...]]:
         """What is computed at once, in order: those that are here first, where the order is free."""

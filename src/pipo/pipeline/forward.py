@@ -87,8 +87,9 @@ class Forward:
         moves_kv: bool = False,
         choose_threads: Callable[[int], None] = lambda num_tokens: None,
     ) -> None:
-        """`kv` is the shape of all blocks' cache, `kv_room` what grows of it in RAM, `experts` those of a mixture. `moves_kv`: that of the device's
-        blocks lives there. `choose_threads` hears of the tokens of each pass before it computes.
+        """`kv` is the shape of all blocks' cache, `kv_room` what grows of it in RAM, `experts` those of a mixture.
+        `moves_kv`: that of the device's blocks lives there. `choose_threads` hears of the tokens of each pass before it
+        computes.
         """
         self._model = model
         self._sides = sides
@@ -168,6 +169,8 @@ class Forward:
         if self.experts is not None:
             self.experts.begin_pass(rows.num_tokens)
         self._executor.run(self._steps(needs), partial(self._compute, needs))
+        if self.experts is not None:
+            self.experts.end_pass()
         self._executor.stats.num_tokens += rows.num_tokens
         if not num_outputs:
             return np.empty((0, 0), np.float32)

@@ -97,7 +97,7 @@ class Side(Generic[A]):
         self._bound: dict[int, _Bound] = {}
         self._whole: _Bound | None = None
         self._shape: ShapeClass | None = None
-        has_experts = any(stage.kind is StageKind.ROUTER for stage in model.stages)
+        has_experts = any(stage.kind is StageKind.EXPERTS for stage in model.stages)
         self._arrays = PassBuffers.INPUTS + (PassBuffers.EXPERT_INPUTS if has_experts else ())
         self._stage_idxs: Sequence[int] = ()
         self._sequence = 0

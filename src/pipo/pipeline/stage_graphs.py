@@ -63,10 +63,11 @@ class StageGraphs:
         self._hyper = hyper
         self._layouts = layouts
         self._workspace = Workspace(compute.lib, compute.device)
-        self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, ShapeClass], Graph] = OrderedDict()
         self._whole: OrderedDict[tuple[int, ShapeClass], Graph] = OrderedDict()
-        self._of_experts: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
-        self._signatures: dict[int, tuple[object, ...]] = {}
+        self._of_experts: OrderedDict[tuple[int, ExpertShape], Graph] = OrderedDict()
+        self._numbers: dict[int, int] = {}  # of the stage of this id: equal for those that share graphs
+        self._signatures: dict[tuple[object, ...], int] = {}
 
     def measure(self, stages: Sequence[Stage], shape: ShapeClass) -> int:
         """Bytes of intermediates and scratch that the largest of these graphs needs. Allocates next to nothing."""
@@ -99,7 +100,7 @@ class StageGraphs:
             yield self._lay_all(distinct, shape).finish()
 
     def get(self, stage: Stage, shape: ShapeClass) -> Graph:
-        key = (self._signature(stage), _relevant(stage.kind, shape))
+        key = (self._number(stage), _relevant(stage.kind, shape))
         graph = self._graphs.get(key)
         if graph is None:
             graph = self._lay(stage, _relevant(stage.kind, shape)).build(self._workspace)
@@ -112,7 +113,7 @@ class StageGraphs:
 
     def get_experts(self, stage: Stage, shape: ExpertShape) -> Graph:
         """Of a stage of experts. Leaves of the expert in place i are named `name.i`."""
-        key = (self._signature(stage), shape)
+        key = (self._number(stage), shape)
         graph = self._of_experts.get(key)
         if graph is None:
             graph = self._of_experts[key] = self._lay_experts(stage, shape).build(self._workspace)
@@ -144,14 +145,15 @@ class StageGraphs:
                 graphs.popitem()[1].free()
         self._workspace.close()
 
-    def _signature(self, stage: Stage) -> tuple[object, ...]:
-        signature = self._signatures.get(id(stage))
-        if signature is None:
-            signature = self._signatures[id(stage)] = stage.signature(self._layouts.is_repacked)
-        return signature
+    def _number(self, stage: Stage) -> int:
+        number = self._numbers.get(id(stage))
+        if number is None:
+            signature = stage.signature(self._layouts.is_repacked)
+            number = self._numbers[id(stage)] = self._signatures.setdefault(signature, len(self._signatures))
+        return number
 
     def _distinct(self, stages: Sequence[Stage]) -> list[Stage]:
-        return list({self._signature(stage): stage for stage in stages}.values())
+        return list({self._number(stage): stage for stage in stages}.values())
 
     def _lay(self, stage: Stage, shape: ShapeClass) -> Builder:
         ops = Builder(self._compute.lib, self._compute.repack)
@@ -203,7 +205,7 @@ def _relevant(kind: StageKind, shape: ShapeClass) -> ShapeClass:
     """The shape with what this kind of stage does not look at set to one, so that its graph is shared."""
     if kind is StageKind.ATTENTION:
         return replace(shape, num_outputs=1)
-    if kind in (StageKind.MLP, StageKind.ROUTER):
+    if kind is StageKind.MLP:
         return replace(shape, num_outputs=1, num_kv_rows=1)
     if kind is StageKind.FINAL_NORM:
         return replace(shape, num_kv_rows=1)
