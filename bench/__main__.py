@@ -24,10 +24,11 @@ from bench.arguments import asked_for
 from bench.child import Child, ChildFailed
 from bench.lab import FULL, QUICK, Lab, Settings, Unmeasurable
 from bench.machine import describe_machine
-from bench.measures import balance, batch, memory, raw, resident, schedules, streaming, ttft
+from bench.measures import balance, batch, experts, memory, raw, resident, schedules, streaming, ttft
 from bench.messages import Library
 from bench.model_files import ModelSource, model_file
 from bench.output import ResultFile, make_console, print_table
+from bench.random_mixture import SHAPES as MIXTURES
 from bench.random_model import MIXES, SHAPES
 from bench.rows import Row, skipped
 from pipo.store.library import KNOWN_MODELS, models_folder
@@ -42,6 +43,7 @@ MEASURES: dict[str, Measure] = {
     "schedules": schedules.measure,
     "balance": balance.measure,
     "batch": batch.measure,
+    "experts": experts.measure,
 }
 RESULTS = Path(__file__).parent / "results"
 # what each measure runs on when nothing is named; `None` is the small real model, where it was pulled
@@ -54,6 +56,7 @@ DEFAULTS: dict[str, tuple[ModelSource, ...]] = {
         ModelSource(shape="llama-7b", type="q4_k"),
     ),
     "balance": (ModelSource(shape="tinyllama-1.1b", type="q4_0"),),
+    "experts": (ModelSource(shape="moe-6b", type="q4_0"),),
     "memory": (ModelSource(path=KNOWN_MODELS["smollm2"].path), SEVEN_B),
 }
 
@@ -96,18 +99,19 @@ def _by_model(args: argparse.Namespace) -> list[tuple[ModelSource, list[str]]]:
     """Each model once, with the measures that want it."""
     wanted: dict[ModelSource, list[str]] = {}
     for name in args.measures or MEASURES:
-        for source in _named_sources(args) or DEFAULTS.get(name, (SEVEN_B,)):
+        for source in _named_sources(args, name) or DEFAULTS.get(name, (SEVEN_B,)):
             if source.path is None or source.path.is_file():
                 wanted.setdefault(source, []).append(name)
     return list(wanted.items())
 
 
-def _named_sources(args: argparse.Namespace) -> tuple[ModelSource, ...]:
+def _named_sources(args: argparse.Namespace, measure: str) -> tuple[ModelSource, ...]:
     if args.model is not None:
         return (ModelSource(path=args.model.resolve()),)
     if args.shape is None and args.type is None and not args.quick:
         return ()
-    shape = args.shape or ("smoke" if args.quick else "llama-7b")
+    toy = "smoke-moe" if measure == "experts" else "smoke"
+    shape = args.shape or (toy if args.quick else "llama-7b")
     return tuple(ModelSource(shape=shape, type=type) for type in args.type or ("q4_0",))
 
 
@@ -122,7 +126,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("measures", nargs="*", metavar="MEASURE", help=f"of {', '.join(MEASURES)}; all without")
     add("--model", type=Path, metavar="FILE", help="a GGUF file, instead of one of random weights")
-    add("--shape", choices=SHAPES, help="of the random model")
+    add("--shape", choices=[*SHAPES, *MIXTURES], help="of the random model")
     add("--type", choices=MIXES, nargs="+", help="of the random model; several are measured one after another")
     add("--share", type=float, default=FULL.share, help="the tight budget, as a share of the file (0.55)")
     add("--rounds", type=int, metavar="N", help="how often each piece of work is repeated")

@@ -70,6 +70,7 @@ class Passes:
     compute_s: float = 0.0
     stall_s: tuple[tuple[str, float], ...] = ()
     peak_anonymous_bytes: int = 0
+    experts: tuple[tuple[str, float], ...] = ()  # of a mixture: how many were needed, there, guessed, missed
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,16 @@ class PassForecast:
     seconds: float
     compute_s: float
     drive_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertReplay:
+    """Misses of the routing that was recorded, with as many slots: of policies by name, of which the engine has one."""
+
+    num_slots: int
+    num_experts: int
+    num_needed: int
+    misses: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +189,17 @@ class Prepare(Request[None]):
 
 @dataclass(frozen=True, slots=True)
 class Decode(Request[Passes]):
+    """After the same few tokens each time, or after those that begin with `first_token` and count up: what a mixture
+    of experts reads depends on what it says.
+    """
+
     num_passes: int
+    first_token: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayExperts(Request["ExpertReplay"]):
+    """Of all that was decoded since the engine started."""
 
 
 @dataclass(frozen=True, slots=True)

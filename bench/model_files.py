@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import random_mixture
 from bench.random_model import write_random_model
 
 
@@ -38,7 +39,10 @@ def model_file(source: ModelSource, folder: Path, keep: bool) -> Iterator[Path]:
         if not path.exists():
             aside = path.with_suffix(".part")
             aside.unlink(missing_ok=True)
-            write_random_model(aside, source.shape, source.type)
+            if source.shape in random_mixture.SHAPES:
+                random_mixture.write_random_mixture(aside, source.shape)
+            else:
+                write_random_model(aside, source.shape, source.type)
             aside.rename(path)
         drop_cached(path)
         yield path

@@ -27,7 +27,6 @@ class NativeEngine(TimedEngine[LlamaSetup]):
         self._llama: Any = None
         self._model: Any = None
         self._context: Any = None
-        self._vocab_size = 0
 
     def close(self) -> None:
         if self._context:
@@ -55,9 +54,9 @@ class NativeEngine(TimedEngine[LlamaSetup]):
         params.n_seq_max, params.kv_unified = setup.num_sequences, setup.num_sequences > 1
         return params
 
-    def _decode(self, num_passes: int) -> Passes:
+    def _decode(self, num_passes: int, prompt: list[int]) -> Passes:
         self._forget()
-        token = self._pass(random_prompt(PROMPT_TOKENS, 0, self._vocab_size))
+        token = self._pass(prompt)
         times = [perf_counter()]
         for _ in range(num_passes):
             token = self._pass([token])

@@ -13,6 +13,7 @@ from bench.engines.timed_engine import PROMPT_TOKENS, TimedEngine
 from bench.messages import (
     Batch,
     BatchFacts,
+    ExpertReplay,
     FirstToken,
     Forecast,
     Library,
@@ -21,6 +22,7 @@ from bench.messages import (
     PipoSetup,
     Plan,
     PlanFacts,
+    ReplayExperts,
     Request,
     Started,
 )  # fmt: skip
@@ -33,6 +35,7 @@ from pipo.compute.devices import cpu_features
 from pipo.engine import Engine, Report
 from pipo.generation.request import SamplingParams
 from pipo.model_file import ModelFile
+from pipo.pipeline.expert_trace import ExpertTrace, TraceHead, Visit, policies
 from pipo.pipeline.units import make_units
 from pipo.plan import Plan as EnginePlan
 from pipo.planner.cost import PassLoad
@@ -48,6 +51,7 @@ class PipoEngine(TimedEngine[PipoSetup]):
     def __init__(self) -> None:
         super().__init__("pipo", PipoSetup)
         self._engine: Engine | None = None
+        self._visits: list[Visit] = []  # of experts, since the engine started
 
     def answer(self, request: Request[Any]) -> object:
         match request:
@@ -59,6 +63,8 @@ class PipoEngine(TimedEngine[PipoSetup]):
                 return _forecast(request.setup, request.num_tokens)
             case Batch():
                 return self._batch(request)
+            case ReplayExperts():
+                return self._replay()
         return super().answer(request)
 
     def close(self) -> None:
@@ -69,13 +75,14 @@ class PipoEngine(TimedEngine[PipoSetup]):
         begin = perf_counter()
         self._setup_of_start = setup
         self._engine = Engine(ModelFile(setup.path), _config(setup))
+        self._vocab_size = self._engine.model.manifest.hyper.vocab_size
         self._engine.start(self._engine.make_plan(workload=_workload(setup)))
+        self._engine.note_experts(lambda block, routing: self._visits.append(Visit(block, routing.experts)))
         return Started(perf_counter() - begin, _library())
 
-    def _decode(self, num_passes: int) -> Passes:
+    def _decode(self, num_passes: int, prompt: list[int]) -> Passes:
         """Passes after the first token: the first one would profit from what was read ahead while nobody asked."""
-        pieces = self._pieces(random_prompt(PROMPT_TOKENS, 0, self._vocab_size), num_passes + 1)
-        return self._passes([time for time, _ in pieces])
+        return self._passes([time for time, _ in self._pieces(prompt, num_passes + 1)])
 
     def _passes(self, times: Sequence[float]) -> Passes:
         """Of the newest answer, whose tokens came at these times."""
@@ -87,6 +94,17 @@ class PipoEngine(TimedEngine[PipoSetup]):
             compute_s=report.decode.compute_s,
             stall_s=tuple((cause.value, seconds) for cause, seconds in report.decode.stall_s.items()),
             peak_anonymous_bytes=report.peak_anonymous_bytes,
+            experts=_experts(report),
+        )
+
+    def _replay(self) -> ExpertReplay:
+        assert self._engine is not None and self._engine.plan is not None
+        hyper, slots = self._engine.model.manifest.hyper, self._engine.plan.placement.expert_slots
+        num_blocks = 1 + max(visit.block for visit in self._visits)
+        head = TraceHead("", num_blocks, hyper.num_experts, hyper.num_experts_per_tok)
+        trace, num_slots = ExpertTrace(head, self._visits), sum(each.num_slots for each in slots)
+        return ExpertReplay(
+            num_slots, num_blocks * hyper.num_experts, trace.num_needed, tuple(policies(trace, num_slots))
         )
 
     def _decode_batch(self, num_sequences: int, num_passes: int) -> Passes:
@@ -99,6 +117,7 @@ class PipoEngine(TimedEngine[PipoSetup]):
         self.close()
         config = replace(_config(request.setup), num_sequences=request.num_sequences)
         self._engine = Engine(ModelFile(request.setup.path), config)
+        self._vocab_size = self._engine.model.manifest.hyper.vocab_size
         workload = Workload(request.prompt_tokens, request.num_passes + 1, request.num_sequences)
         plan = self._engine.make_plan(workload=workload)
         self._engine.start(plan)
@@ -130,11 +149,6 @@ class PipoEngine(TimedEngine[PipoSetup]):
         assert self._engine is not None and self._engine.report is not None
         return self._engine.report
 
-    @property
-    def _vocab_size(self) -> int:
-        assert self._engine is not None
-        return self._engine.model.manifest.hyper.vocab_size
-
 
 def _config(setup: PipoSetup) -> EngineConfig:
     return EngineConfig(
@@ -145,6 +159,16 @@ def _config(setup: PipoSetup) -> EngineConfig:
         layout=setup.layout,
         prefill_chunk=setup.prefill_chunk,
     )
+
+
+def _experts(report: Report) -> tuple[tuple[str, float], ...]:
+    """Of decode, per pass."""
+    if report.decode.experts is None:
+        return ()
+    total, num = report.decode.experts.total, max(report.decode.num_passes, 1)
+    counts = {"needed": total.num_needed, "there": total.num_hits, "guessed": total.num_guessed,
+              "missed": total.num_missed, "right": total.num_right, "foretold": total.num_foretold}  # fmt: skip
+    return tuple((name, count / num) for name, count in counts.items())
 
 
 def _workload(setup: PipoSetup) -> Workload | None:

@@ -19,6 +19,7 @@ from bench.messages import (
     Start,
     Started,
 )
+from bench.prompts import random_prompt
 
 PROMPT_TOKENS = 8  # before the decode passes
 Setup = TypeVar("Setup", bound=PipoSetup | LlamaSetup | FolderSetup)
@@ -30,6 +31,7 @@ class TimedEngine(ABC, Generic[Setup]):
     def __init__(self, name: str, setup: type[Setup]) -> None:
         self._name = name
         self._setup = setup
+        self._vocab_size = 0
 
     def answer(self, request: Request[Any]) -> object:
         """Raises TypeError for a request it does not serve."""
@@ -38,7 +40,7 @@ class TimedEngine(ABC, Generic[Setup]):
                 assert isinstance(request.setup, self._setup)
                 return self._start(request.setup)
             case Decode():
-                return self._decode(request.num_passes)
+                return self._decode(request.num_passes, self._prompt(request.first_token))
             case Greedy():
                 return self._greedy(request.num_tokens)
             case DecodeBatch():
@@ -53,8 +55,13 @@ class TimedEngine(ABC, Generic[Setup]):
     @abstractmethod
     def _start(self, setup: Setup) -> Started: ...
 
+    def _prompt(self, first_token: int | None) -> list[int]:
+        if first_token is None:
+            return random_prompt(PROMPT_TOKENS, 0, self._vocab_size)
+        return list(range(first_token, first_token + PROMPT_TOKENS))
+
     @abstractmethod
-    def _decode(self, num_passes: int) -> Passes: ...
+    def _decode(self, num_passes: int, prompt: list[int]) -> Passes: ...
 
     @abstractmethod
     def _prefill(self, num_tokens: int, seed: int) -> FirstToken: ...

@@ -23,7 +23,6 @@ class TorchEngine(TimedEngine[FolderSetup]):
     def __init__(self, name: str) -> None:
         super().__init__(name, FolderSetup)
         self._model: Any = None
-        self._vocab_size = 0
 
     def close(self) -> None:
         self._model = None
@@ -42,7 +41,7 @@ class TorchEngine(TimedEngine[FolderSetup]):
         self._vocab_size = setup.vocab_size
         return Started(perf_counter() - begin, f"{self._version()}, torch {torch.__version__}")
 
-    def _decode(self, num_passes: int) -> Passes:
+    def _decode(self, num_passes: int, prompt: list[int]) -> Passes:
         return self._decode_batch(1, num_passes)
 
     def _decode_batch(self, num_sequences: int, num_passes: int) -> Passes:

@@ -18,7 +18,6 @@ class XllamacppEngine(TimedEngine[LlamaSetup]):
     def __init__(self) -> None:
         super().__init__("xllamacpp", LlamaSetup)
         self._server: Any = None
-        self._vocab_size = 0
 
     def close(self) -> None:
         self._server = None
@@ -29,9 +28,9 @@ class XllamacppEngine(TimedEngine[LlamaSetup]):
         self._server = xllamacpp.Server(_params(setup))
         return Started(perf_counter() - begin, f"xllamacpp {xllamacpp.__version__}")
 
-    def _decode(self, num_passes: int) -> Passes:
+    def _decode(self, num_passes: int, prompt: list[int]) -> Passes:
         """The server's own clock, which starts at the first token: n + 1 tokens are n passes."""
-        timings = self._complete(random_prompt(PROMPT_TOKENS, 0, self._vocab_size), num_passes + 1, reuse=True)
+        timings = self._complete(prompt, num_passes + 1, reuse=True)
         assert timings["predicted_n"] == num_passes + 1
         return Passes(num_passes, (timings["predicted_ms"] / 1e3 / num_passes,))
 

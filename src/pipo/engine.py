@@ -30,6 +30,7 @@ from pipo.hardware.memory import PeakSampler
 from pipo.hardware.probe import Progress
 from pipo.model_file import ModelFile
 from pipo.pipeline.assembly import Assembly
+from pipo.pipeline.expert_stages import NoteRouting
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
 from pipo.plan import Plan, PlanMaker, check_types
@@ -256,6 +257,15 @@ class Engine:
     def cancel(self) -> None:
         """Stop what is being computed; whoever iterates over it gets Cancelled."""
         self._backend.abort.set()
+
+    def note_experts(self, on_routing: NoteRouting) -> None:
+        """`on_routing(block, routing)` hears, on the compute thread, which experts every pass chooses. Of a dense model
+        there is nothing to hear.
+        """
+        self._running()
+        assert self._assembly is not None
+        if self._assembly.forward.experts is not None:
+            self._assembly.forward.experts.on_routing = on_routing
 
     @property
     def ledger_breakdown(self) -> dict[str, int]:

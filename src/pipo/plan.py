@@ -71,12 +71,13 @@ class Plan:
     @property
     def is_streaming(self) -> bool:
         """Once the context is full, if not before."""
-        return self.placement.streamed_bytes > 0
+        return self.placement.streamed_bytes > 0 or self.placement.misses_experts
 
     @property
     def pass_floor_s(self) -> float:
         """Seconds the drive needs for what one pass streams: no engine on this drive can be faster."""
-        return self.in_use.streamed_bytes / self.drive.bytes_per_s
+        experts = self.prediction.expert_bytes if self.prediction else 0.0
+        return (self.in_use.streamed_bytes + experts) / self.drive.bytes_per_s
 
 
 def check_types(lib: Library, model: ModelFile) -> None:
@@ -147,7 +148,7 @@ class PlanMaker:
         """
         model, config, device = self._model, self._config, self._device
         files = model.manifest.files
-        types = {spec.type for stage in model.stages for spec in stage.matrices.values()}
+        types = {spec.type for stage in model.stages for spec in stage.specs}
         room = self._host.ram_bytes() - self._process_bytes() - BESIDE_PROBE_BYTES
         limit = round_down(min(room, PROBE_BYTES), PAGE_BYTES)
         if not tells_of_a_drive(files) or limit < Scope(files, sorted(types)).least_bytes:
@@ -266,7 +267,8 @@ class PlanMaker:
             if blueprint.bounce_bytes * WIDE_SHARE > limit and drive is wide:
                 continue
             placement = self._try(blueprint, context_tokens, limit)
-            if placement is not None and not (all_resident and placement.streamed_bytes):
+            streams = placement is not None and (placement.streamed_bytes > 0 or placement.misses_experts)
+            if placement is not None and not (all_resident and streams):
                 return self._plan_of(blueprint, placement, context_tokens, limit)
         blueprint = self._blueprint(False, NARROW_DRIVE, share)
         try:
@@ -309,7 +311,7 @@ class PlanMaker:
     def _plan_of(self, blueprint: Blueprint, placement: Placement, context_tokens: int, limit: int) -> Plan:
         tensors = self._model.manifest.tensors
         repacked = {tensors[name].type.name for name in blueprint.layouts.repacked}
-        weights = sum(spec.num_bytes for stage in self._model.stages for spec in stage.matrices.values())
+        weights = sum(spec.num_bytes for stage in self._model.stages for spec in stage.specs)
         return Plan(placement, context_tokens, limit, weights, tuple(sorted(repacked)), self._drive, blueprint)
 
     def _process_bytes(self) -> int:

@@ -35,6 +35,7 @@ SUBJECTS = {
     "ttft": {("first token of 64 ÷ floor", "pipo cold"), ("first token of 64 ÷ floor", "pipo warm")},
     "resident": {("decode", "pipo, ggml-python"), ("prefill 64", "pipo, ggml-python")},
     "memory": set[tuple[str, str]](),
+    "experts": {("decode, 125% of the file", "pipo"), ("decode, 50% of the file", "pipo"), ("misses, 50%", "Belady")},
     "schedules": {("pass", "pipelined"), ("pass", "layer"), ("pass", "sequential")},
 }
 TOO_SMALL = {"balance", "batch"}  # measures that a toy cannot serve
@@ -71,7 +72,7 @@ def test_every_measure_gives_its_numbers(entries: list[dict[str, Any]], measure:
 
 def test_each_line_says_where_it_was_measured(entries: list[dict[str, Any]]) -> None:
     for entry in entries:
-        assert entry["model"] == "smoke q4_0"
+        assert entry["model"] == ("smoke-moe q4_0" if entry["bench"] == "experts" else "smoke q4_0")
         assert entry["library"].startswith("libggml")
         assert entry["cores"] >= 1 and entry["ram_bytes"] > 0
         assert entry["cpu"] and entry["commit"] and entry["date"]

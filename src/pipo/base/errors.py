@@ -9,6 +9,7 @@ PipoError                     anything we can name; `hint` says what to do, `exi
 │   ├── UnsupportedModel      well formed, but needs something pipo does not implement          (1)
 │   └── ModelNotFound         no such file or model name                                        (1)
 ├── MalformedProfile          a machine profile that cannot be used: key, wanted, found         (1)
+├── MalformedTrace            a record of experts that cannot be read: line, wanted, found          (1)
 ├── LibraryError              libggml is missing, too old, or not laid out as expected          (1)
 ├── ComputeError              a graph could not be built or run                                 (1)
 │   └── OutOfDeviceMemory     a device has not this much memory left; names wanted and free     (1)
@@ -31,6 +32,7 @@ __all__ = [
     "LibraryError",
     "MalformedFile",
     "MalformedProfile",
+    "MalformedTrace",
     "ModelError",
     "ModelNotFound",
     "OutOfDeviceMemory",
@@ -110,6 +112,10 @@ class MalformedProfile(PipoError):
         error.message = f"{path}: {self.message.removeprefix('a machine profile ')}"
         error.hint = "`pipo doctor --probe --json` on that machine writes one"
         return error
+
+
+class MalformedTrace(PipoError):
+    pass
 
 
 class LibraryError(PipoError):

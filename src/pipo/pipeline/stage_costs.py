@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipo.base.machine import StageWork, WeightWork
-from pipo.base.manifest import HyperParameters
+from pipo.base.manifest import HyperParameters, TensorSpec
 from pipo.base.tensor_type import TensorType
-from pipo.models.stage import Stage, StageKind
+from pipo.models.stage import ExpertBank, Stage, StageKind
+from pipo.pipeline.expert_units import expert_bytes
 from pipo.pipeline.units import WeightLayouts, weight_bytes
 from pipo.planner.cost import StageCost
+from pipo.planner.experts import ExpertWork
 from pipo.planner.residency import UnitId
 
 CacheTypes = tuple[TensorType, TensorType]  # of keys and of values
@@ -41,15 +44,32 @@ def _cost(
         repacked_as=repacked[0] if repacked else None,
         kv_bytes_per_position=sum(type_.row_bytes(kv_size) for type_ in cache_types) if attends else 0,
         is_head=stage.kind is StageKind.HEAD,
+        experts=None if stage.bank is None else _experts(stage.bank, layouts),
     )
 
 
+def _experts(bank: ExpertBank, layouts: WeightLayouts) -> ExpertWork:
+    one = list(bank.expert(0).values())
+    repacked = [spec.type for spec in one if layouts.is_repacked(spec.name)]
+    return ExpertWork(
+        _work_of(one, layouts), expert_bytes(bank), repacked[0] if repacked else None, bank.num_experts,
+        bank.num_experts_per_tok,
+    )  # fmt: skip
+
+
 def _work(stage: Stage, layouts: WeightLayouts, hyper: HyperParameters, cached: Sequence[TensorType]) -> StageWork:
+    """Routers are among the vectors, and no vector is multiplied."""
+    routers = [spec for spec in stage.vectors.values() if len(spec.shape) == 2]
+    work = _work_of([*stage.matrices.values(), *routers], layouts)
+    q_size = hyper.num_q_heads * hyper.head_dim
+    return replace(work, cache_per_position=tuple((type_, q_size) for type_ in cached))
+
+
+def _work_of(specs: Sequence[TensorSpec], layouts: WeightLayouts) -> StageWork:
     weights = []
     activations = 0
-    for spec in stage.matrices.values():
+    for spec in specs:
         size_in, size_out = spec.shape
         weights.append(WeightWork(spec.type, size_in * size_out, layouts.is_repacked(spec.name)))
         activations += size_in + size_out
-    q_size = hyper.num_q_heads * hyper.head_dim
-    return StageWork(tuple(weights), activations, tuple((type_, q_size) for type_ in cached))
+    return StageWork(tuple(weights), activations)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from pipo.base.machine import ComputeProfile, LinkProfile, MachineProfile, SharedUse, StageWork
 from pipo.base.tensor_type import TensorType
+from pipo.planner.experts import ExpertWork, Routing
 from pipo.planner.residency import UnitId
-from pipo.planner.simulate import StepCosts
+from pipo.planner.simulate import ExpertCosts, StepCosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class StageCost:
     repacked_as: TensorType | None = None
     kv_bytes_per_position: int = 0
     is_head: bool = False
+    experts: ExpertWork | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +77,45 @@ def step_costs(
     )
 
 
+def expert_costs(
+    stages: Sequence[StageCost], machine: MachineProfile, load: PassLoad, routing: Routing, held_share: float
+) -> dict[int, ExpertCosts]:
+    """Of the stages with experts, which compute on the CPU while this share of all experts is in RAM."""
+    costs = {}
+    for i, stage in enumerate(stages):
+        if stage.experts is None:
+            continue
+        needed = routing.num_needed(stage.experts, load.num_tokens)
+        missing = routing.num_missing(stage.experts, load.num_tokens, held_share)
+        rows = max(round(load.num_tokens * stage.experts.num_experts_per_tok / needed), 1)
+        one_s = machine.cpu.stage_s(stage.experts.work, rows) - machine.cpu.stage_overhead_s
+        read_s = missing * machine.unit_read_s(stage.experts.num_bytes, stage.experts.repacked_as)
+        costs[i] = ExpertCosts(
+            read_s * routing.recall,
+            read_s * (1 - routing.recall),
+            (needed - missing) * one_s + machine.cpu.graph_start_s + machine.cpu.stage_overhead_s,
+            missing * one_s,
+        )
+    return costs
+
+
+def expert_bytes(stages: Sequence[StageCost], load: PassLoad, routing: Routing, held_share: float) -> float:
+    """Read for a pass."""
+    return sum(
+        stage.experts.num_bytes * routing.num_missing(stage.experts, load.num_tokens, held_share)
+        for stage in stages
+        if stage.experts is not None
+    )
+
+
 def beside_each_other(costs: StepCosts, use: SharedUse, streamed: Sequence[UnitId]) -> StepCosts:
     """Of a pass that computes few rows on the CPU while these units are read: each slows the other down for as long as
     both are at work, which is at most all the time of the shorter one.
     """
     ours = costs.compute.keys() - costs.on_device
-    compute_s = sum(costs.compute[i] for i in ours) / use.compute_share
-    read_s = sum(costs.read[unit] for unit in streamed) / use.read_share
+    experts = costs.experts.values()
+    compute_s = (sum(costs.compute[i] for i in ours) + sum(each.compute_s for each in experts)) / use.compute_share
+    read_s = (sum(costs.read[unit] for unit in streamed) + sum(each.read_s for each in experts)) / use.read_share
     if not compute_s or not read_s:
         return costs
     slower = 1 + min(read_s / compute_s, 1) * (1 / use.compute_share - 1)
@@ -90,6 +124,7 @@ def beside_each_other(costs: StepCosts, use: SharedUse, streamed: Sequence[UnitI
         costs,
         compute={i: seconds * (slower if i in ours else 1) for i, seconds in costs.compute.items()},
         read={unit: seconds * drive_slower for unit, seconds in costs.read.items()},
+        experts={i: each.slowed(drive_slower, slower) for i, each in costs.experts.items()},
     )
 
 

@@ -174,9 +174,18 @@ class Placement:
         }
 
     @property
+    def num_expert_slots(self) -> int:
+        return sum(each.num_slots for each in self.expert_slots)
+
+    @property
+    def held_share(self) -> float:
+        """Of all routed experts, those that fit at once; 1 where there are none."""
+        return self.num_expert_slots / self.num_experts if self.num_experts else 1.0
+
+    @property
     def misses_experts(self) -> bool:
         """Not all of them fit at once."""
-        return sum(each.num_slots for each in self.expert_slots) < self.num_experts
+        return self.held_share < 1
 
     @property
     def num_bytes(self) -> int:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipo.base.machine import MachineProfile
-from pipo.planner.cost import PassLoad, StageCost, beside_each_other, step_costs
+from pipo.planner.cost import PassLoad, StageCost, beside_each_other, expert_bytes, expert_costs, step_costs
 from pipo.planner.device_placement import DevicePlacement
+from pipo.planner.experts import Routing
 from pipo.planner.placement import Placement, SlotClass
 from pipo.planner.residency import Need, Pool, Residency, UnitId, numbered_slots
 from pipo.planner.schedule import Schedule
@@ -38,6 +39,7 @@ class Prediction:
     ttft_s: float
     decode: Forecast
     workload: Workload
+    expert_bytes: float = 0.0  # read for a pass of decode
 
     @property
     def tokens_per_s(self) -> float:
@@ -70,6 +72,7 @@ class Placed:
     ram: Placement
     device: DevicePlacement | None = None
     decode_threads: int | None = None
+    routing: Routing = Routing()
 
     def at(self, num_positions: float) -> Placed:
         """While the KV cache holds so many positions of each sequence."""
@@ -108,6 +111,8 @@ class Placed:
     @property
     def is_one_graph(self) -> bool:
         """All stages stay on one side, which then computes a pass as a whole."""
+        if any(stage.experts is not None for stage in self.shapes.stages):
+            return False
         if self.device is None:
             return all(self.ram.resident)
         return self.device.is_all and all(self.device.resident) and not self.moves_kv
@@ -116,7 +121,12 @@ class Placed:
         """Before the first pass."""
         there = self.on_device
         needs = [
-            Need(i, stage.unit_id, self.moves_kv and i in there and stage.kv_bytes_per_position > 0)
+            Need(
+                i,
+                stage.unit_id,
+                self.moves_kv and i in there and stage.kv_bytes_per_position > 0,
+                is_routed=stage.experts is not None,
+            )
             for i, stage in enumerate(self.shapes.stages)
         ]
         return Line(needs, schedule, residency_of(self.ram, self.device))
@@ -127,6 +137,8 @@ class Placed:
         if self.is_one_graph:
             start_s = self.machine.devices[1 if there else 0].graph_start_s
             costs = replace(costs, compute={stage: seconds - start_s for stage, seconds in costs.compute.items()})
+        experts = expert_costs(self.shapes.stages, self.machine, load, self.routing, self.ram.held_share)
+        costs = replace(costs, experts=experts)
         use = self.machine.shared_use(self.decode_threads if load.num_tokens == 1 else None)
         if use is not None and load.num_tokens <= FEW_ROWS:
             costs = beside_each_other(costs, use, self._read_in_every_pass)
@@ -136,7 +148,9 @@ class Placed:
 def predict(placed: Placed, workload: Workload, schedule: Schedule) -> Prediction:
     """The prompts one after another, then one pass in the middle of the answers."""
     ttft_s = _prefill_s(placed.at(workload.prompt_tokens), schedule, workload)
-    return Prediction(ttft_s, forecast(placed, decode_load(workload), schedule), workload)
+    load = decode_load(workload)
+    read = expert_bytes(placed.shapes.stages, load, placed.routing, placed.at(load.num_positions).ram.held_share)
+    return Prediction(ttft_s, forecast(placed, load, schedule), workload, read)
 
 
 def forecast(placed: Placed, load: PassLoad, schedule: Schedule) -> Forecast:

@@ -26,6 +26,31 @@ class Lane(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertCosts:
+    """Seconds of a stage of experts: reading those that are missing, of which some were guessed one block ahead, and
+    computing those that are here and those that are not.
+    """
+
+    read_guessed: float
+    read_late: float
+    compute_here: float
+    compute_missing: float
+
+    @property
+    def read_s(self) -> float:
+        return self.read_guessed + self.read_late
+
+    @property
+    def compute_s(self) -> float:
+        return self.compute_here + self.compute_missing
+
+    def slowed(self, read: float, compute: float) -> ExpertCosts:
+        return ExpertCosts(
+            self.read_guessed * read, self.read_late * read, self.compute_here * compute, self.compute_missing * compute
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class StepCosts:
     """Seconds of every step that may come up; what is absent costs nothing.
 
@@ -40,6 +65,7 @@ class StepCosts:
     on_device: frozenset[int] = frozenset()  # stages that compute there
     handover: float = 0.0
     between_passes: float = 0.0
+    experts: Mapping[int, ExpertCosts] = field(default_factory=dict)  # of stages that route, on the CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +99,7 @@ class Simulator:
         self._kv_slot_of: dict[int, int] = {}
         self._num_kv_loads = 0
         self._last_lane: Lane | None = None
+        self._guessed = 0.0  # when the experts that were guessed for the next block have arrived
 
     def run(self, steps: Sequence[Step], costs: StepCosts) -> None:
         """One pass; it ends when its last stage has been computed."""
@@ -108,6 +135,18 @@ class Simulator:
         if lane is Lane.CPU:
             self.now = end  # computed on the executor's own thread; a device is only told to
 
+    def _route(self, step: Step) -> None:
+        """Those that are here compute while the others arrive; then the drive goes on with guesses for the next block."""
+        costs = self._costs.experts.get(step.stage_idx)
+        if costs is None:
+            return
+        begin = max(self.now, self.computed)
+        arrived = max(self._take(Lane.DRIVE, step, begin, costs.read_late), self._guessed)
+        here = self._take(Lane.CPU, step, begin, costs.compute_here)
+        self.now = self.computed = self._take(Lane.CPU, step, max(here, arrived), costs.compute_missing)
+        self._guessed = self._take(Lane.DRIVE, step, begin, costs.read_guessed)
+        self._last_lane = Lane.CPU
+
     def _release(self, step: Step) -> None:
         self._slot_free[step.tier, step.slot_id] = self._used.pop((step.tier, step.unit_id), self.now)
 
@@ -137,6 +176,7 @@ class Simulator:
         StepKind.READ: _read,
         StepKind.COPY: _copy,
         StepKind.COMPUTE: _compute,
+        StepKind.ROUTE: _route,
         StepKind.RELEASE: _release,
         StepKind.KV_LOAD: _kv_load,
         StepKind.KV_SAVE: _kv_save,
