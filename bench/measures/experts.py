@@ -1,7 +1,7 @@
 """A mixture of experts at several budgets, beside llama.cpp in the same limit: sustained, over text whose topic drifts.
 
-Everybody decodes the same tokens, round by round where the last one ended. What pipo's cache missed is held against the
-fewest misses that are possible with as many slots, and its reads against the bare drive's with reads of that size.
+Everybody decodes the same tokens, round by round where the last one ended; a peer that does not fit, the first of each
+round. What pipo's cache missed is held against the fewest misses that are possible with as many slots.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pipo.hardware.cache import tells_of_a_drive
 
 SHARES = (1.25, 0.5, 0.25)  # of the file
 FIRST_TOKEN, WARM_PASSES, PASSES_EACH = 300, 64, 32  # above the special tokens and bytes of the random model
+PEER_SHARE = 5  # a peer that thrashes decodes this fraction of the tokens, from where each round begins
 LEAST_AHEAD, LEAST_OF_RESIDENT_PEER = 1.5, 0.95
 MOST_OF_BELADY = 1.15
 _LIMIT_S = 600.0
@@ -60,7 +61,8 @@ def _budget(lab: Lab, share: float, ram_bytes: int) -> Iterator[Row]:
         for round_idx in range(lab.settings.rounds + 1):
             num = WARM_PASSES if not round_idx else PASSES_EACH
             for name, child in sorted(everybody.items(), reverse=bool(round_idx % 2)):
-                passes = child.ask(Decode(num, begin), _LIMIT_S)
+                few = num if name == "pipo" or share > 1 else num // PEER_SHARE
+                passes = child.ask(Decode(few, begin), _LIMIT_S)
                 found[name] += [passes] if round_idx else []
             begin += num
         seconds = {name: [sum(p.seconds) / len(p.seconds) for p in each] for name, each in found.items()}

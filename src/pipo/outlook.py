@@ -23,8 +23,9 @@ from pipo.hardware.probe import PROBE_BYTES, Progress
 from pipo.model_file import PROCESS_BYTES, ModelFile
 from pipo.pipeline.device_layout import AbsentDevice
 from pipo.pipeline.stage_graphs import Compute
-from pipo.plan import Plan, PlanMaker, check_types, probe_kind, process_bytes_now
+from pipo.plan import Plan, PlanMaker, check_device, check_types, probe_kind, process_bytes_now
 from pipo.planner.batch import BatchCurve, BatchPoint, batch_point
+from pipo.planner.experts import Routing
 from pipo.planner.predict import Workload, decode_load
 from pipo.planner.variations import with_compute, with_drive, with_link
 
@@ -61,9 +62,11 @@ class Outlook:
     Needs the model's header alone. Raises LibraryError, and UnsupportedModel for types that libggml does not compute.
     """
 
-    def __init__(self, model: ModelFile, config: EngineConfig) -> None:
+    def __init__(self, model: ModelFile, config: EngineConfig, routing: Routing | None = None) -> None:
+        """`routing` is what is known of a mixture's; without, what is assumed."""
         self._model = model
         self._config = config
+        self._routing = routing
         self._lib = ggml.load()
         check_types(self._lib, model)
         self._compute = Compute(self._lib, CpuBackend(self._lib, config.num_threads), RepackBuffer.find(self._lib))
@@ -73,7 +76,7 @@ class Outlook:
         takes some seconds. Raises UsageError where neither is possible.
         """
         host = ThisHost(self._config)
-        device = choose_device(self._lib, self._config.device)
+        device = check_device(self._model, self._config, choose_device(self._lib, self._config.device))
         process_bytes = process_bytes_now()  # before a probe: what a driver keeps of it is not a run's
         machine, drive = self._figures_here(host, device, on_probe)
         vram = host.vram_bytes(device.free_bytes) if device else 0
@@ -99,7 +102,7 @@ class Outlook:
         self, machine: MachineProfile, ram: str | None, vram: str | None, workload: Workload, context_tokens: int
     ) -> Case:
         """Another machine; `ram` and `vram` are all it has where they are None. Raises UsageError."""
-        device = self._device_of(machine)
+        device = check_device(self._model, self._config, self._device_of(machine))
         there = device.free_bytes if device else 0
         limits = part_of(ram, machine.ram_bytes, what="--ram"), part_of(vram, there, what="--vram")
         return Case(machine, rate_of_profile(machine.drive), device, *limits, workload, context_tokens, PROCESS_BYTES)
@@ -126,7 +129,7 @@ class Outlook:
         has_repacked = any(rates.repacked for rates in case.machine.cpu.products.values())
         # kernels that the machine was not measured with are taken not to be there
         compute = self._compute if has_repacked else replace(self._compute, repack=None)
-        return PlanMaker(self._model, config, compute, case.device, host)
+        return PlanMaker(self._model, config, compute, case.device, host, self._routing)
 
     def what_would_help(self, case: Case, plan: Plan) -> list[Change]:
         """Other circumstances, one at a time, those that gain most first. Those that do not fit are left out."""

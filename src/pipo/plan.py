@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget, UnsupportedModel, UsageError
@@ -30,6 +31,7 @@ from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.units import WeightLayouts
 from pipo.planner.cost import PassLoad
 from pipo.planner.depth import NO_STALL, TOLERANCE, best_depth, simulated_pass
+from pipo.planner.experts import ASSUMED, Routing
 from pipo.planner.placement import Demand, Placement, place, smallest_bytes
 from pipo.planner.predict import Placed, Prediction, Shapes, Workload, decode_load, forecast, predict
 from pipo.planner.schedule import SCHEDULES
@@ -64,6 +66,12 @@ class Plan:
         return self.blueprint.device
 
     @property
+    def expert_bytes(self) -> int:
+        """Of all routed experts, as the file has them."""
+        banks = [stage.bank for stage in self.blueprint.stages if stage.bank is not None]
+        return sum(spec.num_bytes for bank in banks for spec in bank.matrices.values())
+
+    @property
     def in_use(self) -> Placement:
         """The placement half-way through an answer of the predicted workload, or, without one, at its start."""
         return self.placement.at(decode_load(self.prediction.workload).num_positions if self.prediction else 1)
@@ -91,6 +99,21 @@ def check_types(lib: Library, model: ModelFile) -> None:
             )
 
 
+AnyDevice = TypeVar("AnyDevice", ComputeDevice, AbsentDevice)
+
+
+def check_device(model: ModelFile, config: EngineConfig, device: AnyDevice | None) -> AnyDevice | None:
+    """What may compute beside the CPU: nothing, of a mixture of experts. Raises UsageError where that was asked for."""
+    if device is None or not model.manifest.hyper.num_experts:
+        return device
+    if config.device != "auto" or config.vram != "auto" or config.compute == "device":
+        raise UsageError(
+            f"{model.manifest.name} is a mixture of experts, which computes on the CPU only, not on {device.name}",
+            hint="--device cpu, and no --vram",
+        )
+    return None
+
+
 class PlanMaker:
     """Plans one model on one machine. `kept_bytes` is charged besides what the model needs, by name.
 
@@ -105,6 +128,7 @@ class PlanMaker:
         compute: Compute,
         device: ComputeDevice | AbsentDevice | None,
         host: Host | None = None,
+        routing: Routing | None = None,
     ) -> None:
         self.kept_bytes: dict[str, int] = {}
         self._model = model
@@ -112,6 +136,7 @@ class PlanMaker:
         self._compute = compute
         self._device = device
         self._host = host or ThisHost(config)
+        self._routing = routing or ASSUMED
         self._shares = DeviceShares(model, config, compute, device, self._host)
 
     def make(
@@ -232,7 +257,7 @@ class PlanMaker:
         costs = stage_costs(self._model.stages, plan.blueprint.layouts, hyper, (kv.type_k, kv.type_v))
         on_device = plan.device.placement if plan.device else None
         shapes = Shapes(costs, hyper.hidden_size)
-        return Placed(shapes, machine, plan.placement, on_device, plan.decode_threads)
+        return Placed(shapes, machine, plan.placement, on_device, plan.decode_threads, self._routing)
 
     def smallest_ram_bytes(self, context_tokens: int) -> int:
         """The least budget that `make` takes for this context."""

@@ -11,6 +11,7 @@ import typer
 
 from pipo import __version__
 from pipo.base.errors import PipoError
+from pipo.cli.bench import bench
 from pipo.cli.chat import chat
 from pipo.cli.doctor import doctor
 from pipo.cli.flags import Call, spread
@@ -39,6 +40,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "list": list_models,
     "show": show,
     "plan": plan,
+    "bench": bench,
     "doctor": doctor,
 }
 for _name, _verb in _VERBS.items():

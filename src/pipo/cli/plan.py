@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipo.outlook import Case, Change, Outlook
     from pipo.plan import Plan
     from pipo.planner.batch import BatchCurve
+    from pipo.planner.experts import Routing
     from pipo.planner.predict import Workload
 
 PROMPT_TOKENS = ANSWER_TOKENS = 256  # where nobody says
@@ -38,6 +39,9 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, metavar="N", help="Sequences at a time.")] = 1,
     advise: Annotated[bool, typer.Option("--advise", help="Also tokens per second by batch size.")] = False,
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="With --advise: the curve as a picture.")] = None,
+    experts: Annotated[
+        Path | None, typer.Option(metavar="TRACE", help="Which experts a run passed: from `pipo run --expert-trace`.")
+    ] = None,
     json: JsonFlag = False,
     *,
     output: OutputFlags,
@@ -60,7 +64,8 @@ def plan(
         config = _config_elsewhere(config, machine, compute)
     trained = opened.manifest.hyper.context_tokens
     workload, context = fit_workload(config.context_tokens, prompt_tokens, answer_tokens, batch, trained)
-    with Outlook(opened, config) as outlook, starting(output) as say:
+    routing = None if experts is None else _routing(experts, opened)
+    with Outlook(opened, config, routing) as outlook, starting(output) as say:
         case = _case(outlook, machine, memory, workload, context, say)
         found = _find(outlook, case, advise=advise)
     if svg is not None:
@@ -79,6 +84,24 @@ def _check_flags(
         raise UsageError(
             "--threads and --machine contradict each other", hint="a profile's figures are of the threads it names"
         )
+
+
+def _routing(file: Path, model: ModelFile) -> Routing:
+    """Raises MalformedTrace, and UsageError for the trace of another model."""
+    from pipo.pipeline.expert_trace import read_trace, routing_of
+
+    hyper, trace = model.manifest.hyper, read_trace(file)
+    wanted, found = (
+        (hyper.num_experts, hyper.num_experts_per_tok),
+        (trace.head.num_experts, trace.head.num_experts_per_tok),
+    )
+    if wanted != found:
+        raise UsageError(
+            f"--experts {file}: is of a model with {found[0]} experts a block, {found[1]} of them a token; "
+            f"{model.manifest.name} has {wanted[0]} and {wanted[1]}",
+            hint="pipo run --expert-trace FILE with this model records one",
+        )
+    return routing_of(trace, str(file))
 
 
 def _config_elsewhere(config: EngineConfig, machine: str, compute: ComputeFlags) -> EngineConfig:

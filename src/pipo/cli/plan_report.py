@@ -72,6 +72,9 @@ def _prediction_rows(case: Case, plan: Plan) -> Iterator[Row]:
         yield "expect", f"nothing: the machine's profile has no figures of {plan.device.device.name}"
         return
     prediction = plan.prediction
+    if prediction.routing is not None and plan.placement.misses_experts:
+        read = format_size(prediction.expert_bytes)
+        yield "routing", f"{prediction.routing.source}: {read} of experts are read for a pass of decode"
     whole = seconds_text(prediction.total_s)
     yield (
         "expect",
@@ -95,7 +98,8 @@ def limit_text(case: Case, plan: Plan) -> str:
     lane = busiest(plan.prediction)
     share = plan.device.placement if plan.device else None
     if lane is Lane.DRIVE:
-        what = f"the drive, which reads {format_size(plan.in_use.streamed_bytes)} for every pass"
+        read = plan.in_use.streamed_bytes + int(plan.prediction.expert_bytes)
+        what = f"the drive, which reads {format_size(read)} for every pass"
     elif lane is Lane.UPLOAD:
         copied = share.streamed_bytes if share else 0
         what = f"the link to the device, which carries {format_size(copied)} of weights in every pass"

@@ -8,8 +8,10 @@ from pipo.base.units import format_rate, format_size
 from pipo.cli.terminal import Row
 from pipo.engine import Report
 from pipo.pipeline.device_share import DeviceShare
+from pipo.pipeline.expert_stats import BlockStats, ExpertStats
 from pipo.pipeline.stats import PassStats
 from pipo.plan import Plan
+from pipo.planner.predict import Prediction
 from pipo.planner.simulate import Lane
 
 LANE_NAMES = {
@@ -22,6 +24,8 @@ def plan_rows(plan: Plan) -> Iterator[Row]:
     """What lives where, and what that costs per pass."""
     placement = plan.placement
     yield "weights", weights_text(plan)
+    if placement.num_experts:
+        yield "experts", _experts_text(plan)
     yield "memory", f"{format_size(placement.num_bytes)} planned, the limit is {format_size(plan.limit_bytes)}"
     config = plan.blueprint.config
     types = " and ".join(dict.fromkeys((config.cache_type_k, config.cache_type_v)))
@@ -57,11 +61,31 @@ def weights_text(plan: Plan) -> str:
     total, streamed = plan.weight_bytes, plan.in_use.streamed_bytes
     if plan.device is not None:
         return _weights_with_device_text(plan, plan.device)
+    if plan.placement.num_experts:
+        total -= plan.expert_bytes
+    if not streamed and plan.placement.num_experts:
+        return f"all {format_size(total)} besides routed experts stay in RAM{_borrowed_text(plan)}"
     if not streamed:
         return f"all {format_size(total)} stay in RAM, nothing streams from disk{_borrowed_text(plan)}"
     resident = total - streamed
     stay = f"{format_size(resident) if resident > 0 else 'none'} stay in RAM"
     return f"{_of(streamed, total)} stream from disk in every pass, {stay}{_borrowed_text(plan)}"
+
+
+def _experts_text(plan: Plan) -> str:
+    placement, hyper = plan.placement, plan.blueprint.manifest.hyper
+    num_blocks = placement.num_experts // hyper.num_experts
+    passes = f"a token passes {hyper.num_experts_per_tok} of {hyper.num_experts} in each of {num_blocks} blocks"
+    all_bytes = format_size(plan.expert_bytes)
+    if not placement.misses_experts:
+        return f"all {placement.num_experts} fit, {all_bytes}, and are read when they are wanted first; {passes}"
+    fitting = f"{placement.num_expert_slots} of {placement.num_experts}, {all_bytes} in all, are in RAM at a time"
+    return f"{fitting}; {passes}"
+
+
+def _routing_text(prediction: Prediction) -> str:
+    assert prediction.routing is not None
+    return f"{prediction.routing.source}: {format_size(prediction.expert_bytes)} of experts are read for a token"
 
 
 def _borrowed_text(plan: Plan) -> str:
@@ -97,6 +121,8 @@ def prediction_rows(plan: Plan) -> Iterator[Row]:
         yield "expect", f"{rate_text(rate)} tokens/s at most, which the drive allows"
         return
     decode, ttft_s = plan.prediction.decode, plan.prediction.ttft_s
+    if plan.prediction.routing is not None and plan.placement.misses_experts:
+        yield "routing", _routing_text(plan.prediction)
     shares = ", ".join(f"{name} {decode.share(lane):.0%}" for lane, name in LANE_NAMES.items() if decode.busy[lane])
     yield "expect", f"{rate_text(rate)} tokens/s, first token after {seconds_text(ttft_s)}; busy: {shares}"
 
@@ -121,6 +147,8 @@ def status_line(plan: Plan, report: Report) -> str:
             f"{drive_share(plan, report):.0%} of the drive"
         )
         parts.append(f"stalled {decode.stall_share:.0%}")
+        if decode.experts is not None:
+            parts.append(f"{decode.experts.hit_rate:.1%} of experts there or foretold")
     parts.append(f"peak {_of(report.peak_anonymous_bytes, plan.limit_bytes)}")
     return " · ".join(parts)
 
@@ -132,6 +160,22 @@ def detail_rows(report: Report) -> Iterator[Row]:
     rate = timing.prefill_tokens / report.prefill.wall_s if report.prefill.wall_s else 0.0
     yield "prefill", f"{timing.prefill_tokens} tokens at {rate_text(rate)} tok/s{cached}; {_stats_text(report.prefill)}"
     yield "decode", f"{report.num_generated} tokens; {_stats_text(report.decode)}"
+    if report.decode.experts is not None and report.decode.experts.total.num_needed:
+        yield "experts", _expert_stats_text(report.decode.experts.total)
+
+
+def _expert_stats_text(total: BlockStats) -> str:
+    """Of decode, all blocks together."""
+    num = total.num_needed
+    text = (
+        f"{num} needed: {total.num_hits / num:.1%} were in RAM, {total.num_guessed / num:.1%} had been asked for one "
+        f"block ahead, {total.num_missed / num:.1%} were missed"
+    )
+    if total.precision is None or total.recall is None:
+        return text
+    return (
+        f"{text}; {total.precision:.0%} of what was foretold was needed, {total.recall:.0%} of what was needed foretold"
+    )
 
 
 def plan_dict(plan: Plan) -> dict[str, object]:
@@ -148,6 +192,18 @@ def plan_dict(plan: Plan) -> dict[str, object]:
         "decode_threads": plan.decode_threads or plan.blueprint.config.num_threads,
         "repacked_types": list(plan.repacked_types),
         "drive_bytes_per_s": plan.drive.bytes_per_s,
+        "experts": _experts_dict(plan) if placement.num_experts else None,
+    }
+
+
+def _experts_dict(plan: Plan) -> dict[str, object]:
+    prediction = plan.prediction
+    return {
+        "num_experts": plan.placement.num_experts,
+        "num_slots": plan.placement.num_expert_slots,
+        "bytes": plan.expert_bytes,
+        "predicted_bytes_per_pass": prediction.expert_bytes if prediction else None,
+        "routing": prediction.routing.source if prediction and prediction.routing else None,
     }
 
 
@@ -196,7 +252,22 @@ def _stats_dict(stats: PassStats) -> dict[str, object]:
         "compute_s": stats.compute_s,
         "stall_s": {cause.value: seconds for cause, seconds in stats.stall_s.items()},
         "stall_share": stats.stall_share,
+        "experts": None if stats.experts is None else _expert_stats_dict(stats.experts),
     }
+
+
+def _expert_stats_dict(stats: ExpertStats) -> dict[str, object]:
+    def block(counts: BlockStats) -> dict[str, object]:
+        return {
+            "num_needed": counts.num_needed,
+            "num_hits": counts.num_hits,
+            "num_guessed": counts.num_guessed,
+            "num_missed": counts.num_missed,
+            "precision": counts.precision,
+            "recall": counts.recall,
+        }
+
+    return block(stats.total) | {"blocks": [block(each) for each in stats.blocks]}
 
 
 def _of(part_bytes: float, whole_bytes: float) -> str:

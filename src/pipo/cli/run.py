@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +52,9 @@ def run(
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what every worker did, for ui.perfetto.dev.")
     ] = None,
+    expert_trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write which experts each token passed, for `pipo bench`.")
+    ] = None,
     *,
     output: OutputFlags,
     memory: MemoryFlags,
@@ -69,8 +74,9 @@ def run(
         raise UsageError("--system needs the chat template, which --raw leaves out")
     config = make_config(memory, compute, trace=trace is not None)
     sampling.params(sampling.max_tokens, logprobs)  # refuse bad values before anything is opened
-    if trace is not None:
-        _check_writable(trace)
+    for flag, file in (("--trace", trace), ("--expert-trace", expert_trace)):
+        if file is not None:
+            _check_writable(flag, file)
     if text is None:
         check_is_piped()
     else:
@@ -81,6 +87,8 @@ def run(
     from pipo.planner.predict import Workload
 
     opened = open_model(name, config.ram)
+    if expert_trace is not None and not opened.manifest.hyper.num_experts:
+        raise UsageError(f"--expert-trace {expert_trace}: {opened.manifest.name} has no experts", hint="leave it out")
     trained = opened.manifest.hyper.context_tokens
     longest = min(config.context_tokens or trained, trained)
     ids = _prompt_ids(opened, text, system, longest, is_raw=raw)
@@ -89,7 +97,8 @@ def run(
     kept_bytes = 0 if logprobs is None else logprobs_bytes(max_tokens, logprobs)
     workload = Workload(len(ids), max_tokens)
     with open_session(opened, config, context, output, workload, kept_bytes) as session:
-        answer = _answer(session, ids, sampling.params(max_tokens, logprobs), json)
+        with _noting_experts(session, opened, expert_trace):
+            answer = _answer(session, ids, sampling.params(max_tokens, logprobs), json)
         if trace is not None:
             session.engine.tracer.write_perfetto(trace)
         if json:
@@ -179,8 +188,23 @@ def _token_dict(model: ModelFile, token: Sampled) -> dict[str, object]:
     return {"id": token.token_id, "text": text(token.token_id), "logprob": token.logprob, "top": top}
 
 
-def _check_writable(path: Path) -> None:
+@contextmanager
+def _noting_experts(session: Session, model: ModelFile, file: Path | None) -> Iterator[None]:
+    if file is None:
+        yield
+        return
+    from pipo.pipeline.expert_trace import TraceHead, TraceWriter
+
+    hyper = model.manifest.hyper
+    num_blocks = sum(stage.bank is not None for stage in model.stages)
+    head = TraceHead(model.manifest.name, num_blocks, hyper.num_experts, hyper.num_experts_per_tok)
+    with file.open("w", encoding="utf-8") as opened:
+        session.engine.note_experts(TraceWriter(opened, head).note)
+        yield
+
+
+def _check_writable(flag: str, path: Path) -> None:
     try:
         path.open("a").close()
     except OSError as error:
-        raise UsageError(f"--trace {path}: {error.strerror}") from error
+        raise UsageError(f"{flag} {path}: {error.strerror}") from error

@@ -75,9 +75,14 @@ def parts_of(model: ModelFile) -> list[Part]:
         types = tuple(dict.fromkeys(spec.type.name for spec in specs))
         is_shared = all(spec.extent == embedding.extent for spec in specs)
         parts.append(Part(name, sum(s.num_bytes for s in specs), types, "embedding" if is_shared else None))
+    experts = [spec for stage in model.stages if stage.bank for spec in stage.bank.matrices.values()]
+    if experts:
+        types = tuple(dict.fromkeys(spec.type.name for spec in experts))
+        parts.insert(3, Part("experts", sum(spec.num_bytes for spec in experts), types))
+        parts = [part for part in parts if part.num_bytes]
     vectors = {spec.name: spec for stage in model.stages for spec in stage.vectors.values()}.values()
     types = tuple(dict.fromkeys(spec.type.name for spec in vectors))
-    return [*parts, Part("norms", sum(s.num_bytes for s in vectors), types)]
+    return [*parts, Part("norms and routers" if experts else "norms", sum(s.num_bytes for s in vectors), types)]
 
 
 def _fit(model: ModelFile, config: EngineConfig, output: OutputFlags) -> Fit:
@@ -114,6 +119,8 @@ def _model_rows(model: ModelFile, config: EngineConfig) -> Iterator[Row]:
     if hyper.num_kv_heads != hyper.num_q_heads:
         heads += f", {hyper.num_kv_heads} for keys and values"
     yield "blocks", f"{hyper.num_layers}, hidden {hyper.hidden_size}, MLP {hyper.intermediate_size}, {heads}"
+    if hyper.num_experts:
+        yield "experts", f"{hyper.num_experts} a block, of which a token passes {hyper.num_experts_per_tok}"
     types = dict.fromkeys((config.cache_type_k, config.cache_type_v))
     per_token = format_size(kv_bytes_per_token(model, config))
     yield "context", f"{hyper.context_tokens} tokens, {per_token} of KV cache each in {' and '.join(types)}"
@@ -170,6 +177,8 @@ def _model_dict(model: ModelFile) -> dict[str, object]:
         "num_kv_heads": hyper.num_kv_heads,
         "head_dim": hyper.head_dim,
         "vocab_size": hyper.vocab_size,
+        "num_experts": hyper.num_experts,
+        "num_experts_per_tok": hyper.num_experts_per_tok,
         "context_tokens": hyper.context_tokens,
         "bytes_by_type": bytes_by_type(model),
         "parts": {p.name: {"bytes": p.num_bytes, "types": list(p.types), "shares": p.shares} for p in parts_of(model)},

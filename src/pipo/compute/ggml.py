@@ -292,8 +292,8 @@ class Library:
 # How often a thread of GNU OpenMP looks for work before it sleeps; libgomp reads it once, when libggml brings it in.
 # With its own 300 000 (milliseconds) every barrier waits for a time slice when anything else wants a core: beside one
 # more such process a 1.1B model took 800 ms a token, and takes 60 at 500. Alone a short spin costs what waking a thread
-# does, before each graph and after each short op: a mixture of small experts 175 ms of computing at 500, 158 at 3000, and
-# beside a busy process 306 and 386. See docs/log.md.
+# does, before each graph and after each short op: a mixture of small experts computes 175 ms of a pass at 500, 158 at
+# 3000, and beside a busy process 306 and 386. See docs/log.md.
 _SPIN_COUNT = "1500"
 
 

@@ -60,11 +60,11 @@ class TensorBook:
         return Linears(matrices, biases)
 
     def refuse_dense(self) -> None:
-        """Raises MalformedFile: the family is one of mixtures of experts, and the file names none."""
-        architecture = self._manifest.hyper.architecture
-        raise MalformedFile(
-            f"{self._manifest.name}: key '{architecture}.expert_count' is missing or 0, wanted the experts of a block"
-        )
+        """Raises MalformedFile where the file names no experts: the family is one of mixtures."""
+        hyper = self._manifest.hyper
+        if not hyper.num_experts:
+            key = f"{hyper.architecture}.expert_count"
+            raise MalformedFile(f"{self._manifest.name}: key {key!r} is missing or 0, wanted the experts of a block")
 
     def refuse_leftovers(self) -> None:
         """Raises UnsupportedModel when the file holds tensors nobody asked for: it needs more than we would run."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipo.base.manifest import Manifest, RopeScaling
-from pipo.models.checks import TensorBook, refuse_unknown_keys
-from pipo.models.parts import attention, gated_mlp, output_stages, routed_experts
+from pipo.models.checks import TensorBook
+from pipo.models.parts import attention, decoder, gated_mlp, routed_experts
 from pipo.models.stage import Stage
 
 # keys that change nothing here as long as they say this
@@ -25,21 +25,16 @@ HARMLESS_KEYS: dict[str, object] = {
 
 
 def llama_stages(manifest: Manifest) -> list[Stage]:
-    """Attention and MLP, or experts, of every block, then the output. Raises UnsupportedModel, MalformedFile."""
-    refuse_unknown_keys(manifest, HARMLESS_KEYS)
-    book = TensorBook(manifest)
-    stages = [stage for i in range(manifest.hyper.num_layers) for stage in _block(book, manifest, i)]
-    stages += output_stages(book, manifest)
-    book.refuse_leftovers()
-    return stages
-
-
-def _block(book: TensorBook, manifest: Manifest, i: int) -> list[Stage]:
+    """Attention and MLP, or experts, of every block. Raises UnsupportedModel, MalformedFile."""
     h = manifest.hyper
-    first = attention(book, h, i)
-    if h.rope.scaling is RopeScaling.FREQ_FACTORS:
-        factors = book.vector("rope_freqs.weight", h.rope.num_dims // 2)
-        first = replace(first, vectors={**first.vectors, "rope_freqs.weight": factors})
-    if not h.num_experts:
-        return [first, gated_mlp(book, h, i)]
-    return routed_experts(book, h, first, h.expert_size or h.intermediate_size, renormalise=True)
+
+    def block(book: TensorBook, i: int) -> list[Stage]:
+        first = attention(book, h, i)
+        if h.rope.scaling is RopeScaling.FREQ_FACTORS:
+            factors = book.vector("rope_freqs.weight", h.rope.num_dims // 2)
+            first = replace(first, vectors={**first.vectors, "rope_freqs.weight": factors})
+        if not h.num_experts:
+            return [first, gated_mlp(book, h, i)]
+        return routed_experts(book, h, first, h.expert_size or h.intermediate_size, renormalise=True)
+
+    return decoder(manifest, HARMLESS_KEYS, block)

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from pipo.base.manifest import HyperParameters, Manifest, TensorSpec
 from pipo.models.blocks import lay_attention, lay_final_norm, lay_gated_mlp, lay_head
-from pipo.models.checks import TensorBook
+from pipo.models.checks import TensorBook, refuse_unknown_keys
 from pipo.models.experts import lay_attention_and_router, lay_experts, lay_shared_expert
 from pipo.models.stage import ExpertBank, Stage, StageKind
+
+SOFTMAX_GATING = 1  # of llama.cpp's `llama_expert_gating_func_type`
+
+
+def decoder(
+    manifest: Manifest, harmless: Mapping[str, object], block: Callable[[TensorBook, int], list[Stage]]
+) -> list[Stage]:
+    """The stages of every block, then the output. `harmless` are keys that change nothing as long as they say this.
+
+    Raises UnsupportedModel, MalformedFile.
+    """
+    refuse_unknown_keys(manifest, harmless)
+    book = TensorBook(manifest)
+    stages = [stage for i in range(manifest.hyper.num_layers) for stage in block(book, i)]
+    stages += output_stages(book, manifest)
+    book.refuse_leftovers()
+    return stages
 
 
 def attention(book: TensorBook, hyper: HyperParameters, i: int, **norms: int) -> Stage:
@@ -33,6 +51,7 @@ def routed_experts(
 ) -> list[Stage]:
     """The attention of a block with the routers of this block and the next, and the experts."""
     i = attention.block_idx
+    book.refuse_dense()
     hidden, num = hyper.hidden_size, hyper.num_experts
     bank = ExpertBank(
         {

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pipo.base.errors import UnsupportedModel
 from pipo.base.manifest import Manifest
 from pipo.models.llama import llama_stages
-from pipo.models.mixtures import olmoe_stages, qwen2moe_stages, qwen3moe_stages
+from pipo.models.olmoe import olmoe_stages
+from pipo.models.qwen2moe import qwen2moe_stages
+from pipo.models.qwen3moe import qwen3moe_stages
 from pipo.models.stage import Stage
 
 FAMILIES: dict[str, Callable[[Manifest], list[Stage]]] = {

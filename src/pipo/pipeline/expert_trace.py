@@ -1,4 +1,4 @@
-"""Which experts a run asked for, as a file of JSON lines, and how often a cache of any size and policy would have missed.
+"""Which experts a run asked for, as a file of JSON lines, and how often a cache of some size and policy would miss.
 
 The first line says what the model is; each other one is a visit of a block: its number among the blocks with experts,
 and the experts of each token of the pass.
@@ -19,7 +19,8 @@ import numpy as np
 
 from pipo.base.errors import MalformedTrace
 from pipo.pipeline.expert_cache import HALF_LIFE_TOKENS, ExpertCache, ExpertIds
-from pipo.pipeline.routing import Routing
+from pipo.pipeline.routing import Routing as ChosenExperts
+from pipo.planner.experts import Routing
 from pipo.planner.residency import SlotId, UnitId
 
 FORMAT = "pipo experts 1"
@@ -77,7 +78,7 @@ class TraceWriter:
         self._file = file
         self._write({"format": FORMAT, **asdict(head)})
 
-    def note(self, block: int, routing: Routing) -> None:
+    def note(self, block: int, routing: ChosenExperts) -> None:
         self._write([block, np.asarray(routing.experts).tolist()])
 
     def _write(self, line: object) -> None:
@@ -142,6 +143,21 @@ def policies(trace: ExpertTrace, num_slots: int) -> Iterator[tuple[str, int]]:
         yield f"half-life {half_life:g}", misses_of_cache(trace, num_slots, half_life)
 
 
+def routing_of(trace: ExpertTrace, source: str) -> Routing:
+    """For predictions: what pipo's cache would have missed with room for a tenth of the experts, two tenths, …
+
+    Raises MalformedTrace for a trace without a pass of one token.
+    """
+    decode = ExpertTrace(trace.head, [visit for visit in trace.visits if len(visit.experts) == 1])
+    if not decode.visits:
+        raise MalformedTrace(f"{source}: has no pass of a single token, of which an answer is made")
+    num_experts = trace.head.num_blocks * trace.head.num_experts
+    shares = [tenths / 10 for tenths in range(1, 10)]
+    slots = [max(int(share * num_experts), trace.head.num_experts_per_tok) for share in shares]
+    rates = [misses_of_cache(decode, num, HALF_LIFE_TOKENS) / decode.num_needed for num in slots]
+    return Routing(f"recorded in {source}", misses=list(zip(shares, rates, strict=True)))
+
+
 def misses_of_lru(trace: ExpertTrace, num_slots: int) -> int:
     """Whoever was not wanted for the longest time goes."""
     held: OrderedDict[tuple[int, int], None] = OrderedDict()
@@ -203,14 +219,16 @@ def misses_of_belady(trace: ExpertTrace, num_slots: int) -> int:
     farthest: list[tuple[int, tuple[int, int]]] = []  # a heap; entries that are not in `next_use` as they are, are old
     num = 0
     for visit in trace.visits:
-        for expert in visit.needed:
-            key = visit.block, expert
-            num += key not in next_use
-            uses[key].popleft()
-            next_use[key] = uses[key][0] if uses[key] else len(trace.visits)
-            heapq.heappush(farthest, (-next_use[key], key))
-        while len(next_use) > num_slots:
+        needed = [(visit.block, expert) for expert in visit.needed]
+        num_missing = sum(key not in next_use for key in needed)
+        num += num_missing
+        # those that are needed now are used again soonest of all: they go last
+        while len(next_use) > max(num_slots - num_missing, len(needed) - num_missing):
             when, key = heapq.heappop(farthest)
             if next_use.get(key) == -when:
                 del next_use[key]
+        for key in needed:
+            uses[key].popleft()
+            next_use[key] = uses[key][0] if uses[key] else len(trace.visits)
+            heapq.heappush(farthest, (-next_use[key], key))
     return num

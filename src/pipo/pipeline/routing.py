@@ -58,7 +58,7 @@ def route(scores: FloatArray, num_experts_per_tok: int, *, renormalise: bool, wh
 
 def likeliest(scores: FloatArray, num: int, what: str) -> IntArray:
     """(tokens, num), ascending. Raises ComputeError."""
-    if not np.isfinite(scores.sum()):  # a sum of finite scores may overflow, too: look closer
+    if not np.isfinite(scores.sum(dtype=np.float64)):
         _refuse_infinite(scores, what)
     chosen: IntArray = (-scores).argsort(axis=1, kind="stable")[:, :num]
     chosen.sort(axis=1)

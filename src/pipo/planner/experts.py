@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from pipo.base.machine import StageWork
 from pipo.base.tensor_type import TensorType
@@ -57,6 +58,9 @@ class Routing:
         return _shares(experts.num_experts, experts.num_experts_per_tok, self.skew)
 
 
+ASSUMED = Routing()
+
+
 @lru_cache
 def _shares(num_experts: int, num_per_tok: int, skew: float) -> Sequence[float]:
     """Of tokens that pass the expert of each rank; none can pass more than all. They add up to `num_per_tok`."""
@@ -73,7 +77,7 @@ def _between(points: Sequence[tuple[float, float]], x: float) -> float:
     """On straight lines between the points, as at the nearest end beyond them."""
     if x <= points[0][0]:
         return points[0][1]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if x <= x1:
             return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return points[-1][1]

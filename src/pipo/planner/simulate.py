@@ -136,7 +136,7 @@ class Simulator:
             self.now = end  # computed on the executor's own thread; a device is only told to
 
     def _route(self, step: Step) -> None:
-        """Those that are here compute while the others arrive; then the drive goes on with guesses for the next block."""
+        """Those that are here compute while the others arrive; then the drive goes on with the next block's guesses."""
         costs = self._costs.experts.get(step.stage_idx)
         if costs is None:
             return
