@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.random_mixture import write_random_mixture
 from bench.random_model import SHAPES, write_random_model
 from pipo.base.config import SCHEDULE_NAMES, EngineConfig
 from pipo.base.errors import ContextOverflow, UsageError
@@ -24,11 +25,15 @@ RANDOM = np.random.default_rng(5)
 PROMPTS = [[int(t) for t in RANDOM.integers(3, SHAPES["smoke"].vocab_size, length)] for length in LENGTHS]
 
 
-@pytest.fixture(scope="module", params=["plain", "repacked"])
+@pytest.fixture(scope="module", params=["plain", "repacked", "mixture"])
 def rig(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Rig]:
     path = tmp_path_factory.mktemp("random") / "smoke.gguf"
-    write_random_model(path, "smoke", "q4_0")
-    config = EngineConfig(layout=request.param, prefill_chunk=CHUNK, threads=1, num_sequences=len(PROMPTS))
+    if request.param == "mixture":
+        write_random_mixture(path, "smoke-moe")
+    else:
+        write_random_model(path, "smoke", "q4_0")
+    layout = "auto" if request.param == "mixture" else request.param
+    config = EngineConfig(layout=layout, prefill_chunk=CHUNK, threads=1, num_sequences=len(PROMPTS))
     with Rig(path, config, context_tokens=320) as rig:
         if request.param == "repacked" and not rig.blueprint.layouts.repacked:
             pytest.skip("this CPU has no repacked kernels")

@@ -61,7 +61,9 @@ def test_a_record_is_replayed_and_planned_with(pipo: CommandLine, mixture: str, 
         assert min(size["misses"].values()) == size["misses"]["Belady"] > 0
     shown = pipo("bench", "--experts", str(trace))
     assert shown.code == 0 and "Belady" in shown.out and "4 of 16 experts in each of 4 blocks" in shown.out
-    there = ("--machine", "rtx3060-laptop", "--device", "cpu", "--ram", "80MB")
+    there = ("--machine", "rtx3060-laptop", "--device", "cpu", "-c", "64", "--ram")
+    smallest = pipo("plan", mixture, *there, "1MB").err.split("smallest --ram that works is ")[1].split()[0]
+    there = (*there, smallest)
     assumed, recorded = (pipo("plan", mixture, *there, *more, "--json") for more in ((), ("--experts", str(trace))))
     assert assumed.code == recorded.code == 0, recorded.err
     assert "assumed" in assumed.json["plan"]["experts"]["routing"]

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from pipo.planner.residency import SlotId, UnitId
 
-HALF_LIFE_TOKENS = 64.0  # docs/log.md
-RANKED = 64  # of those that may go, as many are looked up at once
+HALF_LIFE_TOKENS = 16.0  # docs/log.md
+RANKED = 32  # of those that may go, as many are looked up at once
 LEAST_SHARE = 1e-4  # of tokens: below it the order of blocks decides
 
 
@@ -65,6 +65,10 @@ class ExpertCache:
         self._wanted = np.zeros(shape)  # decayed count of tokens
         self._seen = LEAST_SHARE  # decayed count of all tokens
         self._in_class = [np.asarray(slot_class)[:, None] == i for i in range(len(free))]
+        self._rounds_away = np.full(
+            shape, ids.num_blocks * (1 / LEAST_SHARE - 1)
+        )  # blocks until it is wanted, but for those of this round
+        self._ranked_at = -1
         self._next_to_go: list[deque[UnitId]] = [deque() for _ in free]
 
     def owns(self, unit: UnitId) -> bool:
@@ -88,6 +92,9 @@ class ExpertCache:
     def first_to_go(self, unit: UnitId, at_block: int) -> UnitId | None:
         """Whose slot `unit` should take, while block `at_block` computes; None where all are kept."""
         slot_class = self._slot_class[self.ids.split(unit)[0]]
+        if at_block != self._ranked_at:
+            self._ranked_at = at_block
+            self._forget_ranks()
         ranked = self._next_to_go[slot_class]
         if not ranked:
             ranked = self._next_to_go[slot_class] = self._ranked(slot_class, at_block)
@@ -124,15 +131,22 @@ class ExpertCache:
         kept = 0.5 ** (num_tokens / self._half_life_tokens)
         self._wanted = self._wanted * kept + used * ((1 - kept) / num_tokens)
         self._seen = self._seen * kept + 1 - kept
+        shares = np.maximum(self._wanted / self._seen, LEAST_SHARE)
+        self._rounds_away = self.ids.num_blocks * (1 / shares - 1)
+        self._forget_ranks()
+
+    def _forget_ranks(self) -> None:
         for ranked in self._next_to_go:
             ranked.clear()
 
     def _ranked(self, slot_class: int, at_block: int) -> deque[UnitId]:
-        """Those that may go, the one wanted last first."""
+        """Those that may go, the one wanted last first; the first few of them."""
         blocks = self.ids.num_blocks
         until = (np.arange(blocks) - at_block - 1) % blocks + 1
-        shares = np.maximum(self._wanted / self._seen, LEAST_SHARE)
-        distance = until[:, None] + blocks * (1 / shares - 1)
         candidates = np.flatnonzero(self._may_go & self._in_class[slot_class])
-        order = np.argsort(-distance.ravel()[candidates], kind="stable")
-        return deque(UnitId(self.ids.first + int(i)) for i in candidates[order[:RANKED]])
+        nearness = -(self._rounds_away + until[:, None]).ravel()[candidates]
+        if len(candidates) > RANKED:
+            nearest = np.argpartition(nearness, RANKED)[:RANKED]
+            candidates, nearness = candidates[nearest], nearness[nearest]
+        order = np.lexsort((candidates, nearness))
+        return deque(UnitId(self.ids.first + int(i)) for i in candidates[order])

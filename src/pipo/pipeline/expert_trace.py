@@ -26,7 +26,7 @@ from pipo.planner.residency import SlotId, UnitId
 FORMAT = "pipo experts 1"
 MAX_VISITS = 10_000_000
 OURS = "pipo"
-HALF_LIVES = (8, 16, 32, 128, 512)  # tokens
+HALF_LIVES = (4, 8, 32, 64, 256)  # tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,10 +50,10 @@ def route(scores: FloatArray, num_experts_per_tok: int, *, renormalise: bool, wh
     Raises ComputeError, which names `what`, for scores that are not finite.
     """
     chosen = likeliest(scores, num_experts_per_tok, what)
-    exponents = np.exp(scores - scores.max(axis=1, keepdims=True))
+    exponents = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
     weights = exponents[np.arange(len(scores))[:, None], chosen]
     weights /= (weights if renormalise else exponents).sum(axis=1, keepdims=True)
-    return Routing(chosen, weights)
+    return Routing(chosen, weights.astype(np.float32))
 
 
 def likeliest(scores: FloatArray, num: int, what: str) -> IntArray:
