@@ -193,7 +193,7 @@ def _largest_of_experts(stage: Stage, num_tokens: int) -> Iterator[ExpertShape]:
         return
     few = min(num_tokens, FEW_TOKENS)
     yield ExpertShape(Sum.AT_ONCE, 1, stage.bank.num_experts_per_tok)
-    yield ExpertShape(Sum.LATER, few + 1, MAX_GROUP, row_class(few))
+    yield ExpertShape(Sum.LATER, few + 1, max(MAX_GROUP, stage.bank.num_experts_per_tok), row_class(few))
     yield ExpertShape(Sum.NOW, few)
     yield ExpertShape(Sum.IN_ORDER, num_tokens + 1, 1, row_class(num_tokens))
 

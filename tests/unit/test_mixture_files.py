@@ -137,6 +137,19 @@ def test_a_router_that_gives_no_numbers_ends_the_answer_with_its_name(
                 engine.complete(range(3, 3 + num_tokens), SamplingParams(max_tokens=2))
 
 
+def test_more_experts_a_token_than_a_group_holds(tmp_path: Path) -> None:
+    """One token at a time, so that no larger graph makes room for a group of nine."""
+    spec = replace(SPECS["qwen3moe"], num_experts=24, num_experts_per_tok=10)
+    write_gguf(make_model(spec), tmp_path / "many.gguf")
+    prompt, params = list(range(3, 30)), SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    with start_engine(tmp_path / "many.gguf", prefill_chunk=1) as engine:
+        want = [token.token_id for token in engine.complete(prompt, params).tokens]
+    smallest = smallest_ram_bytes(tmp_path / "many.gguf", prefill_chunk=1)
+    for ram_bytes in (smallest, smallest + (300 << 10)):
+        with start_engine(tmp_path / "many.gguf", prefill_chunk=1, ram_bytes=ram_bytes) as engine:
+            assert [token.token_id for token in engine.complete(prompt, params).tokens] == want
+
+
 @pytest.mark.parametrize("settings", [{"vram": "1GB"}, {"device": "Vulkan0"}])
 def test_a_device_is_refused(path: Path, settings: dict[str, str]) -> None:
     with pytest.raises(UsageError):
