@@ -35,7 +35,7 @@ from pipo.compute.devices import cpu_features
 from pipo.engine import Engine, Report
 from pipo.generation.request import SamplingParams
 from pipo.model_file import ModelFile
-from pipo.pipeline.expert_trace import ExpertTrace, TraceHead, Visit, policies
+from pipo.pipeline.expert_trace import BlockVisit, ExpertTrace, TraceHead, policies
 from pipo.pipeline.units import make_units
 from pipo.plan import Plan as EnginePlan
 from pipo.planner.cost import PassLoad
@@ -51,7 +51,7 @@ class PipoEngine(TimedEngine[PipoSetup]):
     def __init__(self) -> None:
         super().__init__("pipo", PipoSetup)
         self._engine: Engine | None = None
-        self._visits: list[Visit] = []  # of experts, since the engine started
+        self._visits: list[BlockVisit] = []  # of experts, since the engine started
 
     def answer(self, request: Request[Any]) -> object:
         match request:
@@ -77,7 +77,7 @@ class PipoEngine(TimedEngine[PipoSetup]):
         self._engine = Engine(ModelFile(setup.path), _config(setup))
         self._vocab_size = self._engine.model.manifest.hyper.vocab_size
         self._engine.start(self._engine.make_plan(workload=_workload(setup)))
-        self._engine.note_experts(lambda block, routing: self._visits.append(Visit(block, routing.experts)))
+        self._engine.note_experts(lambda block, routing: self._visits.append(BlockVisit(block, routing.experts)))
         return Started(perf_counter() - begin, _library())
 
     def _decode(self, num_passes: int, prompt: list[int]) -> Passes:

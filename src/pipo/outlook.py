@@ -25,7 +25,7 @@ from pipo.pipeline.device_layout import AbsentDevice
 from pipo.pipeline.stage_graphs import Compute
 from pipo.plan import Plan, PlanMaker, check_device, check_types, probe_kind, process_bytes_now
 from pipo.planner.batch import BatchCurve, BatchPoint, batch_point
-from pipo.planner.experts import Routing
+from pipo.planner.experts import ExpectedRouting
 from pipo.planner.predict import Workload, decode_load
 from pipo.planner.variations import with_compute, with_drive, with_link
 
@@ -62,7 +62,7 @@ class Outlook:
     Needs the model's header alone. Raises LibraryError, and UnsupportedModel for types that libggml does not compute.
     """
 
-    def __init__(self, model: ModelFile, config: EngineConfig, routing: Routing | None = None) -> None:
+    def __init__(self, model: ModelFile, config: EngineConfig, routing: ExpectedRouting | None = None) -> None:
         """`routing` is what is known of a mixture's; without, what is assumed."""
         self._model = model
         self._config = config

@@ -31,7 +31,7 @@ from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.units import WeightLayouts
 from pipo.planner.cost import PassLoad
 from pipo.planner.depth import NO_STALL, TOLERANCE, best_depth, simulated_pass
-from pipo.planner.experts import ASSUMED, Routing
+from pipo.planner.experts import ASSUMED, ExpectedRouting
 from pipo.planner.placement import Demand, Placement, place, smallest_bytes
 from pipo.planner.predict import Placed, Prediction, Shapes, Workload, decode_load, forecast, predict
 from pipo.planner.schedule import SCHEDULES
@@ -128,7 +128,7 @@ class PlanMaker:
         compute: Compute,
         device: ComputeDevice | AbsentDevice | None,
         host: Host | None = None,
-        routing: Routing | None = None,
+        routing: ExpectedRouting | None = None,
     ) -> None:
         self.kept_bytes: dict[str, int] = {}
         self._model = model

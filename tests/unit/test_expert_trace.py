@@ -11,10 +11,10 @@ import pytest
 
 from pipo.base.errors import MalformedTrace
 from pipo.pipeline.expert_trace import (
+    BlockVisit,
     ExpertTrace,
     TraceHead,
     TraceWriter,
-    Visit,
     misses_of_belady,
     misses_of_cache,
     misses_of_lru,
@@ -31,7 +31,7 @@ def skewed(num_passes: int, seed: int = 0) -> ExpertTrace:
     rng = np.random.default_rng(seed)
     shares = 1 / np.arange(1, 9)
     visits = [
-        Visit(block, [sorted(rng.choice(8, 2, replace=False, p=shares / shares.sum()).tolist())])
+        BlockVisit(block, [sorted(rng.choice(8, 2, replace=False, p=shares / shares.sum()).tolist())])
         for _ in range(num_passes)
         for block in range(2)
     ]
@@ -100,7 +100,7 @@ def test_nobody_misses_less_than_belady() -> None:
 
 def test_belady_is_the_least_of_all_choices() -> None:
     """Small enough to try every order of who goes."""
-    trace = ExpertTrace(TraceHead("m", 1, 4, 1), [Visit(0, [[e]]) for e in (0, 1, 2, 0, 3, 1, 0, 2, 3, 1)])
+    trace = ExpertTrace(TraceHead("m", 1, 4, 1), [BlockVisit(0, [[e]]) for e in (0, 1, 2, 0, 3, 1, 0, 2, 3, 1)])
 
     def least(i: int, held: frozenset[int]) -> int:
         if i == len(trace.visits):
@@ -122,7 +122,7 @@ def test_with_room_for_all_each_is_missed_once() -> None:
 
 
 def test_lru_by_hand() -> None:
-    trace = ExpertTrace(TraceHead("m", 1, 4, 1), [Visit(0, [[e]]) for e in (0, 1, 0, 2, 1, 0)])
+    trace = ExpertTrace(TraceHead("m", 1, 4, 1), [BlockVisit(0, [[e]]) for e in (0, 1, 0, 2, 1, 0)])
     assert misses_of_lru(trace, 2) == 5
 
 
@@ -137,4 +137,4 @@ def test_what_a_trace_says_of_misses() -> None:
     rates = [rate for _, rate in routing.misses]
     assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < rates[0] <= 1
     with pytest.raises(MalformedTrace, match="no pass of a single token"):
-        routing_of(ExpertTrace(HEAD, [Visit(0, [[0, 1], [1, 2]])]), "prompt")
+        routing_of(ExpertTrace(HEAD, [BlockVisit(0, [[0, 1], [1, 2]])]), "prompt")

@@ -10,8 +10,9 @@ import pytest
 from pipo.base.machine import StageWork, WeightWork
 from pipo.base.tensor_type import TensorType
 from pipo.planner.cost import PassLoad, StageCost, expert_bytes, expert_costs
-from pipo.planner.experts import ExpertWork, Routing
-from pipo.planner.placement import ChunkCost, Demand, ExpertClass, UnitRole, UnitSize, place, smallest_bytes
+from pipo.planner.expert_slots import ExpertClass
+from pipo.planner.experts import ExpectedRouting, ExpertWork
+from pipo.planner.placement import ChunkCost, Demand, UnitRole, UnitSize, place, smallest_bytes
 from pipo.planner.residency import Need, Pool, Residency, UnitId
 from pipo.planner.schedule import SCHEDULES
 from pipo.planner.simulate import ExpertCosts, Lane, Line, StepCosts
@@ -25,7 +26,7 @@ EXPERTS = ExpertWork(WORK, 562_500, None, 64, 8)
 @pytest.mark.parametrize("num_tokens", [1, 4, 100])
 def test_needed_is_what_drawing_needs(skew: float, num_tokens: int) -> None:
     """Each expert is drawn for a token with its share, as the estimate has it."""
-    routing = Routing(skew=skew)
+    routing = ExpectedRouting(skew=skew)
     shares = np.asarray(routing._shares(EXPERTS))
     assert shares.sum() == pytest.approx(8) and shares.max() <= 1 and (np.diff(shares) <= 1e-12).all()
     drawn = np.random.default_rng(0).random((400, num_tokens, 64)) < shares
@@ -35,19 +36,19 @@ def test_needed_is_what_drawing_needs(skew: float, num_tokens: int) -> None:
 
 
 def test_nothing_is_missing_where_all_fit() -> None:
-    assert Routing().num_missing(EXPERTS, 7, 1.0) == 0
-    assert Routing().num_missing(EXPERTS, 1, 0.0) == pytest.approx(8)
+    assert ExpectedRouting().num_missing(EXPERTS, 7, 1.0) == 0
+    assert ExpectedRouting().num_missing(EXPERTS, 1, 0.0) == pytest.approx(8)
 
 
 def test_a_recorded_run_is_taken_at_its_word() -> None:
-    routing = Routing("a run", misses=[(0.2, 0.5), (0.4, 0.1)])
+    routing = ExpectedRouting("a run", misses=[(0.2, 0.5), (0.4, 0.1)])
     for held, rate in ((0.1, 0.5), (0.2, 0.5), (0.3, 0.3), (0.4, 0.1), (0.9, 0.1)):
         assert routing.num_missing(EXPERTS, 1, held) == pytest.approx(8 * rate)
 
 
 def test_bytes_and_seconds_of_a_pass() -> None:
     stages = [StageCost(WORK, None), StageCost(StageWork((), 0), None, experts=EXPERTS)]
-    routing = Routing(misses=[(0.5, 0.25)], recall=0.75)
+    routing = ExpectedRouting(misses=[(0.5, 0.25)], recall=0.75)
     assert expert_bytes(stages, PassLoad(), routing, 0.5) == 2 * 562_500
     costs = expert_costs(stages, MACHINE, PassLoad(), routing, 0.5)
     read = MACHINE.unit_read_s(562_500)

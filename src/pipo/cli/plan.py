@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipo.outlook import Case, Change, Outlook
     from pipo.plan import Plan
     from pipo.planner.batch import BatchCurve
-    from pipo.planner.experts import Routing
+    from pipo.planner.experts import ExpectedRouting
     from pipo.planner.predict import Workload
 
 PROMPT_TOKENS = ANSWER_TOKENS = 256  # where nobody says
@@ -86,7 +86,7 @@ def _check_flags(
         )
 
 
-def _routing(file: Path, model: ModelFile) -> Routing:
+def _routing(file: Path, model: ModelFile) -> ExpectedRouting:
     """Raises MalformedTrace, and UsageError for the trace of another model."""
     from pipo.pipeline.expert_trace import read_trace, routing_of
 

@@ -27,7 +27,8 @@ from pipo.pipeline.kv_room import KvRoom
 from pipo.pipeline.sides import CpuMemory, Model, Side
 from pipo.pipeline.stage_graphs import Compute, StageGraphs
 from pipo.pipeline.units import Unit, cut_head, make_units
-from pipo.planner.placement import EXPERT_RECORD_BYTES, EXPERTS, KV_CACHE, Placement
+from pipo.planner.expert_slots import EXPERT_RECORD_BYTES
+from pipo.planner.placement import EXPERTS, KV_CACHE, Placement
 from pipo.planner.residency import Pool, Residency, SlotId, UnitId, numbered_slots
 from pipo.planner.schedule import SCHEDULES
 from pipo.store.index import RepackRows

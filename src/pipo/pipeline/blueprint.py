@@ -21,7 +21,8 @@ from pipo.pipeline.expert_units import expert_slot_bytes
 from pipo.pipeline.forward import EMBEDDING_TABLE
 from pipo.pipeline.stage_graphs import Compute, StageGraphs, graphs_bytes
 from pipo.pipeline.units import WeightLayouts, unit_sizes
-from pipo.planner.placement import KV_CACHE, ChunkCost, Demand, ExpertClass, KvPage, UnitSize
+from pipo.planner.expert_slots import ExpertClass
+from pipo.planner.placement import KV_CACHE, ChunkCost, Demand, KvPage, UnitSize
 from pipo.transfer.disk import DriveSettings
 
 CHUNKS = (16, 32, 64, 128, 256, 512)  # prefill chunks the planner may choose from

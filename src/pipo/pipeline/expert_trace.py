@@ -19,8 +19,8 @@ import numpy as np
 
 from pipo.base.errors import MalformedTrace
 from pipo.pipeline.expert_cache import HALF_LIFE_TOKENS, ExpertCache, ExpertIds
-from pipo.pipeline.routing import Routing as ChosenExperts
-from pipo.planner.experts import Routing
+from pipo.pipeline.routing import Routing
+from pipo.planner.experts import ExpectedRouting
 from pipo.planner.residency import SlotId, UnitId
 
 FORMAT = "pipo experts 1"
@@ -40,7 +40,7 @@ class TraceHead:
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
+class BlockVisit:
     """Of a block in a pass: the experts of each of its tokens."""
 
     block: int
@@ -55,13 +55,13 @@ class Visit:
 @dataclass(frozen=True, slots=True)
 class ExpertTrace:
     head: TraceHead
-    visits: Sequence[Visit]
+    visits: Sequence[BlockVisit]
 
     @property
     def num_needed(self) -> int:
         return sum(len(visit.needed) for visit in self.visits)
 
-    def passes(self) -> Iterator[list[Visit]]:
+    def passes(self) -> Iterator[list[BlockVisit]]:
         """Visits of one pass; its blocks ascend."""
         numbers: list[int] = []
         for i, visit in enumerate(self.visits):
@@ -78,7 +78,7 @@ class TraceWriter:
         self._file = file
         self._write({"format": FORMAT, **asdict(head)})
 
-    def note(self, block: int, routing: ChosenExperts) -> None:
+    def note(self, block: int, routing: Routing) -> None:
         self._write([block, np.asarray(routing.experts).tolist()])
 
     def _write(self, line: object) -> None:
@@ -115,12 +115,12 @@ def _head(path: Path, line: str) -> TraceHead:
     return TraceHead(str(found.get("model", "")), *counts)
 
 
-def _visit(path: Path, number: int, line: str, head: TraceHead) -> Visit:
+def _visit(path: Path, number: int, line: str, head: TraceHead) -> BlockVisit:
     match _parsed(path, number, line):
         case [int(block), [*tokens]] if 0 <= block < head.num_blocks:
             experts = [token for token in tokens if _is_token(token, head)]
             if tokens and len(experts) == len(tokens):
-                return Visit(block, experts)
+                return BlockVisit(block, experts)
     raise MalformedTrace(
         f"{path}, line {number}: wanted [block below {head.num_blocks}, tokens of {head.num_experts_per_tok} experts "
         f"below {head.num_experts}], found {line!r:.60}"
@@ -143,7 +143,7 @@ def policies(trace: ExpertTrace, num_slots: int) -> Iterator[tuple[str, int]]:
         yield f"half-life {half_life:g}", misses_of_cache(trace, num_slots, half_life)
 
 
-def routing_of(trace: ExpertTrace, source: str) -> Routing:
+def routing_of(trace: ExpertTrace, source: str) -> ExpectedRouting:
     """For predictions: what pipo's cache would have missed with room for a tenth of the experts, two tenths, …
 
     Raises MalformedTrace for a trace without a pass of one token.
@@ -155,7 +155,7 @@ def routing_of(trace: ExpertTrace, source: str) -> Routing:
     shares = [tenths / 10 for tenths in range(1, 10)]
     slots = [max(int(share * num_experts), trace.head.num_experts_per_tok) for share in shares]
     rates = [misses_of_cache(decode, num, HALF_LIFE_TOKENS) / decode.num_needed for num in slots]
-    return Routing(f"recorded in {source}", misses=list(zip(shares, rates, strict=True)))
+    return ExpectedRouting(f"recorded in {source}", misses=list(zip(shares, rates, strict=True)))
 
 
 def misses_of_lru(trace: ExpertTrace, num_slots: int) -> int:

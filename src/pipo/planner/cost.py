@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from pipo.base.machine import ComputeProfile, LinkProfile, MachineProfile, SharedUse, StageWork
 from pipo.base.tensor_type import TensorType
-from pipo.planner.experts import ExpertWork, Routing
+from pipo.planner.experts import ExpectedRouting, ExpertWork
 from pipo.planner.residency import UnitId
 from pipo.planner.simulate import ExpertCosts, StepCosts
 
@@ -78,7 +78,7 @@ def step_costs(
 
 
 def expert_costs(
-    stages: Sequence[StageCost], machine: MachineProfile, load: PassLoad, routing: Routing, held_share: float
+    stages: Sequence[StageCost], machine: MachineProfile, load: PassLoad, routing: ExpectedRouting, held_share: float
 ) -> dict[int, ExpertCosts]:
     """Of the stages with experts, which compute on the CPU while this share of all experts is in RAM."""
     costs = {}
@@ -99,7 +99,7 @@ def expert_costs(
     return costs
 
 
-def expert_bytes(stages: Sequence[StageCost], load: PassLoad, routing: Routing, held_share: float) -> float:
+def expert_bytes(stages: Sequence[StageCost], load: PassLoad, routing: ExpectedRouting, held_share: float) -> float:
     """Read for a pass."""
     return sum(
         stage.experts.num_bytes * routing.num_missing(stage.experts, load.num_tokens, held_share)

@@ -30,7 +30,7 @@ class ExpertWork:
 
 
 @dataclass(frozen=True, slots=True)
-class Routing:
+class ExpectedRouting:
     """What is known of it. `misses`: from a recorded run, by the share of all experts that fit, ascending, the share of
     needed ones that is missing; None takes the assumption. `recall` of what is missing is asked for in time.
     """
@@ -58,7 +58,7 @@ class Routing:
         return _shares(experts.num_experts, experts.num_experts_per_tok, self.skew)
 
 
-ASSUMED = Routing()
+ASSUMED = ExpectedRouting()
 
 
 @lru_cache

@@ -15,12 +15,12 @@ from typing import TypeVar
 
 from pipo.base.errors import OverBudget
 from pipo.base.units import PAGE_BYTES, format_size, round_up
+from pipo.planner.expert_slots import ExpertClass, ExpertSlots, share_out
 
 Fit = TypeVar("Fit")
 
 KV_CACHE = "KV cache"  # its name among what is fixed
 EXPERTS = "expert slots"
-EXPERT_RECORD_BYTES = 4096  # of an expert in a slot: its handle, layout and place
 CHUNK_SHARE = 8  # a prefill chunk may take this fraction of what is left, where weights stream for want of it
 GOLDEN = (5**0.5 - 1) / 2
 MAX_EXTRA_SLOTS = 15
@@ -93,30 +93,6 @@ class KvPage:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertClass:
-    """Routed experts of one size, of all blocks together. A token passes `num_experts_per_tok` of a block."""
-
-    slot_bytes: int
-    num_experts: int
-    num_experts_per_tok: int
-
-    def slots(self, num_slots: int) -> ExpertSlots:
-        return ExpertSlots(self.slot_bytes, min(num_slots, self.num_experts))
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertSlots:
-    """Places for routed experts of one size, and what is kept of each that is in one."""
-
-    slot_bytes: int
-    num_slots: int
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_slots * (self.slot_bytes + EXPERT_RECORD_BYTES)
-
-
-@dataclass(frozen=True, slots=True)
 class Demand:
     """Everything a placement depends on. `fixed` names what is needed whatever is resident, in bytes.
 
@@ -184,7 +160,6 @@ class Placement:
 
     @property
     def misses_experts(self) -> bool:
-        """Not all of them fit at once."""
         return self.held_share < 1
 
     @property
@@ -220,10 +195,9 @@ def place(demand: Demand) -> Placement:
     """The placement that streams least. Raises OverBudget naming the smallest limit that works.
 
     All weights stay in RAM where they fit beside a chunk of ENOUGH_CHUNK_TOKENS or more, the largest that fits. Else
-    the order of claims on the budget: what is fixed; one slot per class and the smallest chunk, and of a mixture the
-    experts of one token in one block; a larger chunk, up to an eighth of what is left, because prefill reads the
-    streamed weights once per chunk; more slots (see `_extra_slots`); resident units with the rest; should they all fit,
-    a larger chunk, or more experts.
+    the order of claims on the budget: what is fixed; one slot per class, the smallest chunk and a token's experts in one
+    block; a larger chunk, up to an eighth of what is left, because prefill reads the streamed weights once per chunk;
+    more slots (see `_extra_slots`); resident units; should they all fit, a larger chunk, or more experts.
     """
     smallest = _smallest(demand)
     if demand.limit_bytes < smallest.num_bytes:
@@ -239,17 +213,10 @@ def place(demand: Demand) -> Placement:
 
 
 def _with_experts(demand: Demand, placement: Placement) -> Placement:
-    """All memory that is left holds experts, of each size the same share."""
+    """All memory that is left holds experts."""
     if not demand.experts:
         return placement
-    left = demand.limit_bytes - placement.num_bytes
-    slots = []
-    wanted = [c.slots(c.num_experts).num_bytes - c.slots(c.num_experts_per_tok).num_bytes for c in demand.experts]
-    for expert_class, more in zip(demand.experts, wanted, strict=True):
-        share = left * more // (sum(wanted) or 1)
-        num_more = share // expert_class.slots(1).num_bytes
-        slots.append(expert_class.slots(expert_class.num_experts_per_tok + num_more))
-    return replace(placement, expert_slots=tuple(slots))
+    return replace(placement, expert_slots=share_out(demand.experts, demand.limit_bytes - placement.num_bytes))
 
 
 def _with_borrowers(demand: Demand, placement: Placement) -> Placement:
@@ -273,7 +240,7 @@ def _may_borrow(unit: UnitSize) -> bool:
 
 def _all_resident(demand: Demand) -> Placement | None:
     """With the largest chunk that fits; None where none does. Where experts go short of memory, it has its share."""
-    all_experts = sum(each.slots(each.num_experts).num_bytes for each in demand.experts)
+    all_experts = sum(each.most.num_bytes for each in demand.experts)
     for chunk in reversed(demand.chunks):
         placement = _with_residents(demand, chunk, [not u.is_staged for u in demand.units], extra_slots=0)
         left = demand.limit_bytes - placement.num_bytes
@@ -404,7 +371,7 @@ def _with_residents(demand: Demand, chunk: ChunkCost, resident: Sequence[bool], 
         ),
         streamed_bytes=sum(u.read_bytes for u in streamed if not u.is_staged),
         fixed=demand.fixed,
-        expert_slots=tuple(each.slots(each.num_experts_per_tok) for each in demand.experts),
+        expert_slots=tuple(each.least for each in demand.experts),
         num_experts=sum(each.num_experts for each in demand.experts),
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pipo.base.machine import MachineProfile
 from pipo.planner.cost import PassLoad, StageCost, beside_each_other, expert_bytes, expert_costs, step_costs
 from pipo.planner.device_placement import DevicePlacement
-from pipo.planner.experts import ASSUMED, Routing
+from pipo.planner.experts import ASSUMED, ExpectedRouting
 from pipo.planner.placement import Placement, SlotClass
 from pipo.planner.residency import Need, Pool, Residency, UnitId, numbered_slots
 from pipo.planner.schedule import Schedule
@@ -40,7 +40,7 @@ class Prediction:
     decode: Forecast
     workload: Workload
     expert_bytes: float = 0.0  # read for a pass of decode
-    routing: Routing | None = None  # of a mixture: what that was taken from
+    routing: ExpectedRouting | None = None  # of a mixture: what that was taken from
 
     @property
     def tokens_per_s(self) -> float:
@@ -73,7 +73,7 @@ class Placed:
     ram: Placement
     device: DevicePlacement | None = None
     decode_threads: int | None = None
-    routing: Routing = ASSUMED
+    routing: ExpectedRouting = ASSUMED
 
     def at(self, num_positions: float) -> Placed:
         """While the KV cache holds so many positions of each sequence."""
