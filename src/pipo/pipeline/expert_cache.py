@@ -65,9 +65,8 @@ class ExpertCache:
         self._wanted = np.zeros(shape)  # decayed count of tokens
         self._seen = LEAST_SHARE  # decayed count of all tokens
         self._in_class = [np.asarray(slot_class)[:, None] == i for i in range(len(free))]
-        self._rounds_away = np.full(
-            shape, ids.num_blocks * (1 / LEAST_SHARE - 1)
-        )  # blocks until it is wanted, but for those of this round
+        # blocks until each is wanted, but for those of the round under way
+        self._rounds_away = np.full(shape, ids.num_blocks * (1 / LEAST_SHARE - 1))
         self._ranked_at = -1
         self._next_to_go: list[deque[UnitId]] = [deque() for _ in free]
 

@@ -195,9 +195,9 @@ def place(demand: Demand) -> Placement:
     """The placement that streams least. Raises OverBudget naming the smallest limit that works.
 
     All weights stay in RAM where they fit beside a chunk of ENOUGH_CHUNK_TOKENS or more, the largest that fits. Else
-    the order of claims on the budget: what is fixed; one slot per class, the smallest chunk and a token's experts in one
-    block; a larger chunk, up to an eighth of what is left, because prefill reads the streamed weights once per chunk;
-    more slots (see `_extra_slots`); resident units; should they all fit, a larger chunk, or more experts.
+    the order of claims on the budget: what is fixed; one slot per class, the smallest chunk and a token's experts in
+    one block; a larger chunk, up to an eighth of what is left, because prefill reads the streamed weights once per
+    chunk; more slots (see `_extra_slots`); resident units; should they all fit, a larger chunk, or more experts.
     """
     smallest = _smallest(demand)
     if demand.limit_bytes < smallest.num_bytes:
