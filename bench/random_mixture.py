@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, LlamaFileType
 from gguf.quants import quantize
 
-from bench.random_model import ALIGNMENT, Tensor, UncachedWriter, add_vocab, finish_header, random_data
+from bench.gguf_header import begin_header, finish_header
+from bench.random_model import ALIGNMENT, Tensor, UncachedWriter, random_data
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import format_rate, format_size
 
@@ -172,26 +173,17 @@ def _plan_block(model: MixtureShape, block: int) -> Iterator[Tensor]:
 
 
 def _write_header(path: Path, name: str, model: MixtureShape, tensors: list[Tensor]) -> None:
-    writer = GGUFWriter(path, "qwen3moe")
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_block_count(model.num_layers)
-    writer.add_context_length(model.context_tokens)
-    writer.add_embedding_length(model.hidden_size)
+    writer = begin_header(path, "qwen3moe", name, model)
     writer.add_feed_forward_length(model.expert_size * model.num_experts_per_tok)
     writer.add_expert_feed_forward_length(model.expert_size)
     writer.add_expert_count(model.num_experts)
     writer.add_expert_used_count(model.num_experts_per_tok)
-    writer.add_head_count(model.num_q_heads)
-    writer.add_head_count_kv(model.num_kv_heads)
     writer.add_key_length(model.head_dim)
     writer.add_value_length(model.head_dim)
     writer.add_rope_freq_base(1e6)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_file_type(LlamaFileType.MOSTLY_Q4_0)
-    writer.add_vocab_size(model.vocab_size)
-    add_vocab(writer, model.vocab_size)
-    finish_header(writer, tensors)
+    finish_header(writer, model, tensors)
 
 
 def main() -> None:

@@ -16,14 +16,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, product
 from pathlib import Path
-from string import ascii_lowercase, digits, punctuation
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
+from gguf import LlamaFileType
 
+from bench.gguf_header import begin_header, finish_header
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import MIB, format_rate, format_size, round_up
 
@@ -155,58 +154,13 @@ def _has_more_bits(block: int, num_layers: int) -> bool:
 
 
 def _write_header(path: Path, name: str, model: Shape, mix: Mix, tensors: Sequence[Tensor]) -> None:
-    writer = GGUFWriter(path, "llama")
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_block_count(model.num_layers)
-    writer.add_context_length(model.context_tokens)
-    writer.add_embedding_length(model.hidden_size)
+    writer = begin_header(path, "llama", name, model)
     writer.add_feed_forward_length(model.intermediate_size)
-    writer.add_head_count(model.num_q_heads)
-    writer.add_head_count_kv(model.num_kv_heads)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_file_type(mix.file_type)
-    writer.add_vocab_size(model.vocab_size)
     writer.add_rope_dimension_count(model.hidden_size // model.num_q_heads)
-    add_vocab(writer, model.vocab_size)
-    finish_header(writer, tensors)
-
-
-def finish_header(writer: GGUFWriter, tensors: Sequence[Tensor]) -> None:
-    """Say which tensors follow; their data has to be appended in this order."""
-    writer.add_quantization_version(2)
-    for tensor in tensors:
-        rows_first = tuple(reversed(tensor.shape))
-        kind = GGMLQuantizationType(tensor.type)
-        writer.add_tensor_info(tensor.name, rows_first, np.dtype(np.float32), tensor.num_bytes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-
-
-def add_vocab(writer: GGUFWriter, size: int) -> None:
-    """A SentencePiece vocabulary: specials, bytes, characters, and every word of up to three letters until full."""
-    special_and_bytes = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces = list(islice(_pieces(), size - len(special_and_bytes)))
-    types = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, *[TokenType.BYTE] * 256]
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([*special_and_bytes, *pieces])
-    writer.add_token_scores([0.0] * len(types) + [-float(rank) for rank in range(len(pieces))])
-    writer.add_token_types([*types, *[TokenType.NORMAL] * len(pieces)])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-
-
-def _pieces() -> Iterator[str]:
-    yield from chain("▁", ascii_lowercase, ascii_lowercase.upper(), digits, punctuation)
-    for length in (1, 2, 3):
-        words = ["".join(letters) for letters in product(ascii_lowercase, repeat=length)]
-        yield from (f"▁{word}" for word in words)
-        yield from words if length > 1 else ()
+    finish_header(writer, model, tensors)
 
 
 class UncachedWriter:

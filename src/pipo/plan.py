@@ -23,6 +23,7 @@ from pipo.hardware.memory import process_memory
 from pipo.hardware.probe import PROBE_BYTES, Progress, Scope, probe
 from pipo.kvcache.cache import ROWS_PER_PAGE
 from pipo.model_file import PROCESS_BYTES, ModelFile
+from pipo.models.stage import banks_of
 from pipo.pipeline.blueprint import NARROW_DRIVE, Blueprint, choose_layouts, demand
 from pipo.pipeline.device_layout import AbsentDevice
 from pipo.pipeline.device_share import DeviceShare
@@ -68,8 +69,7 @@ class Plan:
     @property
     def expert_bytes(self) -> int:
         """Of all routed experts, as the file has them."""
-        banks = [stage.bank for stage in self.blueprint.stages if stage.bank is not None]
-        return sum(spec.num_bytes for bank in banks for spec in bank.matrices.values())
+        return sum(spec.num_bytes for bank in banks_of(self.blueprint.stages) for spec in bank.matrices.values())
 
     @property
     def in_use(self) -> Placement:
@@ -79,7 +79,7 @@ class Plan:
     @property
     def is_streaming(self) -> bool:
         """Once the context is full, if not before."""
-        return self.placement.streamed_bytes > 0 or self.placement.misses_experts
+        return self.placement.is_streaming
 
     @property
     def pass_floor_s(self) -> float:
@@ -292,8 +292,7 @@ class PlanMaker:
             if blueprint.bounce_bytes * WIDE_SHARE > limit and drive is wide:
                 continue
             placement = self._try(blueprint, context_tokens, limit)
-            streams = placement is not None and (placement.streamed_bytes > 0 or placement.misses_experts)
-            if placement is not None and not (all_resident and streams):
+            if placement is not None and not (all_resident and placement.is_streaming):
                 return self._plan_of(blueprint, placement, context_tokens, limit)
         blueprint = self._blueprint(False, NARROW_DRIVE, share)
         try:

@@ -43,10 +43,12 @@ def rig(random_path: Path, layout: str, request: pytest.FixtureRequest) -> Itera
         yield rig
 
 
-def answer(rig: Rig, placement: Placement, **how: object) -> tuple[FloatArray, FloatArray]:
+def answer(
+    rig: Rig, placement: Placement, schedule: str = "pipelined", drive: DriveSettings | None = None
+) -> tuple[FloatArray, FloatArray]:
     chunk = rig.blueprint.config.prefill_chunk
     assert chunk is not None
-    with rig.running(placement, **how) as forward:  # type: ignore[arg-type]
+    with rig.running(placement, schedule=schedule, drive=drive) as forward:
         return transcript(forward, PROMPT, chunk, NUM_NEW), all_logits(forward, PROMPT[:20], 8)
 
 

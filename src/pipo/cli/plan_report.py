@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from pipo.base.units import format_rate, format_size
 from pipo.cli.curve import BATCH_NOTE, advice, plot_lines
-from pipo.cli.report import LANE_NAMES, breakdown_rows, plan_dict, plan_rows, rate_text, seconds_text
+from pipo.cli.report import LANE_NAMES, breakdown_rows, plan_dict, plan_rows, rate_text, routing_rows, seconds_text
 from pipo.cli.session import model_title
 from pipo.cli.terminal import Row, print_columns, print_rows, stdout
 from pipo.model_file import ModelFile
@@ -72,9 +72,7 @@ def _prediction_rows(case: Case, plan: Plan) -> Iterator[Row]:
         yield "expect", f"nothing: the machine's profile has no figures of {plan.device.device.name}"
         return
     prediction = plan.prediction
-    if prediction.routing is not None and plan.placement.misses_experts:
-        read = format_size(prediction.expert_bytes)
-        yield "routing", f"{prediction.routing.source}: {read} of experts are read for a pass of decode"
+    yield from routing_rows(plan)
     whole = seconds_text(prediction.total_s)
     yield (
         "expect",

@@ -11,7 +11,6 @@ from pipo.pipeline.device_share import DeviceShare
 from pipo.pipeline.expert_stats import BlockStats, ExpertStats
 from pipo.pipeline.stats import PassStats
 from pipo.plan import Plan
-from pipo.planner.predict import Prediction
 from pipo.planner.simulate import Lane
 
 LANE_NAMES = {
@@ -83,9 +82,12 @@ def _experts_text(plan: Plan) -> str:
     return f"{fitting}; {passes}"
 
 
-def _routing_text(prediction: Prediction) -> str:
-    assert prediction.routing is not None
-    return f"{prediction.routing.source}: {format_size(prediction.expert_bytes)} of experts are read for a token"
+def routing_rows(plan: Plan) -> Iterator[Row]:
+    """What the prediction takes a mixture's routing to be, where that decides what is read."""
+    prediction = plan.prediction
+    if prediction is not None and prediction.routing is not None and plan.placement.misses_experts:
+        read = format_size(prediction.expert_bytes)
+        yield "routing", f"{prediction.routing.source}: {read} of experts are read for a pass of decode"
 
 
 def _borrowed_text(plan: Plan) -> str:
@@ -121,8 +123,7 @@ def prediction_rows(plan: Plan) -> Iterator[Row]:
         yield "expect", f"{rate_text(rate)} tokens/s at most, which the drive allows"
         return
     decode, ttft_s = plan.prediction.decode, plan.prediction.ttft_s
-    if plan.prediction.routing is not None and plan.placement.misses_experts:
-        yield "routing", _routing_text(plan.prediction)
+    yield from routing_rows(plan)
     shares = ", ".join(f"{name} {decode.share(lane):.0%}" for lane, name in LANE_NAMES.items() if decode.busy[lane])
     yield "expect", f"{rate_text(rate)} tokens/s, first token after {seconds_text(ttft_s)}; busy: {shares}"
 

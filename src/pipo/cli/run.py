@@ -193,11 +193,11 @@ def _noting_experts(session: Session, model: ModelFile, file: Path | None) -> It
     if file is None:
         yield
         return
+    from pipo.models.stage import banks_of
     from pipo.pipeline.expert_trace import TraceHead, TraceWriter
 
     hyper = model.manifest.hyper
-    num_blocks = sum(stage.bank is not None for stage in model.stages)
-    head = TraceHead(model.manifest.name, num_blocks, hyper.num_experts, hyper.num_experts_per_tok)
+    head = TraceHead(model.manifest.name, len(banks_of(model.stages)), hyper.num_experts, hyper.num_experts_per_tok)
     with file.open("w", encoding="utf-8") as opened:
         session.engine.note_experts(TraceWriter(opened, head).note)
         yield

@@ -65,7 +65,7 @@ def show(
 
 def parts_of(model: ModelFile) -> list[Part]:
     """The weights by what they do, in the order of a pass."""
-    from pipo.models.stage import StageKind
+    from pipo.models.stage import StageKind, banks_of
     from pipo.pipeline.forward import EMBEDDING_TABLE
 
     embedding = model.manifest.tensors[EMBEDDING_TABLE]
@@ -75,7 +75,7 @@ def parts_of(model: ModelFile) -> list[Part]:
         types = tuple(dict.fromkeys(spec.type.name for spec in specs))
         is_shared = all(spec.extent == embedding.extent for spec in specs)
         parts.append(Part(name, sum(s.num_bytes for s in specs), types, "embedding" if is_shared else None))
-    experts = [spec for stage in model.stages if stage.bank for spec in stage.bank.matrices.values()]
+    experts = [spec for bank in banks_of(model.stages) for spec in bank.matrices.values()]
     if experts:
         types = tuple(dict.fromkeys(spec.type.name for spec in experts))
         parts.insert(3, Part("experts", sum(spec.num_bytes for spec in experts), types))

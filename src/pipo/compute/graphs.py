@@ -20,6 +20,7 @@ from pipo.compute.ggml import GgmlTensor, InitParams, Library
 from pipo.compute.graph import Graph, Leaf, Workspace
 from pipo.compute.repack import RepackBuffer
 
+MAX_NODES = 128  # of a graph, leaves counted, unless its builder is told more
 _UNBOUND = 64  # any non-null address: tells the allocator that this tensor's memory is ours
 _ROPE_MODE = {RopeLayout.NORMAL: 0, RopeLayout.NEOX: 2}
 _PREC_F32 = 10
@@ -54,7 +55,7 @@ class WeightType:
 class Builder:
     """Collects ops for one graph. Threads: one. Raises ComputeError where ggml would abort."""
 
-    def __init__(self, lib: Library, repack: RepackBuffer | None = None, max_nodes: int = 128) -> None:
+    def __init__(self, lib: Library, repack: RepackBuffer | None = None, max_nodes: int = MAX_NODES) -> None:
         self._lib = lib
         self._repack = repack
         size = max_nodes * lib.tensor_overhead() + lib.graph_overhead_custom(max_nodes, False)

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from pipo.base.manifest import Manifest
 from pipo.models.checks import TensorBook
-from pipo.models.parts import SOFTMAX_GATING, attention, decoder, routed_experts
+from pipo.models.parts import MIXTURE_KEYS, attention, decoder, routed_experts
 from pipo.models.stage import Stage
 
-HARMLESS_KEYS: dict[str, object] = {
-    "attention.causal": True,
-    "expert_gating_func": SOFTMAX_GATING,
-    "expert_weights_norm": False,
-}
+HARMLESS_KEYS = {**MIXTURE_KEYS, "expert_weights_norm": False}
 
 
 def olmoe_stages(manifest: Manifest) -> list[Stage]:

@@ -11,7 +11,12 @@ from pipo.models.checks import TensorBook, refuse_unknown_keys
 from pipo.models.experts import lay_attention_and_router, lay_experts, lay_shared_expert
 from pipo.models.stage import ExpertBank, Stage, StageKind
 
-SOFTMAX_GATING = 1  # of llama.cpp's `llama_expert_gating_func_type`
+# keys of a mixture that change nothing as long as they say this
+MIXTURE_KEYS: dict[str, object] = {
+    "attention.causal": True,
+    "attention.sliding_window": 0,
+    "expert_gating_func": 1,  # softmax, of llama.cpp's `llama_expert_gating_func_type`
+}
 
 
 def decoder(
@@ -71,6 +76,11 @@ def routed_experts(
         replace(attention, vectors=vectors, lay=lay_attention_and_router),
         Stage(StageKind.EXPERTS, i, {}, {}, _no_graph, bank),
     ]
+
+
+def share_of_mlp(hyper: HyperParameters) -> int:
+    """Size of an expert in files that do not say: a token's experts together are an MLP. Source: llama.cpp, Qwen."""
+    return hyper.expert_size or hyper.intermediate_size // max(hyper.num_experts_per_tok, 1)
 
 
 def _router(book: TensorBook, hyper: HyperParameters, i: int) -> dict[str, TensorSpec]:

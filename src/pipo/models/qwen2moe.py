@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from pipo.base.manifest import Manifest
 from pipo.models.checks import TensorBook
-from pipo.models.parts import SOFTMAX_GATING, attention, decoder, routed_experts, shared_expert
+from pipo.models.parts import MIXTURE_KEYS, attention, decoder, routed_experts, share_of_mlp, shared_expert
 from pipo.models.stage import Stage
 
-HARMLESS_KEYS: dict[str, object] = {
-    "attention.causal": True,
-    "attention.sliding_window": 0,
-    "expert_gating_func": SOFTMAX_GATING,
-    "expert_weights_norm": False,
-}
+HARMLESS_KEYS = {**MIXTURE_KEYS, "expert_weights_norm": False}
 
 
 def qwen2moe_stages(manifest: Manifest) -> list[Stage]:
@@ -20,9 +15,8 @@ def qwen2moe_stages(manifest: Manifest) -> list[Stage]:
     h = manifest.hyper
 
     def block(book: TensorBook, i: int) -> list[Stage]:
-        size = h.expert_size or h.intermediate_size // max(h.num_experts_per_tok, 1)
         return [
-            *routed_experts(book, h, attention(book, h, i), size, renormalise=False),
+            *routed_experts(book, h, attention(book, h, i), share_of_mlp(h), renormalise=False),
             shared_expert(book, h, i, h.shared_expert_size or h.intermediate_size),
         ]
 

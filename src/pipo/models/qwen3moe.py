@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from pipo.base.manifest import Manifest
 from pipo.models.checks import TensorBook
-from pipo.models.parts import SOFTMAX_GATING, attention, decoder, routed_experts
+from pipo.models.parts import MIXTURE_KEYS, attention, decoder, routed_experts, share_of_mlp
 from pipo.models.stage import Stage
 
-HARMLESS_KEYS: dict[str, object] = {
-    "attention.causal": True,
-    "attention.sliding_window": 0,
-    "expert_gating_func": SOFTMAX_GATING,
-    "expert_weights_norm": True,
-}
+HARMLESS_KEYS = {**MIXTURE_KEYS, "expert_weights_norm": True}
 
 
 def qwen3moe_stages(manifest: Manifest) -> list[Stage]:
@@ -21,7 +16,6 @@ def qwen3moe_stages(manifest: Manifest) -> list[Stage]:
 
     def block(book: TensorBook, i: int) -> list[Stage]:
         first = attention(book, h, i, attn_q_norm=h.head_dim, attn_k_norm=h.head_dim)
-        size = h.expert_size or h.intermediate_size // max(h.num_experts_per_tok, 1)
-        return routed_experts(book, h, first, size, renormalise=True)
+        return routed_experts(book, h, first, share_of_mlp(h), renormalise=True)
 
     return decoder(manifest, HARMLESS_KEYS, block)

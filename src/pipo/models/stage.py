@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -107,6 +107,11 @@ class Stage:
         weights = [(spec.shape, spec.type, is_repacked(spec.name)) for spec in self.specs]
         vectors = [(role, spec.shape, spec.type) for role, spec in self.vectors.items()]
         return (self.kind, self.lay, *self.matrices, *weights, *vectors)
+
+
+def banks_of(stages: Sequence[Stage]) -> list[ExpertBank]:
+    """The routed experts of a model, block by block; none of a dense one."""
+    return [stage.bank for stage in stages if stage.bank is not None]
 
 
 class StageBuilder:

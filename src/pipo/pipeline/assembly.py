@@ -13,7 +13,7 @@ from pipo.base.units import PAGE_BYTES, round_up
 from pipo.compute.dequantise import Dequantiser
 from pipo.compute.devices import CpuBackend
 from pipo.kvcache.cache import KvCache, KvShape
-from pipo.models.stage import ShapeClass, Stage
+from pipo.models.stage import ShapeClass, Stage, banks_of
 from pipo.pipeline.blueprint import Blueprint, vector_bytes, vector_offsets
 from pipo.pipeline.buffers import BufferShape, PassBuffers
 from pipo.pipeline.device_engine import DeviceEngine, InRam
@@ -184,7 +184,7 @@ class Assembly:
             return None
         units = ExpertUnits(model.stages, blueprint.layouts, len(model.units))
         sizes = [each.slot_bytes for each in placement.expert_slots]
-        banks = [stage.bank for stage in model.stages if stage.bank is not None]
+        banks = banks_of(model.stages)
         slot_class = [sizes.index(expert_slot_bytes(bank, blueprint.layouts)) for bank in banks]
         cache = ExpertCache(units.ids, slot_class, _ids_of_expert_slots(placement))
         num_ahead = -(-AHEAD_IN_FLIGHTS * blueprint.drive.in_flight_bytes // max(sizes))

@@ -13,7 +13,7 @@ from pipo.base.units import MIB, PAGE_BYTES, round_up
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.kvcache.cache import CACHE_TYPES, ROWS_PER_PAGE, KvShape, kv_rows_class, kv_shape
-from pipo.models.stage import ShapeClass, Stage
+from pipo.models.stage import ShapeClass, Stage, banks_of
 from pipo.pipeline.buffers import BufferShape, ExpertCounts
 from pipo.pipeline.device_share import DeviceShare
 from pipo.pipeline.embedding import embedding_bytes
@@ -104,7 +104,7 @@ class Blueprint:
     @property
     def experts(self) -> tuple[ExpertClass, ...]:
         """By size: blocks whose experts have other types have larger or smaller ones."""
-        banks = [stage.bank for stage in self.stages if stage.bank is not None]
+        banks = banks_of(self.stages)
         sizes = [expert_slot_bytes(bank, self.layouts) for bank in banks]
         return tuple(
             ExpertClass(size, sum(each == size for each in sizes) * banks[0].num_experts, banks[0].num_experts_per_tok)
@@ -167,9 +167,10 @@ def demand(
         "process": process_bytes + GROWTH_BYTES,
         **kept_bytes,
     }
-    in_flight = blueprint.drive.chunk_bytes * blueprint.drive.num_workers
     page = KvPage(ROWS_PER_PAGE, kv.page_bytes)
-    return Demand(blueprint.unit_sizes, fixed, chunks, limit_bytes, in_flight, page, blueprint.experts)
+    return Demand(
+        blueprint.unit_sizes, fixed, chunks, limit_bytes, blueprint.drive.in_flight_bytes, page, blueprint.experts
+    )
 
 
 def _chunks(blueprint: Blueprint, context_tokens: int) -> list[int]:

@@ -259,7 +259,7 @@ class Executor:
         for arrival in arrivals:
             self._await(arrival.handle, arrival.unit.label)
         begin = self._clock.now()
-        self._experts.compute(step, [(a.unit, a.place) for a in arrivals if isinstance(a.place, Place)])
+        self._experts.compute(step, [(arrival.unit, _in_ram(arrival.place)) for arrival in arrivals])
         self._end_compute(arrivals[0].unit.label if len(arrivals) == 1 else "experts", begin)
 
     def _hurry(self, step: Step) -> None:
@@ -330,6 +330,11 @@ class Executor:
     def _wait(self, handle: Handle) -> None:
         if not handle.is_done:
             handle.wait_unless(self._is_aborted)
+
+
+def _in_ram(place: Place | DevicePlace) -> Place:
+    assert isinstance(place, Place), "experts compute on the CPU"
+    return place
 
 
 def _causes(handle: Handle, source: Handle | None, begin: float, end: float) -> dict[StallCause, float]:

@@ -68,7 +68,7 @@ class ExpertSchedule:
         is_sum_apart = not visit.in_order and not (visit.at_once and len(groups) == 1)
         under_way: set[UnitId] = set()
         while groups:
-            yield from self._read(missing, under_way, visit)
+            yield from self._bring(StepKind.READ, missing, under_way, visit)
             if groups[0][0] not in cache.held:
                 yield from self._make_room(missing, visit)
                 continue
@@ -127,9 +127,6 @@ class ExpertSchedule:
     def _expect(self, visit: Visit) -> None:
         self._guesses = Guesses(visit.guessed)
         self._cache.keep(visit.guessed)
-
-    def _read(self, units: deque[UnitId], under_way: set[UnitId], visit: Visit) -> Iterator[Step]:
-        yield from self._bring(StepKind.READ, units, under_way, visit)
 
     def _guess(self, units: deque[UnitId], under_way: set[UnitId], visit: Visit) -> Iterator[Step]:
         for step in self._bring(StepKind.GUESS, units, under_way, visit):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from pipo.base.manifest import HyperParameters
@@ -13,7 +14,7 @@ from pipo.compute.device_backend import DeviceBackend
 from pipo.compute.devices import CpuBackend
 from pipo.compute.ggml import Library
 from pipo.compute.graph import Graph, Workspace
-from pipo.compute.graphs import Builder
+from pipo.compute.graphs import MAX_NODES, Builder
 from pipo.compute.repack import RepackBuffer
 from pipo.models.stage import ExpertShape, ShapeClass, Stage, StageBuilder, StageKind, Sum
 from pipo.pipeline.buffers import FEW_TOKENS, row_class
@@ -156,35 +157,33 @@ class StageGraphs:
         return list({self._number(stage): stage for stage in stages}.values())
 
     def _lay(self, stage: Stage, shape: ShapeClass) -> Builder:
-        ops = Builder(self._compute.lib, self._compute.repack)
-        try:
+        with self._builder() as ops:
             stage.lay(StageBuilder(ops, self._hyper, shape, stage, self._layouts.is_repacked))
-        except BaseException:
-            ops.free()
-            raise
         return ops
 
     def _lay_experts(self, stage: Stage, shape: ExpertShape) -> Builder:
         assert stage.bank is not None
         max_nodes = _NODES_PER_EXPERT * (max(shape.num_experts, stage.bank.num_experts_per_tok) + 1)
-        ops = Builder(self._compute.lib, self._compute.repack, max_nodes=max_nodes)
-        try:
+        with self._builder(max_nodes) as ops:
             stage.bank.lay(StageBuilder(ops, self._hyper, _NO_SHAPE, stage, self._layouts.is_repacked), shape)
-        except BaseException:
-            ops.free()
-            raise
         return ops
 
     def _lay_all(self, stages: Sequence[Stage], shape: ShapeClass) -> Builder:
-        ops = Builder(self._compute.lib, self._compute.repack, max_nodes=_NODES_PER_STAGE * len(stages))
-        try:
+        with self._builder(_NODES_PER_STAGE * len(stages)) as ops:
             for i, stage in enumerate(stages):
                 ops.prefix = f"{i}."
                 stage.lay(StageBuilder(ops, self._hyper, shape, stage, self._layouts.is_repacked))
+        return ops
+
+    @contextmanager
+    def _builder(self, max_nodes: int = MAX_NODES) -> Iterator[Builder]:
+        """For the block to lay ops with; freed where that fails."""
+        ops = Builder(self._compute.lib, self._compute.repack, max_nodes=max_nodes)
+        try:
+            yield ops
         except BaseException:
             ops.free()
             raise
-        return ops
 
 
 def _largest_of_experts(stage: Stage, num_tokens: int) -> Iterator[ExpertShape]:

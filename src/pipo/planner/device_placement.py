@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pipo.planner.placement import SlotClass, UnitRole, first_fitting, spread
+from pipo.planner.fitting import first_fitting, spread
+from pipo.planner.placement import SlotClass, UnitRole
 
 SLOTS_PER_CLASS = 2  # one is filled while the other computes
 

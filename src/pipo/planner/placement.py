@@ -6,18 +6,16 @@ spread evenly between the resident ones, which keeps the drive busy while reside
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import accumulate
 from math import ceil
-from typing import TypeVar
 
 from pipo.base.errors import OverBudget
 from pipo.base.units import PAGE_BYTES, format_size, round_up
 from pipo.planner.expert_slots import ExpertClass, ExpertSlots, share_out
-
-Fit = TypeVar("Fit")
+from pipo.planner.fitting import first_fitting, spread
 
 KV_CACHE = "KV cache"  # its name among what is fixed
 EXPERTS = "expert slots"
@@ -161,6 +159,10 @@ class Placement:
     @property
     def misses_experts(self) -> bool:
         return self.held_share < 1
+
+    @property
+    def is_streaming(self) -> bool:
+        return self.streamed_bytes > 0 or self.misses_experts
 
     @property
     def num_bytes(self) -> int:
@@ -313,24 +315,6 @@ def with_slots(demand: Demand, chunk: ChunkCost, extra_slots: int) -> Placement 
     return best and _with_experts(demand, _with_borrowers(demand, best))
 
 
-def first_fitting(attempt: Callable[[int], Fit | None], num: int) -> Fit | None:
-    """What the first of the `num` attempts that fits gives; None where none does. A later one takes less room, but for
-    what blocks of unequal size do: halving finds a neighbour of the first, or the first itself.
-    """
-    fitting = attempt(0)
-    if fitting is not None or num == 1:
-        return fitting
-    fitting = attempt(num - 1)
-    if fitting is None:
-        return next((found for i in range(1, num - 1) if (found := attempt(i)) is not None), None)
-    low, high = 0, num - 1  # the one does not fit, the other does
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = attempt(middle)
-        low, high, fitting = (middle, high, fitting) if found is None else (low, middle, found)
-    return fitting
-
-
 def _keep_more(demand: Demand, placement: Placement, extra_slots: int) -> Placement:
     """Make further single units resident while they fit, largest first."""
     order = sorted(range(len(demand.units)), key=lambda i: -demand.units[i].place_bytes)
@@ -348,12 +332,6 @@ def _keep_more(demand: Demand, placement: Placement, extra_slots: int) -> Placem
         else:
             too_large.add(alike)
     return placement
-
-
-def spread(blocks: Sequence[int], num: int) -> set[int]:
-    """`num` of the blocks, evenly apart."""
-    total = len(blocks)
-    return {b for i, b in enumerate(blocks) if (i + 1) * num // total > i * num // total}
 
 
 def _with_residents(demand: Demand, chunk: ChunkCost, resident: Sequence[bool], extra_slots: int) -> Placement:

@@ -161,20 +161,26 @@ class DiskTransfer:
     def hurry(self, handle: Handle) -> None:
         """A guess is wanted for certain: what of it has not begun is queued with all else."""
         with self._ready:
-            jobs = [job for job in self._guesses if job.handle is handle]
+            jobs = self._withdraw(handle)
             self._jobs.extend(jobs)
-            self._guesses = deque(job for job in self._guesses if job.handle is not handle)
             self._ready.notify(len(jobs))
 
     def drop(self, handle: Handle) -> bool:
         """A guess is not wanted. True where none of it had begun: it ends as Cancelled, and its place is free."""
         with self._ready:
-            jobs = [job for job in self._guesses if job.handle is handle]
+            jobs = self._withdraw(handle)
             if not jobs or len(jobs) < handle.num_chunks:
+                self._guesses.extendleft(reversed(jobs))
                 return False
-            self._guesses = deque(job for job in self._guesses if job.handle is not handle)
         self._drop(jobs, Cancelled(f"{handle.label} is not wanted"))
         return True
+
+    def _withdraw(self, handle: Handle) -> list[_ReadJob | _CopyJob]:
+        """What of a guess nobody has begun. Holding the lock; the queue stays the same object, which others have."""
+        jobs = [job for job in self._guesses if job.handle is handle]
+        for job in jobs:
+            self._guesses.remove(job)
+        return jobs
 
     def submit_rows(self, extents: Sequence[Extent], out: memoryview) -> Handle:
         """Queue small extents, one after another into `out`, in parallel and ahead of everything queued. Never blocks

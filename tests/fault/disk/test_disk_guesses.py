@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from pipo.base.errors import Cancelled, ReadFailed
+from pipo.tiers.ram import Place
 from pipo.transfer.disk import DriveSettings
 from pipo.transfer.handle import Handle
 from pipo.transfer.null import Fault, faulty_preadv
 from tests.support.disk_units import LAYOUTS, check_bytes, outcomes, slots
-from tests.support.transfers import SMALL_CHUNKS, deadline, opened, xor_rows
+from tests.support.transfers import SMALL_CHUNKS, Opened, deadline, opened, xor_rows
 
 ONE_WORKER = DriveSettings(SMALL_CHUNKS.chunk_bytes, 1)
 
@@ -47,12 +49,18 @@ def in_order(offsets: Sequence[int]) -> list[int]:
     return list(dict.fromkeys(unit_of(offset) for offset in offsets))
 
 
-def test_a_guess_waits_for_what_is_wanted(path: Path, content: bytes) -> None:
-    gate = Gate()
+@contextmanager
+def behind(gate: Gate, path: Path) -> Iterator[tuple[Opened, list[Place], Handle, Handle]]:
+    """The only worker is held up in the read of unit 0, and unit 1 is guessed behind it."""
     with deadline(20), opened([path], ONE_WORKER, repack=xor_rows, preadv=gate) as disk, slots(disk.ledger) as places:
         first = disk.transfer.submit(LAYOUTS[0].reads, places[0], "first")
         assert gate.is_waiting.wait(10)
-        guess = disk.transfer.submit(LAYOUTS[1].reads, places[1], "guess", is_guess=True)
+        yield disk, places, first, disk.transfer.submit(LAYOUTS[1].reads, places[1], "guess", is_guess=True)
+
+
+def test_a_guess_waits_for_what_is_wanted(path: Path, content: bytes) -> None:
+    gate = Gate()
+    with behind(gate, path) as (disk, places, first, guess):
         wanted = disk.transfer.submit(LAYOUTS[2].reads, places[2], "wanted")
         gate.open()
         assert outcomes([first, guess, wanted]) == [None] * 3
@@ -63,10 +71,7 @@ def test_a_guess_waits_for_what_is_wanted(path: Path, content: bytes) -> None:
 
 def test_a_guess_that_hurries_goes_with_all_else(path: Path, content: bytes) -> None:
     gate = Gate()
-    with deadline(20), opened([path], ONE_WORKER, repack=xor_rows, preadv=gate) as disk, slots(disk.ledger) as places:
-        disk.transfer.submit(LAYOUTS[0].reads, places[0], "first")
-        assert gate.is_waiting.wait(10)
-        guess = disk.transfer.submit(LAYOUTS[1].reads, places[1], "guess", is_guess=True)
+    with behind(gate, path) as (disk, places, _first, guess):
         disk.transfer.hurry(guess)
         later = disk.transfer.submit(LAYOUTS[2].reads, places[2], "later")
         gate.open()
@@ -76,10 +81,7 @@ def test_a_guess_that_hurries_goes_with_all_else(path: Path, content: bytes) -> 
 
 def test_a_guess_that_has_not_begun_is_dropped(path: Path, content: bytes) -> None:
     gate = Gate()
-    with deadline(20), opened([path], ONE_WORKER, repack=xor_rows, preadv=gate) as disk, slots(disk.ledger) as places:
-        first = disk.transfer.submit(LAYOUTS[0].reads, places[0], "first")
-        assert gate.is_waiting.wait(10)
-        guess = disk.transfer.submit(LAYOUTS[1].reads, places[1], "guess", is_guess=True)
+    with behind(gate, path) as (disk, places, first, guess):
         assert disk.transfer.drop(guess) and guess.is_done and not disk.transfer.drop(guess)
         with pytest.raises(Cancelled, match="guess is not wanted"):
             guess.wait(0)
@@ -137,10 +139,7 @@ def test_a_failing_read_ends_guesses_too(path: Path, content: bytes, nth: int) -
 
 def test_closing_ends_a_guess(path: Path, content: bytes) -> None:
     gate = Gate()
-    with deadline(20), opened([path], ONE_WORKER, repack=xor_rows, preadv=gate) as disk, slots(disk.ledger) as places:
-        disk.transfer.submit(LAYOUTS[0].reads, places[0], "first")
-        assert gate.is_waiting.wait(10)
-        guess = disk.transfer.submit(LAYOUTS[1].reads, places[1], "guess", is_guess=True)
+    with behind(gate, path) as (disk, _places, _first, guess):
         disk.transfer.close()
         (error,) = outcomes([guess])
         assert type(error) is Cancelled
