@@ -1,6 +1,6 @@
 """Write a GGUF of a mixture of experts with random weights, whose routing is skewed and drifts as that of real ones.
 
-    python bench/random_mixture.py --shape moe-6b OUT.gguf
+    python -m bench.random_mixture --shape moe-6b OUT.gguf
 
 A token's embedding has noise of its own, a few elements that are the same for all tokens and some that hold its topic,
 which changes slowly from token to token. A router scores an expert by its popularity (through what all tokens share),

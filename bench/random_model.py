@@ -1,6 +1,6 @@
 """Write a GGUF of real shape with random weights, at the speed of the drive.
 
-    python bench/random_model.py --shape llama-7b --type q4_0 OUT.gguf
+    python -m bench.random_model --shape llama-7b --type q4_0 OUT.gguf
 
 Speed and memory of an engine depend on shapes and types, not on what the weights say, so no download is needed.
 Norms are 1 and every matrix keeps the variance of its input, so logits stay finite and differ between tokens.
