@@ -33,7 +33,7 @@ from pipo.pipeline.assembly import Assembly
 from pipo.pipeline.expert_stages import NoteRouting
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
-from pipo.plan import Plan, PlanMaker, check_device, check_types
+from pipo.plan import Plan, PlanMaker, check_types
 from pipo.planner.cost import PassLoad
 from pipo.planner.predict import Workload
 from pipo.planner.simulate import Forecast
@@ -82,7 +82,7 @@ class Engine:
         self._backend = CpuBackend(self._lib, config.num_threads)
         try:
             self._compute = Compute(self._lib, self._backend, RepackBuffer.find(self._lib))
-            device = check_device(model, config, choose_device(self._lib, config.device))
+            device = choose_device(self._lib, config.device)
             if device is None and config.vram != "auto" and config.device.lower() != "cpu":
                 raise UsageError(
                     f"--vram {config.vram}: libggml sees no device besides the CPU",

@@ -23,7 +23,7 @@ from pipo.hardware.probe import PROBE_BYTES, Progress
 from pipo.model_file import PROCESS_BYTES, ModelFile
 from pipo.pipeline.device_layout import AbsentDevice
 from pipo.pipeline.stage_graphs import Compute
-from pipo.plan import Plan, PlanMaker, check_device, check_types, probe_kind, process_bytes_now
+from pipo.plan import Plan, PlanMaker, check_types, probe_kind, process_bytes_now
 from pipo.planner.batch import BatchCurve, BatchPoint, batch_point
 from pipo.planner.experts import ExpectedRouting
 from pipo.planner.predict import Workload, decode_load
@@ -76,7 +76,7 @@ class Outlook:
         takes some seconds. Raises UsageError where neither is possible.
         """
         host = ThisHost(self._config)
-        device = check_device(self._model, self._config, choose_device(self._lib, self._config.device))
+        device = choose_device(self._lib, self._config.device)
         process_bytes = process_bytes_now()  # before a probe: what a driver keeps of it is not a run's
         machine, drive = self._figures_here(host, device, on_probe)
         vram = host.vram_bytes(device.free_bytes) if device else 0
@@ -102,7 +102,7 @@ class Outlook:
         self, machine: MachineProfile, ram: str | None, vram: str | None, workload: Workload, context_tokens: int
     ) -> Case:
         """Another machine; `ram` and `vram` are all it has where they are None. Raises UsageError."""
-        device = check_device(self._model, self._config, self._device_of(machine))
+        device = self._device_of(machine)
         there = device.free_bytes if device else 0
         limits = part_of(ram, machine.ram_bytes, what="--ram"), part_of(vram, there, what="--vram")
         return Case(machine, rate_of_profile(machine.drive), device, *limits, workload, context_tokens, PROCESS_BYTES)

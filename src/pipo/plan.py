@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget, UnsupportedModel, UsageError
@@ -99,21 +98,6 @@ def check_types(lib: Library, model: ModelFile) -> None:
             )
 
 
-AnyDevice = TypeVar("AnyDevice", ComputeDevice, AbsentDevice)
-
-
-def check_device(model: ModelFile, config: EngineConfig, device: AnyDevice | None) -> AnyDevice | None:
-    """What may compute beside the CPU: nothing, of a mixture of experts. Raises UsageError where that was asked for."""
-    if device is None or not model.manifest.hyper.num_experts:
-        return device
-    if config.device != "auto" or config.vram != "auto" or config.compute == "device":
-        raise UsageError(
-            f"{model.manifest.name} is a mixture of experts, which computes on the CPU only, not on {device.name}",
-            hint="--device cpu, and no --vram",
-        )
-    return None
-
-
 class PlanMaker:
     """Plans one model on one machine. `kept_bytes` is charged besides what the model needs, by name.
 
@@ -194,16 +178,15 @@ class PlanMaker:
         of that one's other layouts and prefill chunks.
         """
 
-        def soonest(plans: Iterable[Plan]) -> Plan:
-            predicted = (replace(each, prediction=self._predict(each, workload, machine)) for each in plans)
-            return min(predicted, key=_request_s)
+        def predicted(plans: Iterable[Plan]) -> list[Plan]:
+            return [replace(each, prediction=self._predict(each, workload, machine)) for each in plans]
 
-        best = soonest([plan, *self._device_variants(plan)])
+        best = min(_soonest(predicted([plan, *self._device_variants(plan)])), key=_copied_bytes)
         if not best.is_streaming:
             return best
-        best = soonest([best, *self._variants(best)])
+        best = min(predicted([best, *self._variants(best)]), key=_request_s)
         threads = [self._with_best_depth(each, workload, machine) for each in self._thread_variants(best, machine)]
-        return _steadiest([replace(each, prediction=self._predict(each, workload, machine)) for each in threads])
+        return min(_soonest(predicted(threads)), key=_stall_share)
 
     def _thread_variants(self, plan: Plan, machine: MachineProfile) -> Iterator[Plan]:
         """Where nobody said how many threads: also with a core left to the workers that read."""
@@ -347,15 +330,20 @@ def _request_s(plan: Plan) -> float:
     return plan.prediction.total_s
 
 
-def _steadiest(plans: Sequence[Plan]) -> Plan:
-    """Of those that are as soon as the soonest, but for what a prediction can tell, the one that stalls least."""
+def _soonest(plans: Sequence[Plan]) -> list[Plan]:
+    """As far as predictions can tell them apart; the soonest first."""
     bound_s = TOLERANCE * min(map(_request_s, plans))
+    return sorted((plan for plan in plans if _request_s(plan) <= bound_s), key=_request_s)
 
-    def stall(plan: Plan) -> float:
-        assert plan.prediction is not None
-        return max(plan.prediction.decode.stall_share, NO_STALL)
 
-    return min((plan for plan in plans if _request_s(plan) <= bound_s), key=stall)
+def _copied_bytes(plan: Plan) -> int:
+    """To the device in every pass: what need not be copied is not late."""
+    return plan.device.placement.streamed_bytes if plan.device else 0
+
+
+def _stall_share(plan: Plan) -> float:
+    assert plan.prediction is not None
+    return max(plan.prediction.decode.stall_share, NO_STALL)
 
 
 def process_bytes_now() -> int:

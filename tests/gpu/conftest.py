@@ -15,6 +15,7 @@ from pipo.compute import ggml
 from pipo.compute.devices import CpuBackend, Device, DeviceKind, list_devices
 from pipo.compute.ggml import Library
 from tests.support.device_graphs import DeviceRig
+from tests.support.software_device import scratch_comes_first
 
 _GPU_KINDS = {DeviceKind.GPU, DeviceKind.INTEGRATED_GPU}
 _HAS_RUN: set[str] = set()
@@ -54,6 +55,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("no test ran on a device: libggml sees none besides the CPU")
     else:
         terminalreporter.write_line(f"{len(_HAS_RUN)} tests ran on {device.name} ({device.description})")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scratch_first() -> Iterator[None]:
+    with scratch_comes_first():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,16 @@ def test_words_for_a_person(pipo: CommandLine, mixture: str) -> None:
     assert "16 a block, of which a token passes 4" in shown.out and "norms and routers" in shown.out
 
 
+def test_a_plan_for_a_laptop_with_a_gpu(pipo: CommandLine, mixture: str) -> None:
+    """Attention and head compute there; experts stay in RAM, however much of the device is free."""
+    planned = pipo("plan", mixture, "--machine", "rtx3060-laptop", "--compute", "device", "--json")
+    assert planned.code == 0, planned.err
+    plan = planned.json["plan"]
+    assert plan["device"]["name"] == "GPU" and plan["experts"]["num_slots"] == NUM_EXPERTS
+    assert plan["device"]["planned_bytes"] < 64 << 20
+    assert {unit["computes_on"] for unit in plan["units"]} == {"device"}
+
+
 def test_a_record_is_replayed_and_planned_with(pipo: CommandLine, mixture: str, tmp_path: Path) -> None:
     trace = tmp_path / "experts.jsonl"
     ran = pipo("run", mixture, "a b", "--raw", "-n", "30", "--ignore-eos", "--expert-trace", str(trace))

@@ -12,7 +12,7 @@ from pipo.base.machine import LayoutRates, SharedUse
 from pipo.hardware import host, profiles
 from pipo.model_file import ModelFile
 from pipo.outlook import Outlook
-from pipo.plan import Plan, _steadiest
+from pipo.plan import Plan, _soonest, _stall_share
 from pipo.planner.predict import Prediction, Workload
 from pipo.planner.simulate import Forecast, Lane
 from pipo.planner.variations import with_compute, with_drive, with_link
@@ -111,6 +111,6 @@ def test_where_plans_are_alike_the_steadier_one_is_taken(outlook: Outlook) -> No
         return replace(plan, prediction=Prediction(0.0, decode, REQUEST))
 
     slow, tied, soonest = predicted(1.05, 0.0), predicted(1.005, 0.0), predicted(1.0, 0.05)
-    assert _steadiest([soonest, slow, tied]) is tied
-    assert _steadiest([soonest, slow]) is soonest
-    assert _steadiest([tied, predicted(1.005, 0.005)]) is tied, "less than can be told is no stall"
+    assert _soonest([slow, tied, soonest]) == [soonest, tied]
+    assert min(_soonest([soonest, slow, tied]), key=_stall_share) is tied
+    assert min(_soonest([tied, predicted(1.005, 0.005)]), key=_stall_share) is tied, "less than can be told is no stall"

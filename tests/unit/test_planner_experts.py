@@ -9,14 +9,17 @@ import pytest
 
 from pipo.base.machine import StageWork, WeightWork
 from pipo.base.tensor_type import TensorType
-from pipo.planner.cost import PassLoad, StageCost, expert_bytes, expert_costs
+from pipo.planner.cost import PassLoad, StageCost, expert_bytes, expert_costs, step_costs
+from pipo.planner.device_placement import DevicePlacement
 from pipo.planner.expert_slots import ExpertClass
 from pipo.planner.experts import ExpectedRouting, ExpertWork
 from pipo.planner.placement import ChunkCost, Demand, UnitRole, UnitSize, place, smallest_bytes
+from pipo.planner.predict import Placed, Shapes
 from pipo.planner.residency import Need, Pool, Residency, UnitId
 from pipo.planner.schedule import SCHEDULES
 from pipo.planner.simulate import ExpertCosts, Lane, Line, StepCosts
 from tests.support.machines import MACHINE
+from tests.support.planned import HIDDEN_SIZE, WITH_GPU
 
 WORK = StageWork((WeightWork(TensorType.Q4_0, 1_000_000),), 4096)
 EXPERTS = ExpertWork(WORK, 562_500, None, 64, 8)
@@ -68,6 +71,32 @@ def test_a_block_waits_for_what_is_missing_and_reads_ahead_meanwhile() -> None:
     # attention 0-1 · here 1-2, late read 1-3, missing 3-3.5 · guess for the next block 3-6 · attention 3.5-4.5
     # late read waits for the guess: 6-8 · here 4.5-5.5 · missing 8-8.5
     assert ends == pytest.approx([1, 2, 3.5, 4.5, 5.5, 8.5])
+
+
+def test_attention_on_a_device_hands_over_to_experts_on_the_cpu_and_back() -> None:
+    """Two blocks and a head by hand: 0.25 s down and 0.125 s up around each block's experts."""
+    needs = [Need(0, None), Need(1, None, is_routed=True), Need(2, None), Need(3, None, is_routed=True), Need(4, None)]
+    experts = ExpertCosts(read_guessed=0.0, read_late=0.0, compute_here=2.0, compute_missing=0.0)
+    costs = StepCosts(
+        {}, {0: 1.0, 2: 1.0, 4: 0.5}, on_device=frozenset({0, 2, 4}), handover=0.125, routing_handover=0.25,
+        experts={1: experts, 3: experts},
+    )  # fmt: skip
+    line = Line(needs, SCHEDULES["pipelined"], Residency(Pool({}, [], set())))
+    assert line.run_pass(costs) == pytest.approx(2 * (1 + 0.25 + 2 + 0.125) + 0.5)
+    lanes = [span.lane for span in line.simulator.spans]
+    assert lanes == [Lane.DEVICE, Lane.CPU, Lane.DEVICE, Lane.CPU, Lane.DEVICE]
+
+
+def test_a_router_s_scores_and_what_experts_read_cross_the_link() -> None:
+    stages = [StageCost(WORK, UnitId(0)), StageCost(StageWork((), 0), None, experts=EXPERTS)]
+    costs = step_costs(stages, WITH_GPU, PassLoad(1, 4, 2), HIDDEN_SIZE, frozenset({0}))
+    link = WITH_GPU.devices[1].to_host
+    assert link is not None
+    assert costs.routing_handover == pytest.approx(2 * link.seconds(16 * HIDDEN_SIZE) + 2 * link.seconds(16 * 64))
+    shapes = Shapes([*stages, *(StageCost(WORK, UnitId(i)) for i in (1, 2))], HIDDEN_SIZE)
+    there = DevicePlacement((True,) * 3, (True,) * 3, (0,) * 3, (), False, 0, 0, 0)
+    ram = place(replace(demand(1 << 30), units=UNITS[:3]))
+    assert Placed(shapes, WITH_GPU, ram, there).on_device == {0, 2, 3}, "all but the experts"
 
 
 UNITS = [UnitSize(role, i, 1 << 20, 1 << 20) for i in range(4) for role in (UnitRole.ATTENTION,)]

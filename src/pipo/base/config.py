@@ -27,7 +27,7 @@ class EngineConfig:
     `ram` is the anonymous memory of the whole process: a size ("4GB"), a share of what is free ("50%") or "auto".
     `device` is the name of what computes beside the CPU, "cpu" for none, "auto" for the first GPU where there is one;
     `vram` is what may be taken of its memory, a size or "auto". `compute` "device" streams to the device what does not
-    fit there; "auto" leaves it to the CPU where that is faster.
+    fit there; "auto" leaves it to the CPU where that is faster. Routed experts compute on the CPU in any case.
     """
 
     ram: str = "auto"

@@ -16,6 +16,10 @@ _ALIGNMENT = 128
 # up to which the results of a pass's experts are kept apart until all are there: some may be missing. With more tokens
 # nearly all experts of a block are needed, and are added as they come
 FEW_TOKENS = 16
+# leaves of the stages: of all models, of a mixture, and where the head puts its pieces
+INPUTS = ("hidden", "positions", "kv_rows", "mask", "out_rows", "normed")
+ROUTING = ("ffn_x", "router", "next_router")
+STAGE_ARRAYS = frozenset({*INPUTS, *ROUTING, "logits"})
 
 
 def row_class(num_rows: int) -> int:
@@ -113,9 +117,6 @@ class PassRows:
 
 class PassBuffers:
     """Addresses of the arrays by leaf name, and the writes that prepare a pass."""
-
-    INPUTS = ("hidden", "positions", "kv_rows", "mask", "out_rows", "normed")  # leaves of the stages
-    EXPERT_INPUTS = ("ffn_x", "router", "next_router")
 
     def __init__(self, shape: BufferShape, place: Place) -> None:
         self.shape = shape

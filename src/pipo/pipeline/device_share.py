@@ -12,7 +12,7 @@ from pipo.compute.device import ComputeDevice
 from pipo.compute.device_backend import DeviceBackend
 from pipo.kvcache.cache import KvShape
 from pipo.models.stage import ShapeClass, Stage, StageKind
-from pipo.pipeline.buffers import BufferShape
+from pipo.pipeline.buffers import STAGE_ARRAYS, BufferShape
 from pipo.pipeline.device_layout import AbsentDevice, DeviceSizes, unit_on_device, vectors_on_device
 from pipo.pipeline.stage_graphs import Compute, StageGraphs
 from pipo.pipeline.units import ROLES, WeightLayouts
@@ -61,7 +61,11 @@ class DeviceShare:
         return frozenset(spec.name for stage in self.stages if self.is_here(stage) for spec in stage.matrices.values())
 
     def is_here(self, stage: Stage) -> bool:
-        """Norm and head, like the blocks' stages, compute where their weights are; the head always here."""
+        """Norm and head, like the blocks' stages, compute where their weights are; the head always here, routed
+        experts never.
+        """
+        if stage.kind is StageKind.EXPERTS:
+            return False
         return stage.block_idx in self.blocks or stage.kind in (StageKind.FINAL_NORM, StageKind.HEAD)
 
 
@@ -78,6 +82,7 @@ def device_demand(
     On a device that is not here the intermediates are taken to be as large as the CPU's: the graphs are the same, and
     what a driver takes for itself is known to neither.
     """
+    stages = [stage for stage in stages if stage.kind is not StageKind.EXPERTS]
     if isinstance(device, AbsentDevice):
         with closing(StageGraphs(cpu, hyper, PLAIN)) as graphs:
             return _demand_of(stages, device, graphs.measure(stages, sizes.shape), sizes, limit_bytes)
@@ -101,7 +106,8 @@ def _demand_of(
 
 
 def array_bytes(buffers: BufferShape, device: DeviceSizes) -> dict[str, int]:
-    return {name: round_up(size, device.alignment) for name, size in buffers.sizes.items()}
+    """Of the arrays that stages which compute there read and write."""
+    return {name: round_up(size, device.alignment) for name, size in buffers.sizes.items() if name in STAGE_ARRAYS}
 
 
 def kv_sizes(kv: KvShape, device: DeviceSizes) -> list[int]:

@@ -13,7 +13,7 @@ from pipo.compute.device import ComputeDevice, DeviceBuffer, DevicePlace
 from pipo.compute.graph import Binding, Graph
 from pipo.kvcache.cache import KvCache, KvShape
 from pipo.models.stage import ShapeClass
-from pipo.pipeline.buffers import PassBuffers, PassRows
+from pipo.pipeline.buffers import ROUTING, PassBuffers, PassRows
 from pipo.pipeline.device_layout import DeviceLayout
 from pipo.pipeline.executor import Places
 from pipo.pipeline.sides import Side
@@ -178,8 +178,10 @@ class DeviceStages:
     def bring_hidden(self) -> None:
         self._move("hidden", DeviceBuffer.upload)
 
-    def return_hidden(self) -> None:
-        self._move("hidden", DeviceBuffer.download)
+    def return_results(self) -> None:
+        for name in ("hidden", *ROUTING):
+            if name in self._memory.arrays:
+                self._move(name, DeviceBuffer.download)
 
     def return_logits(self) -> None:
         self._move("logits", DeviceBuffer.download)

@@ -92,15 +92,19 @@ class ExpertStages:
         self._where: dict[int, Whereabouts] = {}  # by the address of the slot
         self._few = min(buffers.shape.max_tokens, FEW_TOKENS)
         self._num_tokens = 0
+        self._bring_inputs: Callable[[], None] = lambda: None
 
     def take_stats(self) -> ExpertStats:
         """Since they were last taken."""
         stats, self._schedule.stats = self._schedule.stats, ExpertStats.of(self._units.ids.num_blocks)
         return stats
 
-    def begin_pass(self, num_tokens: int) -> None:
-        """What the last pass was cut short in is forgotten."""
+    def begin_pass(self, num_tokens: int, bring_inputs: Callable[[], None]) -> None:
+        """What the last pass was cut short in is forgotten. `bring_inputs` puts in RAM what a block's router and
+        attention gave, if it is not there.
+        """
         self._num_tokens = num_tokens
+        self._bring_inputs = bring_inputs
         self._used.clear()
         self._schedule.forget()
 
@@ -116,6 +120,7 @@ class ExpertStages:
 
     def steps(self, stage_idx: int, is_here: Callable[[UnitId], bool]) -> Iterator[Step]:
         """Raises ComputeError where the router's scores are not finite."""
+        self._bring_inputs()
         block, bank = self._units.block_of_stage[stage_idx], self._bank(stage_idx)
         routing = self._route(stage_idx, bank)
         self._used.append((block, routing.experts))

@@ -44,8 +44,8 @@ class DeviceSide(Protocol):
     def bring_hidden(self) -> None:
         """From RAM."""
 
-    def return_hidden(self) -> None:
-        """To RAM."""
+    def return_results(self) -> None:
+        """The hidden state, and of a mixture what its experts are chosen by and read, to RAM."""
 
     def return_logits(self) -> None:
         """To RAM."""
@@ -167,7 +167,7 @@ class Forward:
         if self._sides.device is not None and needs.on_device:
             self._sides.device.begin_pass(rows)
         if self.experts is not None:
-            self.experts.begin_pass(rows.num_tokens)
+            self.experts.begin_pass(rows.num_tokens, partial(self._hand_over, False))
         self._executor.run(self._steps(needs), partial(self._compute, needs))
         if self.experts is not None:
             self.experts.end_pass()
@@ -211,7 +211,7 @@ class Forward:
         if to_device:
             self._sides.device.bring_hidden()
         else:
-            self._sides.device.return_hidden()
+            self._sides.device.return_results()
         self._is_hidden_on_device = to_device
 
     def _place_of(self, stage_idx: int) -> Place | DevicePlace | None:

@@ -9,8 +9,8 @@ from typing import Generic, Protocol, TypeVar
 from pipo.compute.device import DevicePlace
 from pipo.compute.graph import Binding, Graph
 from pipo.kvcache.cache import KvCache
-from pipo.models.stage import ShapeClass, Stage, StageKind
-from pipo.pipeline.buffers import PassBuffers
+from pipo.models.stage import ShapeClass, Stage, StageKind, banks_of
+from pipo.pipeline.buffers import INPUTS, ROUTING, PassBuffers
 from pipo.pipeline.stage_graphs import StageGraphs
 from pipo.pipeline.units import HeadPiece, Unit, head_pieces
 from pipo.tiers.ram import Place
@@ -97,8 +97,7 @@ class Side(Generic[A]):
         self._bound: dict[int, _Bound] = {}
         self._whole: _Bound | None = None
         self._shape: ShapeClass | None = None
-        has_experts = any(stage.kind is StageKind.EXPERTS for stage in model.stages)
-        self._arrays = PassBuffers.INPUTS + (PassBuffers.EXPERT_INPUTS if has_experts else ())
+        self._arrays = INPUTS + (ROUTING if banks_of(model.stages) else ())
         self._stage_idxs: Sequence[int] = ()
         self._sequence = 0
 

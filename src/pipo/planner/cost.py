@@ -63,6 +63,8 @@ def step_costs(
     kv_bytes = {i: stage.kv_bytes_per_position for i, stage in enumerate(stages) if stage.kv_bytes_per_position}
     cached = load.cached_positions * load.num_sequences
     hidden_bytes = 4 * hidden_size * load.num_tokens
+    num_experts = max((stage.experts.num_experts for stage in stages if stage.experts is not None), default=0)
+    score_bytes = 4 * num_experts * load.num_tokens
     return StepCosts(
         read={s.unit_id: machine.unit_read_s(s.unit_bytes, s.repacked_as) for s in stages if s.unit_id is not None},
         compute={
@@ -74,6 +76,8 @@ def step_costs(
         kv_save={i: _seconds(down, size * load.num_tokens) for i, size in kv_bytes.items()},
         on_device=on_device,
         handover=max(_seconds(up, hidden_bytes), _seconds(down, hidden_bytes)),
+        # the hidden state, what the experts read, and the scores of two routers
+        routing_handover=2 * _seconds(down, hidden_bytes) + 2 * _seconds(down, score_bytes),
     )
 
 

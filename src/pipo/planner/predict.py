@@ -81,11 +81,15 @@ class Placed:
 
     @property
     def on_device(self) -> frozenset[int]:
-        """The stages that compute there. One without weights computes where the next one does."""
+        """The stages that compute there: routed experts never do. One without weights computes where the next one
+        does.
+        """
         if self.device is None:
             return frozenset()
         found, is_there = set(), False
         for i in reversed(range(len(self.shapes.stages))):
+            if self.shapes.stages[i].experts is not None:
+                continue
             unit = self.shapes.stages[i].unit_id
             is_there = self.device.computes[unit] if unit is not None else is_there
             found |= {i} if is_there else set()

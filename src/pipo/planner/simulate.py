@@ -54,7 +54,8 @@ class ExpertCosts:
 class StepCosts:
     """Seconds of every step that may come up; what is absent costs nothing.
 
-    `handover` is paid where a stage computes elsewhere than the one before it, `between_passes` at the end of each.
+    `handover` is paid where a stage computes elsewhere than the one before it, `routing_handover` where that is a stage
+    of experts, `between_passes` at the end of each pass.
     """
 
     read: Mapping[UnitId, float]
@@ -64,6 +65,7 @@ class StepCosts:
     kv_save: Mapping[int, float] = field(default_factory=dict)
     on_device: frozenset[int] = frozenset()  # stages that compute there
     handover: float = 0.0
+    routing_handover: float = 0.0
     between_passes: float = 0.0
     experts: Mapping[int, ExpertCosts] = field(default_factory=dict)  # of stages that route, on the CPU
 
@@ -141,6 +143,8 @@ class Simulator:
         if costs is None:
             return
         begin = max(self.now, self.computed)
+        if self._last_lane is Lane.DEVICE:
+            begin += self._costs.routing_handover
         arrived = max(self._take(Lane.DRIVE, step, begin, costs.read_late), self._guessed)
         here = self._take(Lane.CPU, step, begin, costs.compute_here)
         self.now = self.computed = self._take(Lane.CPU, step, max(here, arrived), costs.compute_missing)
