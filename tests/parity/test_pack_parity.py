@@ -1,0 +1,123 @@
+"""What `pipo pack` writes is what others quantise to, llama.cpp loads it, and both engines compute the same with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as GgufType
+from gguf.quants import dequantize
+
+from bench.random_model import SHAPES, write_random_model
+from tests.support.engines import start_engine
+from tests.support.llama_cpp import LlamaCpp
+from tests.support.packs import pack_file, stored_bytes, stored_types
+from tests.support.rounding import PRODUCT_ERROR, logit_tolerance
+from tests.support.tiny_models import SPECS, FloatArray, make_model, write_gguf
+
+NOT_TEXT = range(259)  # specials and bytes
+PROMPT_TOKENS, NEW_TOKENS = 60, 6
+NAMES = ("llama", "llama-tied", "llama-bias", "llama-llama3", "mistral", "mixtral", "qwen2moe", "qwen3moe")
+BLOCK_TYPES = [type for type in PRODUCT_ERROR if type is not GgufType.F32]
+# K-quants are rounded with a search that no other package has: bounds on the error that it leaves, relative to the
+# deviation of the weights, which are normal. Bits a weight as the types have them; one bit less doubles the error.
+K_ERROR = {"q2_k": 0.4, "q3_k": 0.2, "q4_k": 0.09, "q5_k": 0.045, "q6_k": 0.022, "iq4_nl": 0.1, "iq4_xs": 0.1}
+
+
+@lru_cache
+def _exported(name: str, type: GgufType, folder: Path) -> Path:
+    path = folder / f"{name}-{type.name}.gguf"
+    write_gguf(make_model(SPECS[name]), path, type)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.mark.parametrize("type", BLOCK_TYPES)
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_bytes_are_those_of_gguf_py(name: str, type: GgufType, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "packed.gguf"
+    pack_file(_exported(name, GgufType.F32, folder), type.name.lower(), out)
+    found, wanted = stored_bytes(out), stored_bytes(_exported(name, type, folder))
+    assert found.keys() == wanted.keys()
+    assert stored_types(out) == stored_types(_exported(name, type, folder))
+    for tensor, data in wanted.items():
+        assert np.array_equal(found[tensor], data), tensor
+
+
+@pytest.mark.parametrize("type", [GgufType.F16, GgufType.BF16, GgufType.Q8_0])
+def test_from_another_type_is_from_its_values(type: GgufType, folder: Path, tmp_path: Path) -> None:
+    source, out = _exported("llama", type, folder), tmp_path / "packed.gguf"
+    pack_file(source, "q4_0", out)
+    read = {t.name: t for t in gguf.GGUFReader(source).tensors}
+    for tensor, data in stored_bytes(out).items():
+        if tensor.startswith("blk.") and "norm" not in tensor:
+            values = dequantize(read[tensor].data, read[tensor].tensor_type)
+            assert np.array_equal(data, gguf.quants.quantize(values, GgufType.Q4_0).reshape(-1)), tensor
+
+
+@pytest.mark.parametrize("type", K_ERROR)
+def test_types_without_an_oracle_stay_near_the_weights(type: str, wide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "packed.gguf"
+    pack_file(wide, type, out)
+    source = {t.name: dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(wide).tensors}
+    quantised = [t for t in gguf.GGUFReader(out).tensors if t.tensor_type.name.lower() == type]
+    assert len(quantised) >= 7
+    for tensor in quantised:
+        values, wanted = dequantize(tensor.data, tensor.tensor_type), source[tensor.name]
+        error = float(np.sqrt(np.mean(np.square(values - wanted))) / wanted.std())
+        assert K_ERROR[type] / 3 < error < K_ERROR[type], tensor.name
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows that blocks of 256 divide."""
+    path = tmp_path_factory.mktemp("wide") / "random.F16.gguf"
+    write_random_model(path, "smoke", "f16")
+    return path
+
+
+@pytest.mark.parametrize("type", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("name", NAMES)
+def test_llama_cpp_computes_the_same(name: str, type: str, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "packed.gguf"
+    pack_file(_exported(name, GgufType.F32, folder), type, out)
+    spec = SPECS[name]
+    prompt = [int(t) for t in np.random.default_rng(7).integers(3, spec.vocab_size, PROMPT_TOKENS)]
+    _compare(out, prompt, spec.vocab_size, spec.num_layers, GgufType[type.upper()])
+
+
+@pytest.mark.parametrize("type", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"])
+def test_llama_cpp_computes_the_same_with_k_quants(type: str, wide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "packed.gguf"
+    pack_file(wide, type, out)
+    shape = SHAPES["smoke"]
+    prompt = [int(t) for t in np.random.default_rng(7).integers(259, shape.vocab_size, PROMPT_TOKENS)]
+    _compare(out, prompt, shape.vocab_size, shape.num_layers, GgufType.Q8_0)  # activations are Q8_K: rounded as finely
+
+
+def _compare(path: Path, prompt: list[int], vocab_size: int, num_layers: int, type: GgufType) -> None:
+    theirs = LlamaCpp(path).greedy(prompt, NEW_TOKENS, vocab_size=vocab_size, banned=NOT_TEXT)
+    tokens = [*prompt, *theirs.token_ids]
+    with start_engine(path, context_tokens=256, layout="plain", cache_type_k="f32", cache_type_v="f32") as engine:
+        ours = _logprobs(engine.logits(tokens)[PROMPT_TOKENS - 1 : -1])
+    difference = float(np.sqrt(np.mean(np.square(ours - theirs.logprobs))))
+    assert difference < np.sqrt(2) * logit_tolerance(num_layers, type, ours)
+
+
+def _logprobs(logits: FloatArray) -> FloatArray:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), dtype=np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _no_leftovers(tmp_path: Path) -> Iterator[None]:
+    yield
+    assert not list(tmp_path.glob("*.part*"))
