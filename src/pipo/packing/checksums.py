@@ -15,6 +15,7 @@ from functools import partial
 from pipo.base.errors import DamagedFile, UnsupportedModel
 from pipo.formats.gguf import Gguf, entry_spans
 
+OWN_PREFIX = "pipo."
 ALGORITHM = "blake2b-256"
 ALGORITHM_KEY, TENSORS_KEY, HEADER_KEY = "pipo.checksum.algorithm", "pipo.checksum.tensors", "pipo.checksum.header"
 NUM_DIGITS = 64
@@ -38,15 +39,16 @@ def recorded_checksums(gguf: Gguf) -> Recorded | None:
     Raises DamagedFile where they do not belong to these tensors, UnsupportedModel for another algorithm.
     """
     metadata = gguf.metadata
-    if TENSORS_KEY not in metadata or len(gguf.files) > 1:
+    if len(gguf.files) > 1 or not any(key.startswith(OWN_PREFIX) for key in metadata):
         return None
     algorithm = metadata.text(ALGORITHM_KEY)
-    if algorithm != ALGORITHM:
+    if algorithm not in (None, ALGORITHM):
         raise UnsupportedModel(
             f"{metadata.path}: its checksums are {algorithm!r:.80}, wanted {ALGORITHM}",
             hint="a newer pipo may know them",
         )
-    checksums, header = metadata.strings(TENSORS_KEY), metadata.text(HEADER_KEY) or ""
+    checksums = metadata.strings(TENSORS_KEY) if TENSORS_KEY in metadata else []
+    header = metadata.text(HEADER_KEY) or ""
     if len(checksums) != len(gguf.tensors) or len(header) != NUM_DIGITS:
         raise DamagedFile(
             f"{metadata.path}: has {len(checksums)} checksums for {len(gguf.tensors)} tensors, and one of "

@@ -29,7 +29,6 @@ from pipo.packing.checksums import ALGORITHM, ALGORITHM_KEY, HEADER_KEY, NO_CHEC
 from pipo.packing.types import EMBEDDING_TABLE, FILE_TYPES, QUANTIZATION_VERSION, TensorPlan, plan_tensor
 
 ALIGNMENT = PAGE_BYTES
-OWN_PREFIX = "pipo."
 _VERSION_KEY, _VERSION = "pipo.pack.version", 1
 _ALIGNMENT_KEY, _FILE_TYPE_KEY = "general.alignment", "general.file_type"
 _QUANTIZATION_KEY = "general.quantization_version"

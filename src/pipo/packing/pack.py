@@ -26,10 +26,10 @@ from pipo.formats.checkpoint import Checkpoint
 from pipo.formats.gguf_writer import copy_entries, spans_to_copy
 from pipo.hardware.memory import PeakSampler
 from pipo.models.registry import stages_of
-from pipo.packing.checksums import Hash
+from pipo.packing.checksums import OWN_PREFIX, Hash
 from pipo.packing.convert import Converter, RowGroup, Workspace, groups_of
 from pipo.packing.journal import Identity, Journal
-from pipo.packing.layout import OWN_PREFIX, REPLACED_KEYS, PackLayout, lay_out
+from pipo.packing.layout import REPLACED_KEYS, PackLayout, lay_out
 from pipo.packing.memory import PackMemory, fit_memory, process_bytes_now
 from pipo.packing.part import PartFile, Pwrite, TensorWriter
 from pipo.packing.types import TensorPlan, check_readable
