@@ -24,7 +24,8 @@ from pipo.base.errors import FileChanged, MalformedFile, OutputFailed, OverBudge
 from pipo.base.manifest import FileIdx
 from pipo.compute import ggml
 from pipo.packing import pack as pack_module
-from pipo.packing.pack import PackPlan, pack
+from pipo.packing.pack import pack
+from pipo.packing.plan import PackPlan
 from tests.support.file_changes import cut, exchange, overwrite, remove
 from tests.support.packs import FillingDisk, left_beside, pack_file, plan_of
 from tests.support.tiny_models import SPECS, make_model, write_gguf
@@ -62,6 +63,7 @@ def test_a_disk_that_fills_up_is_said_and_the_next_run_goes_on(
         pack_file(source, TYPE, out, pwrite=FillingDisk(int(len(wanted) * share)).pwrite)
     assert "goes on" in str(failed.value.hint)
     assert not out.exists()
+    assert (left_beside(out) == []) == (share < 0.05)  # nothing to go on from: nothing is left
     disk = FillingDisk(len(wanted))
     report = pack_file(source, TYPE, out, pwrite=disk.pwrite)
     assert out.read_bytes() == wanted
@@ -119,6 +121,14 @@ def test_too_little_room_is_said_before_any_work(source: Path, tmp_path: Path, m
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage._replace(free=1000))
     with pytest.raises(OutputFailed, match=r"needs .* more .* \(1000 bytes\) are free"):
         pack_file(source, TYPE, tmp_path / "out.gguf", pwrite=lambda *_: pytest.fail("it wrote"))
+
+
+def test_a_source_that_was_cut_before_is_refused_with_the_tensor(source: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.gguf"
+    short.write_bytes(source.read_bytes()[:-100_000])
+    with pytest.raises(MalformedFile, match=r"tensor '.*' takes bytes .*, the file ends at"):
+        pack_file(short, TYPE, tmp_path / "out.gguf")
+    assert left_beside(tmp_path / "out.gguf") == []
 
 
 @pytest.mark.parametrize("change", [cut, overwrite, exchange, remove])

@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from pipo.compute import ggml
 from pipo.formats.checkpoint import open_checkpoint
-from pipo.packing.pack import PackPlan, PackReport, pack, plan_pack
+from pipo.packing.pack import PackReport, pack
 from pipo.packing.part import Pwrite
+from pipo.packing.plan import PackPlan, plan_pack
 from pipo.packing.types import parse_type
 
 PLENTY = 1 << 40

@@ -78,16 +78,19 @@ def test_the_smallest_budget_is_named_and_kept(pipo: CommandLine, smollm2_path: 
         assert cached_bytes(path) < 8 << 20
 
 
-def test_killed_it_goes_on_with_the_same_command(pipo: CommandLine, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ended_it_goes_on_with_the_same_command(
+    pipo: CommandLine, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
     command = ("pack", "smollm2", "--type", "q4_k", "--json", "-q", "-o")
     assert pipo(*command, str(whole)).code == 0
     process, journal = pipo.start(*command, str(out)), Path(f"{out}.part.journal")
     while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 40):
         time.sleep(_SAMPLE_S)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(number)
     process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it was done before it could be killed"
+    assert process.returncode == code, "it was done before it could be ended"
     assert not out.exists()
     assert pipo(*command, str(out)).json["resumed_tensors"] >= 40
     assert out.read_bytes() == whole.read_bytes()
@@ -95,15 +98,12 @@ def test_killed_it_goes_on_with_the_same_command(pipo: CommandLine, tmp_path: Pa
 
 
 def test_what_would_be_overwritten_is_not(pipo: CommandLine, smollm2_path: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.gguf"
+    out, model = tmp_path / "out.gguf", str(smollm2_path)
     out.write_text("mine")
     for arguments, said in (
         (("smollm2", "--type", "q8_0", "-o", str(out)), "is there already"),
         (("smollm2", "--type", "q8_0", "-o", str(tmp_path)), "is a folder"),
-        (
-            (str(smollm2_path), "--type", "q8_0", "-o", str(smollm2_path.resolve()), "--overwrite"),
-            "is the model itself",
-        ),
+        ((model, "--type", "q8_0", "-o", model, "--overwrite"), "is the model itself"),
         (("smollm2", "--type", "iq1_s", "-o", str(out)), "'iq1_s' is not a type to pack to"),
         (("smollm2", "-o", str(out)), "which type?"),
     ):

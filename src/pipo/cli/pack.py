@@ -16,7 +16,8 @@ from pipo.cli.prompt import only_model
 if TYPE_CHECKING:
     from pipo.base.manifest import Manifest
     from pipo.base.tensor_type import TensorType
-    from pipo.packing.pack import PackPlan, PackReport
+    from pipo.packing.pack import PackReport
+    from pipo.packing.plan import PackPlan
 
 # `Model.Q4_K_M`, `model-f16`: what a name says of the type goes, the new one comes
 _TYPE_SUFFIX = re.compile(r"[.-](?:i?q\d\w*|b?f16|f32|mxfp4)$", re.IGNORECASE)
@@ -65,8 +66,8 @@ def pack(
     from pipo.formats.checkpoint import open_checkpoint
     from pipo.hardware.budget import ram_bytes
     from pipo.models.registry import check_architecture
-    from pipo.packing.pack import check_output, plan_pack
     from pipo.packing.pack import pack as write_pack
+    from pipo.packing.plan import check_output, plan_pack
     from pipo.store.library import resolve_model
 
     checkpoint = open_checkpoint(resolve_model(name), check_architecture)

@@ -93,6 +93,11 @@ class PartFile:
             self.part.replace(self.path)
             sync_folder(self.path.parent)
 
+    def discard(self) -> None:
+        """Leave nothing behind; the file stays open until `close`."""
+        with suppress(OSError):
+            self.part.unlink(missing_ok=True)
+
     def close(self) -> None:
         if self._direct_fd is not None:
             os.close(self._direct_fd)
@@ -115,10 +120,15 @@ class PartFile:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise OutputFailed(
-                f"another pipo is packing into {self.part}",
-                hint="wait until it has ended, or name another file with -o",
-            ) from error
+            raise self._is_taken() from error
+        # whoever had it before may have given it its name meanwhile: then this is a finished file
+        if not self.part.exists() or not os.path.samestat(self.part.stat(), os.fstat(self._fd)):
+            raise self._is_taken()
+
+    def _is_taken(self) -> OutputFailed:
+        return OutputFailed(
+            f"another pipo is packing into {self.part}", hint="wait until it has ended, or name another file with -o"
+        )
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
