@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import pytest
 
 from bench.page_cache import cached_bytes
 from pipo.base.page_cache import forget_cached
+from pipo.base.units import MIB
+from tests.support.cgroup import memory_group
 from tests.support.command_line import CommandLine
 
 _SAMPLE_S = 0.002
+SLACK_BYTES = 48 * MIB  # the kernel charges page tables and the file pages of libraries too
 
 
 def _anonymous_bytes(pid: int) -> int:
@@ -103,6 +107,8 @@ def test_what_would_be_overwritten_is_not(pipo: CommandLine, smollm2_path: Path,
     for arguments, said in (
         (("smollm2", "--type", "q8_0", "-o", str(out)), "is there already"),
         (("smollm2", "--type", "q8_0", "-o", str(tmp_path)), "is a folder"),
+        (("smollm2", "--type", "q8_0", "-o", "/dev/null", "--overwrite"), "is not a regular file"),
+        (("smollm2", "--type", "q8_0", "-o", str(out / "below.gguf")), "Not a directory"),
         ((model, "--type", "q8_0", "-o", model, "--overwrite"), "is the model itself"),
         (("smollm2", "--type", "iq1_s", "-o", str(out)), "'iq1_s' is not a type to pack to"),
         (("smollm2", "-o", str(out)), "which type?"),
@@ -113,6 +119,24 @@ def test_what_would_be_overwritten_is_not(pipo: CommandLine, smollm2_path: Path,
     assert out.read_text() == "mine"
     assert pipo("pack", "smollm2", "--type", "f16", "-o", str(out), "--overwrite", "-q").code == 0
     assert out.read_bytes()[:4] == b"GGUF"
+
+
+def test_a_folder_that_is_not_there(pipo: CommandLine, tmp_path: Path) -> None:
+    refused = pipo("pack", "smollm2", "--type", "q8_0", "-o", str(tmp_path / "none" / "out.gguf"))
+    assert (refused.code, refused.out) == (1, "")
+    assert "cannot write" in refused.err and "No such file or directory" in refused.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.cgroup
+def test_in_a_control_group_it_needs_no_more_than_it_says(smollm2_path: Path, tmp_path: Path) -> None:
+    """Buffers of the kernel included: what is read and written stays out of the page cache."""
+    with memory_group(64 * MIB + SLACK_BYTES) as group:
+        command = ["pack", str(smollm2_path), "--type", "q4_0", "-o", str(tmp_path / "out.gguf"), "--ram", "64MiB"]
+        child = group.run([sys.executable, "-m", "pipo", *command])
+        child.communicate(timeout=60)
+        assert child.returncode == 0
+        assert group.stat("cache") < 32 * MIB
 
 
 def test_verify_tells_damaged_from_unchecked(pipo: CommandLine, tmp_path: Path) -> None:

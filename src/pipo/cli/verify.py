@@ -11,6 +11,8 @@ from pipo.cli.prompt import only_model
 if TYPE_CHECKING:
     from pipo.packing.verify import Damage, Verdict
 
+MAX_THREADS = 8  # which hash faster than a drive delivers
+
 
 def verify(
     model: ModelArgument = None, model_flag: ModelFlag = None, json: JsonFlag = False, *, output: OutputFlags
@@ -29,8 +31,9 @@ def verify(
     from pipo.packing.verify import verify as look
     from pipo.store.library import resolve_model
 
+    threads = min(available_cores(), MAX_THREADS)
     with byte_bar("verifying", output) as advance:
-        verdict = look(resolve_model(name), ggml.load(), num_threads=available_cores(), on_progress=advance)
+        verdict = look(resolve_model(name), ggml.load(), num_threads=threads, on_progress=advance)
     if json:
         write_json(verdict_dict(verdict))
     if verdict.damage is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pipo.packing.part import output_failed, sync_folder
@@ -21,6 +22,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._fresh = path.with_name(f"{path.name}.new")
 
     def read(self, identity: Identity) -> list[str]:
         """Checksums of the first tensors, in file order; none where the journal is missing or of another pack."""
@@ -42,17 +44,17 @@ class Journal:
 
     def begin(self, identity: Identity, checksums: Sequence[str]) -> None:
         """Write it anew with what of it is right: in another file first, so that a kill loses nothing."""
-        fresh = self.path.with_name(f"{self.path.name}.new")
         lines = [_line(identity), *map(_tensor_line, range(len(checksums)), checksums)]
         try:
-            with fresh.open("wb") as stream:
+            with self._fresh.open("wb") as stream:
                 stream.write(b"".join(line + b"\n" for line in lines))
                 stream.flush()
                 os.fsync(stream.fileno())
-            fresh.replace(self.path)
+            self._fresh.replace(self.path)
             sync_folder(self.path.parent)
         except OSError as error:
-            fresh.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._fresh.unlink(missing_ok=True)
             raise output_failed(self.path, error) from error
 
     def append(self, first: int, checksums: Sequence[str]) -> None:
@@ -67,7 +69,9 @@ class Journal:
             raise output_failed(self.path, error) from error
 
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+        for path in (self.path, self._fresh):
+            with suppress(OSError):  # nobody reads it without the part
+                path.unlink(missing_ok=True)
 
 
 def _line(identity: Identity) -> bytes:

@@ -37,7 +37,6 @@ class PartFile:
         self._pwrite = pwrite
         self._unsynced: list[tuple[int, int]] = []
         with self._named_errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.part, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             self._lock()

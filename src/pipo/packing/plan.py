@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +70,16 @@ def plan_pack(checkpoint: Checkpoint, target: TensorType, lib: Library, limit_by
 
 
 def check_output(path: Path, manifest: Manifest, *, overwrite: bool) -> None:
-    """Raises UsageError where the file would replace what it must not."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder", hint="name a file with -o")
-    if not path.exists():
+    """Raises UsageError where the file would replace what it must not, or cannot be."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
         return
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", hint="name another file with -o") from error
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise UsageError(f"{path} is {what}", hint="name a file with -o")
     if any(path.samefile(file) for file in manifest.files):
         raise UsageError(f"{path} is the model itself", hint="name another file with -o")
     if not overwrite:
