@@ -63,6 +63,7 @@ def test_what_stays_in_ram_is_f32() -> None:
         assert type_of("blk.0.attn_norm.weight", (64,), T.Q4_0, source, moves=False) is T.F32
         assert type_of("blk.0.ffn_gate_inp.weight", (64, 8), T.Q4_0, source, moves=False) is T.F32
     assert type_of("a.vector", (64,), T.Q4_0, T.F32) is T.F32  # however it moves
+    assert type_of("blk.0.ffn_up_exps.bias", (64, 8), T.Q4_0, T.F32) is T.F32  # of experts
     assert type_of("a.table", (64, 2), T.Q4_0, T.I32, moves=False) is T.I32  # numbers are copied
 
 
@@ -72,9 +73,9 @@ def test_experts_are_matrices() -> None:
 
 
 def test_what_has_the_type_already_is_copied_and_not_quantised_twice() -> None:
-    plan = plan_tensor(spec("m", (256, 4), T.Q4_0), T.Q4_0, moves=True)
+    plan = plan_tensor(spec("m.weight", (256, 4), T.Q4_0), T.Q4_0, moves=True)
     assert plan.is_copied and not plan.is_requantised
-    assert plan_tensor(spec("m", (256, 4), T.Q4_1), T.Q4_0, moves=True).is_requantised
-    assert not plan_tensor(spec("m", (256, 4), T.BF16), T.Q4_0, moves=True).is_requantised
+    assert plan_tensor(spec("m.weight", (256, 4), T.Q4_1), T.Q4_0, moves=True).is_requantised
+    assert not plan_tensor(spec("m.weight", (256, 4), T.BF16), T.Q4_0, moves=True).is_requantised
     # a row that no block of the type divides cannot have it, but this one has it
-    assert plan_tensor(spec("m", (256, 4), T.Q8_0), T.F16, moves=True).is_requantised
+    assert plan_tensor(spec("m.weight", (256, 4), T.Q8_0), T.F16, moves=True).is_requantised

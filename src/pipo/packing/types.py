@@ -48,6 +48,7 @@ _NEXT_TYPE = {
     TensorType.Q5_K: TensorType.Q5_1,
     TensorType.Q6_K: TensorType.Q8_0,
 }
+_MATRIX = ".weight"  # experts have biases of two dimensions
 _WIDENED = (TensorType.F16, TensorType.BF16)
 _PLAIN = (TensorType.F32, TensorType.F16, TensorType.BF16)
 
@@ -131,7 +132,7 @@ def check_readable(manifest: Manifest, plans: Collection[TensorPlan], decodes: C
 
 
 def _wanted(spec: TensorSpec, target: TensorType, *, moves: bool) -> TensorType:
-    if not moves or len(spec.shape) < 2:
+    if not moves or len(spec.shape) < 2 or not spec.name.endswith(_MATRIX):
         return TensorType.F32 if spec.type in _WIDENED else spec.type
     if spec.name in TABLES and _bits(target) < _bits(TABLE_TYPE):
         return TABLE_TYPE
