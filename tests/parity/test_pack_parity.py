@@ -14,10 +14,12 @@ from gguf import GGMLQuantizationType as GgufType
 from gguf.quants import dequantize
 
 from bench.random_model import SHAPES, write_random_model
+from pipo.formats.gguf import open_gguf
 from tests.support.engines import start_engine
 from tests.support.llama_cpp import LlamaCpp
+from tests.support.llama_cpp_engine import LlamaCppEngine
 from tests.support.llama_cpp_quantise import llama_cpp_quantize
-from tests.support.packs import pack_file, stored_bytes, stored_types
+from tests.support.packs import pack_file, plan_of, stored_bytes, stored_types
 from tests.support.rounding import logit_tolerance
 from tests.support.tiny_models import SPECS, FloatArray, make_model, write_gguf
 
@@ -130,18 +132,48 @@ def test_llama_cpp_computes_the_same_with_k_quants(type: str, wide: Path, tmp_pa
     _compare(out, prompt, shape.vocab_size, shape.num_layers, GgufType.Q8_0)  # activations are Q8_K: rounded as finely
 
 
+@pytest.mark.parametrize("type", ["q8_0", "q4_0"])
+def test_a_real_model_computes_the_same(type: str, smollm2_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "packed.gguf"
+    pack_file(smollm2_path, type, out)
+    with start_engine(out, context_tokens=256, layout="plain") as engine:
+        prompt = engine.model.encode("The water cycle describes how water moves above, on and below the ground.")
+        ours = _logprobs(engine.logits(prompt)[-1:])[0]
+        vocab_size = engine.model.manifest.hyper.vocab_size
+    with LlamaCppEngine(out, context_tokens=256) as oracle:
+        theirs = oracle.logprobs(prompt, vocab_size)
+    assert ours.argmax() == theirs.argmax()
+    assert _rms(ours - theirs) < np.sqrt(2) * logit_tolerance(30, GgufType[type.upper()], theirs)
+
+
+def test_packed_to_its_own_type_nothing_but_the_place_changes(smollm2_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "packed.gguf"
+    assert not plan_of(smollm2_path, "q4_1").requantised
+    pack_file(smollm2_path, "q4_1", out)
+    assert _raw_tensors(smollm2_path) == _raw_tensors(out)
+
+
+def _raw_tensors(path: Path) -> dict[str, bytes]:
+    """As `stored_bytes`; the `gguf` package takes seconds for 49k tokens."""
+    raw = path.read_bytes()
+    return {s.name: raw[s.extent.offset : s.extent.end] for s in open_gguf(path).tensors.values()}
+
+
 def _compare(path: Path, prompt: list[int], vocab_size: int, num_layers: int, type: GgufType) -> None:
     theirs = LlamaCpp(path).greedy(prompt, NEW_TOKENS, vocab_size=vocab_size, banned=NOT_TEXT)
     tokens = [*prompt, *theirs.token_ids]
     with start_engine(path, context_tokens=256, layout="plain", cache_type_k="f32", cache_type_v="f32") as engine:
         ours = _logprobs(engine.logits(tokens)[PROMPT_TOKENS - 1 : -1])
-    difference = float(np.sqrt(np.mean(np.square(ours - theirs.logprobs))))
-    assert difference < np.sqrt(2) * logit_tolerance(num_layers, type, ours)
+    assert _rms(ours - theirs.logprobs) < np.sqrt(2) * logit_tolerance(num_layers, type, ours)
 
 
 def _logprobs(logits: FloatArray) -> FloatArray:
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), dtype=np.float32)
+
+
+def _rms(errors: FloatArray) -> float:
+    return float(np.sqrt(np.mean(np.square(errors))))
 
 
 @pytest.fixture(autouse=True)

@@ -169,7 +169,7 @@ def _resumable(plan: PackPlan, part: PartFile, journal: Journal) -> list[str]:
         checksums.pop()  # the file was cut meanwhile
     if not checksums:
         if part.num_bytes:
-            log.warning("part=%s action=restart reason=%r", part.part, "it is of another pack")
+            log.warning("part=%s action=restart reason=%r", part.part, "no finished tensor of this pack in it")
         part.empty()
     return checksums
 

@@ -6,6 +6,7 @@ Threads: one.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import sys
@@ -20,6 +21,8 @@ from pipo.tiers.ram import Place
 
 if sys.platform != "win32":
     import fcntl
+
+log = logging.getLogger(__name__)
 
 Pwrite = Callable[[int, memoryview, int], int]  # os.pwrite, or a disk that is full in tests
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -79,9 +82,8 @@ class PartFile:
         """What was written is on the disk, and in the page cache no more."""
         with self._named_errors():
             os.fdatasync(self._fd) if hasattr(os, "fdatasync") else os.fsync(self._fd)
-        if self._direct_fd is None:
-            for start, num_bytes in self._unsynced:
-                forget_cached(self._fd, start, num_bytes)
+        for start, num_bytes in self._unsynced:
+            forget_cached(self._fd, start, num_bytes)
         self._unsynced.clear()
 
     def publish(self, num_bytes: int) -> None:
@@ -109,7 +111,8 @@ class PartFile:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                os.close(self._direct_fd)  # some file systems take the flag and refuse the write
+                log.warning("file=%s direct_io=off reason=refused at the first write", self.part)
+                os.close(self._direct_fd)
                 self._direct_fd = None
         return self._pwrite(self._fd, view, offset)
 
@@ -194,4 +197,5 @@ def _open_direct(path: Path) -> int | None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise output_failed(path, error) from error
+        log.warning("file=%s direct_io=off reason=refused at open", path)
         return None
