@@ -6,6 +6,8 @@ PipoError                     anything we can name; `hint` says what to do, `exi
 ├── ContextOverflow           prompt plus answer do not fit the context; nothing is ever cut    (2)
 ├── ModelError                the model file
 │   ├── MalformedFile         breaks its format: truncated, overlapping, out of range           (1)
+│   ├── DamagedFile           its bytes are not those that its checksums were taken of          (1)
+│   ├── NoChecksums           sound as far as can be seen, but there is nothing to compare it with  (3)
 │   ├── UnsupportedModel      well formed, but needs something pipo does not implement          (1)
 │   └── ModelNotFound         no such file or model name                                        (1)
 ├── MalformedProfile          a machine profile that cannot be used: key, wanted, found         (1)
@@ -17,6 +19,7 @@ PipoError                     anything we can name; `hint` says what to do, `exi
 │   ├── ReadFailed            the operating system refused (EIO, EBADF, …)                      (1)
 │   ├── UnexpectedEof         the file ends before the bytes do                                 (1)
 │   └── FileChanged           the file is not the one that was opened                           (1)
+├── OutputFailed              a file that could not be written: which one, why, how much is free (1)
 ├── DownloadError             a fetch that failed or did not match its checksum                 (1)
 └── Cancelled                 the user or a signal stopped it                                   (130)
 """
@@ -27,6 +30,7 @@ __all__ = [
     "Cancelled",
     "ComputeError",
     "ContextOverflow",
+    "DamagedFile",
     "DownloadError",
     "FileChanged",
     "LibraryError",
@@ -35,7 +39,9 @@ __all__ = [
     "MalformedTrace",
     "ModelError",
     "ModelNotFound",
+    "NoChecksums",
     "OutOfDeviceMemory",
+    "OutputFailed",
     "OverBudget",
     "PipoError",
     "ReadFailed",
@@ -84,6 +90,14 @@ class ModelError(PipoError):
 
 class MalformedFile(ModelError):
     pass
+
+
+class DamagedFile(ModelError):
+    pass
+
+
+class NoChecksums(ModelError):
+    exit_code = 3
 
 
 class UnsupportedModel(ModelError):
@@ -159,6 +173,10 @@ class UnexpectedEof(TransferError):
 
 
 class FileChanged(TransferError):
+    pass
+
+
+class OutputFailed(PipoError):
     pass
 
 

@@ -16,12 +16,14 @@ from pipo.cli.chat import chat
 from pipo.cli.doctor import doctor
 from pipo.cli.flags import Call, spread
 from pipo.cli.list import list_models
+from pipo.cli.pack import pack
 from pipo.cli.plan import plan
 from pipo.cli.pull import pull
 from pipo.cli.run import run
 from pipo.cli.show import show
 from pipo.cli.signals import Terminated, raising_on_sigterm
 from pipo.cli.terminal import print_error, printable, set_up_logging, stderr
+from pipo.cli.verify import verify
 
 # click.UsageError, wherever this version of typer keeps its click
 _ParseError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
@@ -40,6 +42,8 @@ _VERBS: dict[str, Callable[..., None]] = {
     "list": list_models,
     "show": show,
     "plan": plan,
+    "pack": pack,
+    "verify": verify,
     "bench": bench,
     "doctor": doctor,
 }

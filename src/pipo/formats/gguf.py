@@ -22,8 +22,8 @@ from pipo.base.page_cache import forget_cached
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import MIB, round_up
 from pipo.formats.gguf_header import HeaderReader
-from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata, read_entries
-from pipo.formats.model_file import open_model_file, refuse_not_gguf
+from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata, read_entries, walk_entries
+from pipo.formats.model_file import check_unchanged, open_model_file, refuse_not_gguf
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -88,6 +88,21 @@ def open_gguf(path: Path, *, header_only: bool = False) -> Gguf:
         opened if p == path else _read_shard(p, FileIdx(idx), header_only=header_only) for idx, p in enumerate(paths)
     )
     return _join(paths, shards, opened.split)
+
+
+def entry_spans(metadata: GgufMetadata) -> dict[str, tuple[int, int]]:
+    """Where each key with its value lies in the metadata's file: offset and bytes. Reads the header again.
+
+    Raises: as `open_gguf`, and FileChanged where the file is another one by now.
+    """
+    with open_model_file(metadata.path) as file:
+        check_unchanged(metadata.path, file, metadata.identity, offset=0, num_bytes=_HEADER_BYTES)
+        reader = HeaderReader(file, metadata.path, metadata.identity.num_bytes)
+        try:
+            _, num_keys = _read_counts(reader)
+            return {key: (start, reader.position - start) for key, _, start in walk_entries(reader, num_keys)}
+        finally:
+            forget_cached(file.fileno(), 0, reader.position + _READAHEAD_BYTES)
 
 
 def _read_shard(path: Path, file_idx: FileIdx | None = None, *, header_only: bool) -> _Shard:

@@ -188,20 +188,26 @@ def describe_value(value: object) -> str:
 
 def read_entries(reader: HeaderReader, count: int) -> dict[str, Scalar | ArrayRef]:
     """Read `count` keys with their values."""
+    return {key: value for key, value, _ in walk_entries(reader, count)}
+
+
+def walk_entries(reader: HeaderReader, count: int) -> Iterator[tuple[str, Scalar | ArrayRef, int]]:
+    """`count` keys with their values, and the offset in the file where each begins; it ends where the reader is."""
     if count > MAX_KEYS:
         raise reader.malformed(f"claims {count} keys, at most {MAX_KEYS} can be")
     reader.require_items(count, _LEAST_ENTRY_BYTES, "keys")
-    entries: dict[str, Scalar | ArrayRef] = {}
+    seen: set[str] = set()
     for idx in range(count):
         reader.subject = f"key {idx + 1} of {count}"
+        start = reader.position
         key = reader.text("key", MAX_KEY_BYTES)
         if not key or "\0" in key:
             raise reader.malformed(f"is named {key!r:.80}, which is not a name")
         reader.subject = f"key {key!r:.80}"
-        if key in entries:
+        if key in seen:
             raise reader.malformed("is there twice")
-        entries[key] = _read_value(reader, _read_type(reader))
-    return entries
+        seen.add(key)
+        yield key, _read_value(reader, _read_type(reader)), start
 
 
 def _read_type(reader: HeaderReader) -> ValueType:

@@ -1,0 +1,164 @@
+"""`pipo pack`: quantise a model into a file laid out for streaming."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipo.base.units import format_rate, format_size
+from pipo.cli.flags import ComputeFlags, JsonFlag, MemoryFlags, ModelArgument, ModelFlag, OutputFlags, make_config
+from pipo.cli.prompt import only_model
+
+if TYPE_CHECKING:
+    from pipo.base.manifest import Manifest
+    from pipo.base.tensor_type import TensorType
+    from pipo.packing.pack import PackReport
+    from pipo.packing.plan import PackPlan
+
+# `Model.Q4_K_M`, `model-f16`: what a name says of the type goes, the new one comes
+_TYPE_SUFFIX = re.compile(r"[.-](?:i?q\d\w*|b?f16|f32|mxfp4)$", re.IGNORECASE)
+_SHARD_SUFFIX = re.compile(r"-\d{5}-of-\d{5}$")
+_MAX_NAMED = 3
+
+
+def pack(
+    model: ModelArgument = None,
+    model_flag: ModelFlag = None,
+    type_: Annotated[
+        str | None,
+        typer.Option("--type", metavar="TYPE", help="q4_0, q4_k, q8_0, f16, …: what most weights become."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Where to; MODEL.TYPE.gguf in this folder otherwise."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE where it is there already.")] = False,
+    ram: Annotated[
+        str | None, typer.Option(metavar="SIZE|PERCENT|auto", help="Memory of the whole process, as for `run`.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", min=1, metavar="N", help="Threads that convert; one per core.")
+    ] = None,
+    json: JsonFlag = False,
+    *,
+    output: OutputFlags,
+) -> None:
+    """Quantise a model into one GGUF, laid out in the order of a pass and with checksums.
+
+    llama.cpp reads it as well. What was interrupted is continued by the same command.
+    """
+    from pipo.base.errors import UsageError
+    from pipo.packing.types import TYPE_NAMES, parse_type
+
+    name = only_model(model, model_flag)
+    if type_ is None:
+        raise UsageError("which type?", hint=f"--type {'|'.join(TYPE_NAMES)}")
+    target = parse_type(type_)
+    config = make_config(MemoryFlags(ram=ram), ComputeFlags(threads=threads))
+
+    from pipo.cli.bars import byte_bar
+    from pipo.cli.terminal import print_note, write_json
+    from pipo.compute import ggml
+    from pipo.formats.checkpoint import open_checkpoint
+    from pipo.hardware.budget import ram_bytes
+    from pipo.models.registry import check_architecture
+    from pipo.packing.pack import pack as write_pack
+    from pipo.packing.plan import check_output, plan_pack
+    from pipo.store.library import resolve_model
+
+    checkpoint = open_checkpoint(resolve_model(name), check_architecture)
+    path = out or Path(default_name(checkpoint.manifest, target))
+    check_output(path, checkpoint.manifest, overwrite=overwrite)
+    lib = ggml.load()
+    plan = plan_pack(checkpoint, target, lib, ram_bytes(config.ram), config.num_threads)
+    _say_what_is_lost(plan, output)
+    with byte_bar(f"packing to {target.name}", output) as advance:
+        report = write_pack(plan, path, lib, on_progress=advance)
+    _warn_of_excess(plan, report)
+    if json:
+        write_json(pack_dict(plan, report))
+        return
+    print(report.path)
+    if not output.quiet:
+        print_note(_closing_line(plan, report))
+
+
+def default_name(manifest: Manifest, target: TensorType) -> str:
+    """`SmolLM2.Q4_1.gguf` packed to Q8_0 is `SmolLM2.Q8_0.gguf`."""
+    first = manifest.files[0]
+    stem = first.parent.name if first.suffix != ".gguf" else _SHARD_SUFFIX.sub("", first.stem)
+    return f"{_TYPE_SUFFIX.sub('', stem)}.{target.name}.gguf"
+
+
+def pack_dict(plan: PackPlan, report: PackReport) -> dict[str, object]:
+    return {
+        "path": str(report.path),
+        "source_bytes": plan.manifest.num_bytes,
+        "bytes": report.num_bytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "bytes_by_type": plan.bytes_by_type,
+        "fallbacks": [
+            {"tensor": t.name, "row": t.row_elems, "wanted": t.wanted.name, "type": t.type.name} for t in plan.fallbacks
+        ],
+        "num_tensors": len(plan.layout.tensors),
+        "requantised_tensors": len(plan.requantised),
+        "copied_tensors": sum(t.is_copied for t in plan.layout.tensors),
+        "resumed_tensors": report.resumed,
+        "seconds": report.seconds,
+        "bytes_per_s": report.read_bytes / max(report.seconds, 1e-9),
+        "peak_bytes": report.peak_bytes,
+        "limit_bytes": plan.limit_bytes,
+        "memory": plan.memory.breakdown,
+    }
+
+
+def _say_what_is_lost(plan: PackPlan, output: OutputFlags) -> None:
+    from pipo.cli.terminal import print_note, print_warning
+
+    if output.quiet:
+        return
+    if plan.requantised:
+        types = " ".join(dict.fromkeys(t.source.type.name for t in plan.requantised))
+        print_warning(
+            f"{len(plan.requantised)} tensors are quantised already ({types}): they are decoded and lose "
+            "quality twice; from the F16 or BF16 model the result would be better"
+        )
+    for line in _fallback_lines(plan):
+        print_note(line)
+
+
+def _fallback_lines(plan: PackPlan) -> Iterator[str]:
+    """One for each pair of types: `12 tensors as Q8_0: rows of 576 are no multiple of 256, …`."""
+    kinds: dict[tuple[str, str, int, int], list[str]] = {}
+    for t in plan.fallbacks:
+        kinds.setdefault((t.wanted.name, t.type.name, t.row_elems, t.wanted.block_elems), []).append(t.name)
+    for (wanted, used, row, block), names in kinds.items():
+        more = f", … {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+        yield (
+            f"{used} instead of {wanted}: rows of {row} are not a multiple of {block}: "
+            f"{', '.join(names[:_MAX_NAMED])}{more}"
+        )
+
+
+def _warn_of_excess(plan: PackPlan, report: PackReport) -> None:
+    from pipo.cli.terminal import print_warning
+
+    if report.peak_bytes > plan.limit_bytes:
+        peak, limit = format_size(report.peak_bytes), format_size(plan.limit_bytes)
+        print_warning(f"the process had {peak} of anonymous memory, more than the limit of {limit}")
+
+
+def _closing_line(plan: PackPlan, report: PackReport) -> str:
+    parts = [
+        f"{format_size(plan.manifest.num_bytes)} → {format_size(report.num_bytes)}",
+        f"{plan.bits_per_weight:.2f} bits per weight",
+        f"{report.seconds:.1f} s at {format_rate(report.read_bytes / max(report.seconds, 1e-9))}",
+        f"peak {format_size(report.peak_bytes)}",
+    ]
+    if report.resumed:
+        parts.append(f"went on at tensor {report.resumed + 1} of {len(plan.layout.tensors)}")
+    return " · ".join(parts)

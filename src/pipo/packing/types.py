@@ -1,0 +1,143 @@
+"""Which type each tensor of a packed file gets.
+
+What moves in a pass is quantised: the matrices of the stages, and the embedding table. What always stays in RAM (norms,
+biases, routers, rope factors) is F32, as the engine wants it. The table of fallbacks is llama.cpp's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from pipo.base.errors import UnsupportedModel, UsageError
+from pipo.base.manifest import Manifest, TensorSpec
+from pipo.base.tensor_type import TensorType
+
+EMBEDDING_TABLE = "token_embd.weight"
+TABLES = frozenset({EMBEDDING_TABLE, "output.weight"})
+# Rows of the tables are words: an error in one is seen whole, not averaged over a product. Below this they get Q6_K.
+TABLE_TYPE = TensorType.Q6_K
+
+# `--type` → what llama.cpp calls such a file: `enum llama_ftype` of llama.h. Those that are of use without an
+# importance matrix: libggml refuses IQ1 and most of IQ2 without one, and IQ3 is worse than Q3_K then.
+FILE_TYPES: dict[TensorType, int] = {
+    TensorType.F32: 0,
+    TensorType.F16: 1,
+    TensorType.Q4_0: 2,
+    TensorType.Q4_1: 3,
+    TensorType.Q8_0: 7,
+    TensorType.Q5_0: 8,
+    TensorType.Q5_1: 9,
+    TensorType.Q2_K: 10,
+    TensorType.Q3_K: 11,
+    TensorType.Q4_K: 14,
+    TensorType.Q5_K: 16,
+    TensorType.Q6_K: 18,
+    TensorType.IQ4_NL: 25,
+    TensorType.IQ4_XS: 30,
+    TensorType.BF16: 32,
+}
+TYPE_NAMES = tuple(type_.name.lower() for type_ in FILE_TYPES)
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h
+
+_NEXT_TYPE = {
+    TensorType.Q2_K: TensorType.Q4_0,
+    TensorType.Q3_K: TensorType.Q4_0,
+    TensorType.IQ4_XS: TensorType.IQ4_NL,
+    TensorType.Q4_K: TensorType.Q5_0,
+    TensorType.Q5_K: TensorType.Q5_1,
+    TensorType.Q6_K: TensorType.Q8_0,
+}
+_MATRIX = ".weight"  # experts have biases of two dimensions
+_WIDENED = (TensorType.F16, TensorType.BF16)
+_PLAIN = (TensorType.F32, TensorType.F16, TensorType.BF16)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """One tensor on its way. `wanted` differs from `type` where the type's block does not divide the rows."""
+
+    source: TensorSpec
+    type: TensorType
+    wanted: TensorType
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def is_copied(self) -> bool:
+        return self.type is self.source.type
+
+    @property
+    def is_requantised(self) -> bool:
+        """What it loses was decided twice."""
+        return not self.is_copied and self.source.type not in _PLAIN
+
+    @property
+    def row_elems(self) -> int:
+        return self.source.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_elems // self.row_elems
+
+    @property
+    def num_elems(self) -> int:
+        num_elems = 1
+        for size in self.source.shape:
+            num_elems *= size
+        return num_elems
+
+    @property
+    def row_bytes(self) -> int:
+        return self.type.row_bytes(self.row_elems)
+
+    @property
+    def source_row_bytes(self) -> int:
+        return self.source.type.row_bytes(self.row_elems)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.type.nbytes(self.source.shape)
+
+
+def parse_type(text: str) -> TensorType:
+    """`"q4_0"`, whatever its case. Raises UsageError naming those there are."""
+    if text.lower() not in TYPE_NAMES:
+        raise UsageError(f"--type {text!r:.80} is not a type to pack to", hint=f"one of {', '.join(TYPE_NAMES)}")
+    return TensorType[text.upper()]
+
+
+def plan_tensor(spec: TensorSpec, target: TensorType, *, moves: bool) -> TensorPlan:
+    """`moves`: it is a matrix of a stage, or the embedding table."""
+    wanted = _wanted(spec, target, moves=moves)
+    if wanted is spec.type:
+        return TensorPlan(spec, wanted, wanted)
+    return TensorPlan(spec, fitting(wanted, spec.shape[0]), wanted)
+
+
+def fitting(type_: TensorType, row_elems: int) -> TensorType:
+    """The type, or the next one whose block divides the row."""
+    while row_elems % type_.block_elems:
+        type_ = _NEXT_TYPE.get(type_, TensorType.F16)
+    return type_
+
+
+def check_readable(manifest: Manifest, plans: Collection[TensorPlan], decodes: Collection[TensorType]) -> None:
+    """Raises UnsupportedModel where a tensor would have to be decoded and this libggml cannot."""
+    for plan in plans:
+        if not plan.is_copied and plan.source.type not in decodes:
+            raise UnsupportedModel(f"{manifest.name}: {plan.name} is {plan.source.type.name}, which cannot be decoded")
+
+
+def _wanted(spec: TensorSpec, target: TensorType, *, moves: bool) -> TensorType:
+    if not moves or len(spec.shape) < 2 or not spec.name.endswith(_MATRIX):
+        return TensorType.F32 if spec.type in _WIDENED else spec.type
+    if spec.name in TABLES and _bits(target) < _bits(TABLE_TYPE):
+        return TABLE_TYPE
+    return target
+
+
+def _bits(type_: TensorType) -> float:
+    return 8 * type_.block_bytes / type_.block_elems
