@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipo.base.errors import DownloadError
-from pipo.store.fetch import NoAccess, Progress, check_space, download, is_intact, silent, unpack
+from pipo.store.fetch import Progress, check_space, download, is_intact, silent, unpack
 from pipo.store.library import WheelSource, find_known
+from pipo.store.request import NoAccess
 
 if sys.platform != "win32":
     import fcntl
