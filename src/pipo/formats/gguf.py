@@ -21,7 +21,7 @@ from pipo.base.manifest import Extent, FileIdx, TensorSpec
 from pipo.base.page_cache import forget_cached
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import MIB, round_up
-from pipo.formats.gguf_header import HeaderReader
+from pipo.formats.gguf_header import INCOMPLETE, HeaderReader
 from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata, read_entries
 from pipo.formats.model_file import open_model_file, refuse_not_gguf
 
@@ -88,6 +88,20 @@ def open_gguf(path: Path, *, header_only: bool = False) -> Gguf:
         opened if p == path else _read_shard(p, FileIdx(idx), header_only=header_only) for idx, p in enumerate(paths)
     )
     return _join(paths, shards, opened.split)
+
+
+def has_whole_header(path: Path) -> bool:
+    """Whether a file that has only begun to arrive has its header: that of one shard, not of its sisters.
+
+    Raises UnsupportedModel, MalformedFile, ReadFailed for what no further bytes would mend.
+    """
+    try:
+        _read_shard(path, header_only=True)
+    except MalformedFile as error:
+        if error.hint == INCOMPLETE:
+            return False
+        raise
+    return True
 
 
 def _read_shard(path: Path, file_idx: FileIdx | None = None, *, header_only: bool) -> _Shard:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import shutil
 import time
 import zipfile
@@ -18,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from pipo.base.errors import DownloadError
 from pipo.base.units import GIB, MIB, format_size
 from pipo.store.library import Expected
-from pipo.store.request import Address, Dropped, NoAccess, Unresumable, open_url, reader
+from pipo.store.request import Address, Dropped, NoAccess, Unresumable, content_start, open_url, reader
 
 log = logging.getLogger(__name__)
 
@@ -197,26 +196,15 @@ class _Fetching:
         end = min(offset + _PIECE_BYTES, self.expected.num_bytes)
         range_ = f"{offset}-" if end == self.expected.num_bytes else f"{offset}-{end - 1}"
         with open_url(self.address, range_, self.patience.timeout_s) as response, self.part.open("ab") as out:
-            offset = _start_offset(response, offset, self.expected, str(self.address))
+            offset, total = content_start(response, offset)
+            if total not in (None, self.expected.num_bytes):
+                wanted = f"wanted {self.expected.num_bytes} bytes, the server has {total}"
+                raise DownloadError(f"{self.address}: {wanted}", hint=_NOT_THE_FILE)
             out.truncate(offset)
             report = partial(self.progress, "download")
             got = _copy(reader(response), out, offset, self.expected, report)
         if got < end:
             raise Dropped("the server closed the connection early")
-
-
-def _start_offset(response: Any, offset: int, expected: Expected, source: str) -> int:
-    """Where the response's first byte belongs: 0 from a server that knows no ranges."""
-    if response.status == 206:
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-        if match is None or int(match[1]) != offset:
-            raise Unresumable("the server sent another range than the one asked for")
-        total = match[2]
-    else:
-        offset, total = 0, response.headers.get("Content-Length", "*")
-    if total.isdecimal() and int(total) != expected.num_bytes:
-        raise DownloadError(f"{source}: wanted {expected.num_bytes} bytes, the server has {total}", hint=_NOT_THE_FILE)
-    return offset
 
 
 def _copy(

@@ -109,6 +109,20 @@ def asked_wait_s(retry_after: str | None) -> float:
     return float(match[1]) if match else 0.0
 
 
+def content_start(response: Any, offset: int) -> tuple[int, int | None]:
+    """Where the response's first byte belongs, 0 from a server that knows no ranges, and the file's size if it says.
+
+    Raises Unresumable where that is not the `offset` asked for.
+    """
+    if response.status != 206:
+        total = response.headers.get("Content-Length", "")
+        return 0, int(total) if total.isdecimal() else None
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+    if match is None or int(match[1]) != offset:
+        raise Unresumable("the server sent another range than the one asked for")
+    return offset, None if match[2] == "*" else int(match[2])
+
+
 def reader(response: Any) -> Callable[[int], bytes]:
     """Its `read`, with what breaks a connection as Dropped."""
 
