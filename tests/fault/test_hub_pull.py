@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import errno
 import json
 import os
 import shutil
@@ -119,7 +121,7 @@ def test_a_set_of_safetensors(hub: Hub) -> None:
 def test_files_lie_as_huggingface_hub_puts_them(hub: Hub, tmp_path: Path) -> None:
     """Its own download finds all of ours, and fetches nothing."""
     paths = [pull("org/gguf").model.path, pull("org/single").model.path / "config.json"]
-    hub.fail_with(status(500))
+    hub.fail_with(serve)
     code = (
         "from huggingface_hub import hf_hub_download as get\n"
         "print(get('org/gguf', 'm-Q4_K_M.gguf'))\n"
@@ -128,7 +130,7 @@ def test_files_lie_as_huggingface_hub_puts_them(hub: Hub, tmp_path: Path) -> Non
     environment = {**os.environ, **hub.environment(tmp_path / "hf")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == [str(path) for path in paths], done.stderr
-    assert hub.large_requests == []
+    assert hub.ranges == []  # it asks for heads; no body
 
 
 def test_what_is_there_is_compared_not_fetched(hub: Hub) -> None:
@@ -226,6 +228,19 @@ def test_a_full_disk_is_said_before_the_download(hub: Hub, monkeypatch: pytest.M
         pull("org/gguf")
     assert caught.value.hint is not None and "HF_HOME" in caught.value.hint
     assert hub.large_requests == [] and blobs() == []
+
+
+def test_a_disk_that_fills_on_the_way(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipo.store.fetch.os.fsync", refuse)
+        with pytest.raises(DownloadError, match="No space left on device") as caught:
+            pull("org/gguf")
+    assert caught.value.hint is not None and "HF_HOME" in caught.value.hint
+    assert all(name.endswith(".incomplete") for name in blobs()) and list_hub_models() == []
+    assert pull("org/gguf").model.path.read_bytes() == DATA
 
 
 def test_a_cache_that_cannot_be_written(hub: Hub, tmp_path: Path) -> None:
@@ -355,6 +370,26 @@ def test_no_route_and_no_name(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(DownloadError, match="cannot be reached") as caught:
             pull("org/gguf")
         assert caught.value.hint is not None and "secret" not in str(caught.value)
+
+
+def test_a_mirror_behind_a_password(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes to the mirror, in a header, and no further; and nobody sees it."""
+    monkeypatch.setenv("HF_ENDPOINT", hub.url.replace("//", "//me:se%40cret@"))
+    assert pull("org/gguf").model.path.read_bytes() == DATA
+    basic = "Basic " + base64.b64encode(b"me:se@cret").decode()
+    assert {request.authorization for request in hub.requests} == {basic}
+    assert {request.authorization for request in hub.large_requests} == {None}
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:secret@127.0.0.1")  # where nobody listens
+    with pytest.raises(DownloadError) as caught:
+        pull("org/gguf")
+    assert "secret" not in str(caught.value) + repr(caught.value.__cause__)
+
+
+def test_a_token_need_not_be_sent(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+    pull("org/gguf")
+    assert {request.authorization for request in hub.requests} == {None}
 
 
 def test_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,16 @@
-"""One HTTP request: what came, or why it did not. A token goes to one server and into no message."""
+"""One HTTP request: what came, or why it did not. A token or password goes to one server and into no message."""
 
 from __future__ import annotations
 
 import http.client
 import re
 import ssl
+from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pipo.base.errors import DownloadError
@@ -19,13 +20,21 @@ from pipo.base.errors import DownloadError
 class Address:
     """Where a file is fetched from. `token` goes to the server of `url` alone, and into no message."""
 
-    url: str
+    url: str = field(repr=False)  # may hold a password
     token: str | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        """Without the password that an index address may hold."""
+        """Without the password that an address may hold."""
         parts = urlsplit(self.url)
         return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+    @property
+    def authorization(self) -> str | None:
+        """What says who asks: the token, else the name and password in the address."""
+        if self.token is not None:
+            return f"Bearer {self.token}"
+        who, at, _ = urlsplit(self.url).netloc.rpartition("@")
+        return f"Basic {b64encode(unquote(who).encode()).decode()}" if at else None
 
 
 class NoAccess(DownloadError):
@@ -75,10 +84,10 @@ def open_url(address: Address, range_: str, timeout_s: float) -> Any:
     headers = {"User-Agent": "pipo", "Accept-Encoding": "identity"}
     if range_ != "0-":
         headers["Range"] = f"bytes={range_}"
-    if address.token is not None:
-        headers["Authorization"] = f"Bearer {address.token}"
+    if address.authorization is not None:
+        headers["Authorization"] = address.authorization
     try:
-        return build_opener(_KeepToken).open(Request(address.url, headers=headers), timeout=timeout_s)
+        return build_opener(_KeepToken).open(Request(str(address), headers=headers), timeout=timeout_s)
     except HTTPError as error:
         with error:
             raise _classified(error, address) from error
