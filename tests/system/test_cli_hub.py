@@ -114,6 +114,8 @@ def test_killed_and_continued(hub: Setting, data: bytes) -> None:
     assert part.name.endswith(".incomplete")
     assert f"error: {NAME} is not on this machine" in hub("show", NAME).err
     num_bytes = part.stat().st_size
+    assert hub("list", "--json").json["unfinished"] == [{"repo": REPO, "bytes": num_bytes}]
+    assert f"unfinished; pipo pull goes on, pipo rm {REPO} removes it" in hub("list").out
     hub.hub.fail_with(serve)
     assert hub("pull", NAME).code == 0
     assert hub.hub.ranges == [f"bytes={num_bytes}-"]

@@ -10,9 +10,11 @@ def list_models(json: JsonFlag = False, *, output: OutputFlags) -> None:
     from pipo.base.units import format_size
     from pipo.cli.terminal import print_columns, print_note, stdout, write_json
     from pipo.store import library
-    from pipo.store.hub_cache import hub_cache_folder
+    from pipo.store.hub_cache import cached_repos, hub_cache_folder
 
     here, from_hub = library.list_models(), library.list_hub_models()
+    parts = {repo.repo: sum(path.stat().st_size for path in repo.unfinished()) for repo in cached_repos()}
+    unfinished = {repo: num_bytes for repo, num_bytes in parts.items() if num_bytes}
     others = [known for known in library.KNOWN_MODELS.values() if not known.is_present]
     if json:
         models: list[dict[str, object]] = [{"name": m.name, "bytes": m.num_bytes, "path": str(m.path)} for m in here]
@@ -23,10 +25,15 @@ def list_models(json: JsonFlag = False, *, output: OutputFlags) -> None:
         ]
         fetchable = [{"name": k.name, "bytes": k.expected.num_bytes, "licence": k.licence} for k in others]
         folders = {"folder": str(library.models_folder()), "hub_folder": str(hub_cache_folder())}
-        write_json({**folders, "models": models, "fetchable": fetchable})
+        begun = [{"repo": repo, "bytes": num_bytes} for repo, num_bytes in unfinished.items()]
+        write_json({**folders, "models": models, "unfinished": begun, "fetchable": fetchable})
         return
     lines = [(m.name, format_size(m.num_bytes), str(m.path)) for m in here]
     lines += [(str(m.name), format_size(m.num_bytes), str(m.path)) for m in from_hub]
+    lines += [
+        (repo, format_size(num_bytes), f"unfinished; pipo pull goes on, pipo rm {repo} removes it")
+        for repo, num_bytes in unfinished.items()
+    ]
     lines += [
         (k.name, format_size(k.expected.num_bytes), f"not here; pipo pull {k.name} ({k.licence})") for k in others
     ]

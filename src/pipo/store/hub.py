@@ -97,7 +97,9 @@ class Hub:
         spelled, revision = str(info.id), str(info.sha)
         if not is_repo(spelled) or not COMMIT.fullmatch(revision):
             raise DownloadError(f"{self.shown} gives {repo} the name {spelled!r:.80} at commit {revision!r:.80}")
-        siblings = [sibling for sibling in info.siblings or () if is_plain(sibling.rfilename)]
+        siblings = [
+            each for each in info.siblings or () if isinstance(each.rfilename, str) and is_plain(each.rfilename)
+        ]
         return HubRepo(self, spelled, revision, bool(info.gated), tuple(_file(spelled, each) for each in siblings))
 
     def _ask(self, repo: str) -> ModelInfo:

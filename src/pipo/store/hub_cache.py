@@ -31,6 +31,7 @@ from pipo.store.hub_files import (
 from pipo.store.hub_name import HubName, is_repo
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+PART_SUFFIX = ".incomplete"  # what other programs that share the cache know as unfinished
 _PREFIX = "models--"
 _MAX_REF_BYTES = 200
 
@@ -81,6 +82,10 @@ class CachedRepo:
                 return file.read(_MAX_REF_BYTES).decode(errors="replace").strip()
         except OSError:
             return ""
+
+    def unfinished(self) -> list[Path]:
+        """Parts of files that a download left when it was interrupted."""
+        return sorted((self.folder / "blobs").glob(f"*{PART_SUFFIX}"))
 
     def models(self) -> Iterator[CachedModel]:
         """Whole ones, each once: of several snapshots the first that has it. Raises OutsideCache."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipo.base.errors import DownloadError, ModelNotFound
 from pipo.store.fetch import Destination, Progress, check_space, download, is_intact, silent
 from pipo.store.hub import Hub, HubFile, HubRepo, is_offline
-from pipo.store.hub_cache import CachedModel, check_inside, find_model, hub_cache_folder, repo_folder
+from pipo.store.hub_cache import PART_SUFFIX, CachedModel, check_inside, find_model, hub_cache_folder, repo_folder
 from pipo.store.hub_files import (
     INDEX,
     check_index_size,
@@ -31,7 +31,6 @@ from pipo.store.request import NoAccess
 
 log = logging.getLogger(__name__)
 
-_PART_SUFFIX = ".incomplete"  # what other programs that share the cache know as unfinished
 _VARIABLE = "HF_HOME"
 _LOCK_WAIT_S = 1.0
 
@@ -162,7 +161,7 @@ class _Keeper:
         return 0 if is_there else missing_bytes
 
     def _fetch(self, file: HubFile, blob: Path) -> None:
-        to = Destination(blob, _PART_SUFFIX, _VARIABLE)
+        to = Destination(blob, PART_SUFFIX, _VARIABLE)
         try:
             download(self.repo.address_of(file), to, file.expected, progress=self.total.report)
         except NoAccess as error:
@@ -177,7 +176,7 @@ class _Keeper:
 
     def _missing_bytes(self, file: HubFile) -> int:
         blob = self.blob_of(file)
-        part = Destination(blob, _PART_SUFFIX).part
+        part = Destination(blob, PART_SUFFIX).part
         have = next((path.stat().st_size for path in (blob, part) if path.is_file()), 0)
         return max(file.num_bytes - have, 0)
 
@@ -204,27 +203,28 @@ class _Keeper:
         aside.write_text(self.repo.revision)
         aside.replace(main)
 
-    @contextmanager
-    def _alone_with(self, file: HubFile) -> Iterator[None]:
-        """Under the lock that huggingface-hub takes for the same file. Raises DownloadError where another has it."""
-        from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+    def _alone_with(self, file: HubFile) -> AbstractContextManager[None]:
+        return alone_with(lock_of(self.cache, self.folder.name, file.etag), file.path)
 
-        lock = self.cache / ".locks" / self.folder.name / f"{file.etag}.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with _waiting_for(lock, file), WeakFileLock(lock, timeout=_LOCK_WAIT_S):
-            yield
+
+def lock_of(cache: Path, folder: str, etag: str) -> Path:
+    """That huggingface-hub takes for the same file."""
+    return cache / ".locks" / folder / f"{etag}.lock"
 
 
 @contextmanager
-def _waiting_for(lock: Path, file: HubFile) -> Iterator[None]:
+def alone_with(lock: Path, what: str) -> Iterator[None]:
+    """Raises DownloadError where another program has the lock."""
     from filelock import Timeout
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
+    lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield
+        with WeakFileLock(lock, timeout=_LOCK_WAIT_S):
+            yield
     except Timeout as error:
         raise DownloadError(
-            f"another program is fetching {file.path}",
-            hint=f"wait until it has ended; where none is, remove {lock}",
+            f"another program is fetching {what}", hint=f"wait until it has ended; where none is, remove {lock}"
         ) from error
 
 

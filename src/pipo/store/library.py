@@ -96,7 +96,10 @@ def find_known(name: str) -> KnownModel:
     """Look a name up, whatever its case. Raises ModelNotFound listing the names there are."""
     known = KNOWN_MODELS.get(name.lower())
     if known is None:
-        raise ModelNotFound(f"no model is called {name!r:.80}", hint=f"known models: {', '.join(KNOWN_MODELS)}")
+        raise ModelNotFound(
+            f"no model is called {name!r:.80}",
+            hint=f"known models: {', '.join(KNOWN_MODELS)}; of the Hugging Face hub: org/name[:quant]",
+        )
     return known
 
 

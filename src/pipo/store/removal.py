@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,9 @@ from pipo.store.fetch import part_path
 from pipo.store.hub_cache import CachedRepo, OutsideCache, files_in, find_repo
 from pipo.store.hub_files import Variant, choose_variant, has_safetensors, variants_of
 from pipo.store.hub_name import HubName
+from pipo.store.hub_pull import alone_with
 from pipo.store.library import KNOWN_MODELS, models_folder
+from pipo.store.pull import alone_in
 
 if TYPE_CHECKING:
     from huggingface_hub import DeleteCacheStrategy, HFCacheInfo
@@ -65,7 +68,7 @@ def _of_own(text: str) -> Removal:
     paths = tuple(path for path in places if path.is_symlink() or path.is_file())
     if not paths:
         raise ModelNotFound(f"no model here is called {text!r:.80}", hint=_HINT)
-    return Removal(known.name if known else text, paths, _own_bytes(paths), lambda: _unlink(paths))
+    return Removal(known.name if known else text, paths, _own_bytes(paths), lambda: _remove_own(paths))
 
 
 def _own_bytes(paths: Sequence[Path]) -> int:
@@ -73,12 +76,14 @@ def _own_bytes(paths: Sequence[Path]) -> int:
     return sum(path.lstat().st_size for path in paths if not path.is_symlink())
 
 
-def _unlink(paths: Sequence[Path]) -> None:
-    for path in paths:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise NotRemoved(f"{path} cannot be removed: {error.strerror}") from error
+def _remove_own(paths: Sequence[Path]) -> None:
+    """Raises DownloadError while one of them is being fetched."""
+    with alone_in(models_folder()):
+        for path in paths:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise NotRemoved(f"{path} cannot be removed: {error.strerror}") from error
 
 
 def _of_hub(name: HubName) -> Removal:
@@ -121,13 +126,12 @@ def _whole(repo: CachedRepo) -> Removal:
     """huggingface-hub leaves a folder that it finds broken, or empty; such a one goes as it is."""
     info = _scan(repo)
     revisions = [each.commit_hash for other in info.repos if other.repo_path == repo.folder for each in other.revisions]
-    unfinished = [*(repo.folder / "blobs").glob("*.incomplete"), *(repo.folder / "blobs").glob("*.part")]
     if not revisions:
         sizes = [path.lstat().st_size for path in repo.folder.rglob("*") if path.is_file() and not path.is_symlink()]
-        return Removal(repo.repo, (repo.folder,), sum(sizes), lambda: _remove_folder(repo.folder))
+        return Removal(repo.repo, (repo.folder,), sum(sizes), lambda: _remove_folder(repo))
     strategy = info.delete_revisions(*revisions)
-    num_bytes = strategy.expected_freed_size + _own_bytes(unfinished)
-    return Removal(repo.repo, (repo.folder,), num_bytes, lambda: _execute(strategy, [repo.folder]))
+    num_bytes = strategy.expected_freed_size + _own_bytes(repo.unfinished())
+    return Removal(repo.repo, (repo.folder,), num_bytes, lambda: _execute(repo, strategy, [repo.folder]))
 
 
 def _part(repo: CachedRepo, name: HubName, chosen: Sequence[tuple[Path, Variant]]) -> Removal:
@@ -148,7 +152,7 @@ def _part(repo: CachedRepo, name: HubName, chosen: Sequence[tuple[Path, Variant]
             hint=f"pipo rm {repo.repo} removes it all",
         )
     strategy = info.delete_files(*cached)
-    run = lambda: _execute(strategy, sorted(paths))  # noqa: E731 - a removal is run later
+    run = lambda: _execute(repo, strategy, sorted(paths))  # noqa: E731 - a removal is run later
     return Removal(f"{repo.repo}:{chosen[0][1].label}", tuple(sorted(paths)), strategy.expected_freed_size, run)
 
 
@@ -158,10 +162,20 @@ def _scan(repo: CachedRepo) -> HFCacheInfo:
     return scan_cache_dir(repo.cache)
 
 
-def _execute(strategy: DeleteCacheStrategy, paths: Sequence[Path]) -> None:
+@contextmanager
+def _quiet(repo: CachedRepo) -> Iterator[None]:
+    """Nobody fetches a file of the repository meanwhile. Raises DownloadError where someone does."""
+    with ExitStack() as locks:
+        for lock in (repo.cache / ".locks" / repo.folder.name).glob("*.lock"):
+            locks.enter_context(alone_with(lock, f"a file of {repo.repo}"))
+        yield
+
+
+def _execute(repo: CachedRepo, strategy: DeleteCacheStrategy, paths: Sequence[Path]) -> None:
     """huggingface-hub logs what the system refuses, and goes on."""
     try:
-        strategy.execute()
+        with _quiet(repo):
+            strategy.execute()
     except OSError as error:
         raise NotRemoved(f"{error.filename or paths[0]} cannot be removed: {error.strerror or error}") from error
     left = next((path for path in paths if os.path.lexists(path)), None)
@@ -169,11 +183,12 @@ def _execute(strategy: DeleteCacheStrategy, paths: Sequence[Path]) -> None:
         raise NotRemoved(f"{left} cannot be removed", hint="may this user write the cache?")
 
 
-def _remove_folder(folder: Path) -> None:
+def _remove_folder(repo: CachedRepo) -> None:
     try:
-        shutil.rmtree(folder)
+        with _quiet(repo):
+            shutil.rmtree(repo.folder)
     except OSError as error:
-        raise NotRemoved(f"{error.filename or folder} cannot be removed: {error.strerror}") from error
+        raise NotRemoved(f"{error.filename or repo.folder} cannot be removed: {error.strerror}") from error
 
 
 def check_entries(repo: CachedRepo) -> None:
