@@ -59,10 +59,9 @@ def pull_from_hub(name: HubName, *, progress: Progress = silent) -> Pulled:
     repo = Hub.from_environment().look_up(name.repo)
     keeper = _Keeper(repo, hub_cache_folder(), _Total(progress))
     with _disk_errors(keeper.folder):
-        files = keeper.files_of(name)
-        fetched_bytes = keeper.keep(files)
+        keeper.keep(keeper.files_of(name))
         keeper.mark_newest()
-    return Pulled(find_model(HubName(repo.repo, name.quant)), fetched_bytes)
+    return Pulled(find_model(HubName(repo.repo, name.quant)), keeper.total.fetched_bytes)
 
 
 def gguf_files(repo: HubRepo, name: HubName) -> list[HubFile]:
@@ -89,6 +88,7 @@ class _Total:
     progress: Progress
     num_bytes: dict[str, int] = field(default_factory=dict)  # by what is done, in all
     done: dict[str, int] = field(default_factory=dict)  # of the files before this one
+    fetched_bytes: int = 0
 
     def start(self, files: Sequence[HubFile], missing: Sequence[HubFile]) -> None:
         self.num_bytes = {"verify": _size_of(files), "download": _size_of(missing)}
@@ -137,30 +137,33 @@ class _Keeper:
         wanted = {file.path for file in safetensors_set(self.repo.files, index)}
         return [file for file in self.repo.files if file.path in wanted]
 
-    def keep(self, files: Sequence[HubFile]) -> int:
-        """Fetch those that are not there and intact; the bytes that came. Raises DownloadError."""
+    def keep(self, files: Sequence[HubFile]) -> None:
+        """Fetch those that are not there and intact. Raises DownloadError."""
         self.total.start(files, [file for file in files if self._missing_bytes(file)])
         check_space(self.cache, sum(self._missing_bytes(file) for file in files), _VARIABLE)
-        self.snapshot.mkdir(parents=True, exist_ok=True)
-        return sum(self._keep(file) for file in files)
+        self._make_folder(self.snapshot)
+        for file in files:
+            self._keep(file)
 
-    def _keep(self, file: HubFile) -> int:
+    def _keep(self, file: HubFile) -> None:
         blob = self.blob_of(file)
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        check_inside(blob.parent, self.cache)
+        self._make_folder(blob.parent)
         with self._alone_with(file):
-            missing_bytes = self._missing_bytes(file)
             is_there = is_intact(blob, file.expected, self.total.report)
-            if blob.exists() and not is_there:
-                log.warning("file=%s reason=%r action=fetch again", blob, "damaged")
-                missing_bytes = file.num_bytes
             if not is_there:
+                self.total.fetched_bytes += file.num_bytes if blob.exists() else self._missing_bytes(file)
                 self._fetch(file, blob)
             self._link(blob, self.snapshot / file.path)
         self.total.end(file, is_fetched=not is_there)
-        return 0 if is_there else missing_bytes
+
+    def _make_folder(self, folder: Path) -> None:
+        """Raises OutsideCache where a link leads it out."""
+        check_inside(folder, self.cache)
+        folder.mkdir(parents=True, exist_ok=True)
 
     def _fetch(self, file: HubFile, blob: Path) -> None:
+        if blob.exists():
+            log.warning("file=%s reason=%r action=fetch again", blob, "damaged")
         to = Destination(blob, PART_SUFFIX, _VARIABLE)
         try:
             download(self.repo.address_of(file), to, file.expected, progress=self.total.report)
@@ -184,8 +187,7 @@ class _Keeper:
         """Replaces what is there: an older link, or one that leads elsewhere."""
         if blob == pointer:
             return
-        pointer.parent.mkdir(parents=True, exist_ok=True)
-        check_inside(pointer.parent, self.cache)
+        self._make_folder(pointer.parent)
         aside = pointer.with_name(f".{pointer.name}.{os.getpid()}")
         try:
             aside.unlink(missing_ok=True)
@@ -198,7 +200,7 @@ class _Keeper:
     def mark_newest(self) -> None:
         """`main` is this commit, for every program that shares the cache."""
         main = self.folder / "refs" / "main"
-        main.parent.mkdir(parents=True, exist_ok=True)
+        self._make_folder(main.parent)
         aside = main.with_name(f".main.{os.getpid()}")
         aside.write_text(self.repo.revision)
         aside.replace(main)
