@@ -131,6 +131,15 @@ def test_a_part_that_is_not_of_the_file_starts_again(hub: Hub) -> None:
     assert hub.ranges == ["bytes=500-", None]
 
 
+def test_a_part_that_is_a_link_is_not_written_through(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    blob = pull("org/gguf").model.path.resolve()
+    blob.rename(tmp_path / "moved")
+    blob.with_name(f"{blob.name}.incomplete").symlink_to(tmp_path / "mine")
+    assert pull("org/gguf").model.path.read_bytes() == DATA
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+
+
 def test_small_files_are_compared_too(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     def lie(handler: Handler) -> None:
         handler.send(200, SMALL[:-1] + b"]")

@@ -146,7 +146,7 @@ def test_a_set_of_safetensors_is_config_tokenizer_and_weights() -> None:
     there = files(*small, *others, *shards, "model.safetensors.index.json")
     found = {file.path for file in safetensors_set(there, index_of(*shards, shards[0]))}
     assert found == {*small, *shards, "model.safetensors.index.json"}
-    with pytest.raises(ModelNotFound, match="1 files of weights are missing: model-00002-of-00002"):
+    with pytest.raises(ModelNotFound, match="names weights that are not there: model-00002-of-00002"):
         safetensors_set(files(*small, shards[0], "model.safetensors.index.json"), index_of(*shards))
 
 

@@ -33,6 +33,7 @@ from pipo.store.hub_name import HubName, is_repo
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PART_SUFFIX = ".incomplete"  # what other programs that share the cache know as unfinished
 _PREFIX = "models--"
+_NOT_HERE = "is not on this machine: there is no such file, and it was not pulled from the hub"
 _MAX_REF_BYTES = 200
 
 
@@ -128,7 +129,7 @@ class CachedRepo:
         if incomplete:
             num_shards = incomplete[0].num_shards
             raise NotPulled(name, f"is not whole: {len(incomplete[0].files)} of its {num_shards} shards are here")
-        raise NotPulled(name, "is not on this machine")
+        raise NotPulled(name, _NOT_HERE)
 
     def _model_of(self, snapshot: Path, variant: Variant, quant: str) -> CachedModel:
         return self._made(HubName(self.repo, quant), snapshot, variant.files, None)
@@ -199,7 +200,7 @@ def find_model(name: HubName) -> CachedModel:
     """Raises NotPulled, OutsideCache, ModelNotFound where several fit."""
     repo = find_repo(name.repo)
     if repo is None:
-        raise NotPulled(name, "is not on this machine")
+        raise NotPulled(name, _NOT_HERE)
     return repo.find(name)
 
 

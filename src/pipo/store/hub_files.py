@@ -159,7 +159,7 @@ def safetensors_set(files: Sequence[RepoFile], index: bytes | None) -> list[Repo
     missing = [path for path in weights if path not in by_path]
     if missing:
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        raise ModelNotFound(f"{len(missing)} files of weights are missing: {', '.join(missing[:8])}{more}")
+        raise ModelNotFound(f"{INDEX} names weights that are not there: {', '.join(missing[:8])}{more}")
     return [by_path[path] for path in (*SIDE_FILES, *weights) if path in by_path]
 
 

@@ -165,6 +165,8 @@ class _Keeper:
         if blob.exists():
             log.warning("file=%s reason=%r action=fetch again", blob, "damaged")
         to = Destination(blob, PART_SUFFIX, _VARIABLE)
+        if to.part.is_symlink():  # what it leads to would be written
+            to.part.unlink()
         try:
             download(self.repo.address_of(file), to, file.expected, progress=self.total.report)
         except NoAccess as error:
