@@ -75,6 +75,7 @@ def test_a_name_says_itself(text: str) -> None:
         ("Q5_K_S/model.gguf", "Q5_K_S"),
         ("Qwen3-4B-MXFP4.gguf", "MXFP4"),
         ("tiny.gguf", "tiny"),
+        ("a/..gguf", "a"),
         ("Model-2Q4_0x.gguf", "Model-2Q4_0x"),
     ],
 )

@@ -85,7 +85,7 @@ def variants_of(files: Iterable[RepoFile]) -> list[Variant]:
         shard = _SHARD.fullmatch(path.stem)
         stem, idx, count = (shard[1], int(shard[2]), int(shard[3])) if shard else (path.stem, 1, 1)
         if 1 <= idx <= count <= MAX_SHARDS:
-            groups.setdefault((str(path.with_name(stem)), count), {})[idx] = file
+            groups.setdefault((file.path.removesuffix(path.name) + stem, count), {})[idx] = file
     variants = [
         Variant(stem, _label(stem), tuple(shards[idx] for idx in sorted(shards)), count)
         for (stem, count), shards in groups.items()
