@@ -75,6 +75,7 @@ def test_a_model_comes_runs_and_goes(hub: Setting) -> None:
     assert pulled.code == 0, pulled.err
     path = pulled.out.strip()
     assert path.endswith(FILE) and Path(path).is_symlink() and "93.8 MiB fetched" in pulled.err
+    assert f"{NAME}: {FILE}, 93.8 MiB\n" in pulled.err
     hub.hub.requests.clear()
     ran = hub("run", NAME, "One, two,", "--raw", "-n", "4", "--ram", "125MB", "--temp", "0", "--json")
     assert ran.code == 0, ran.err
@@ -158,7 +159,7 @@ def test_rm_asks_and_refuses_where_nobody_answers(hub: Setting) -> None:
     for answer, code in (("n", 130), ("", 130), ("y", 0)):
         terminal = hub.line.on_terminal("rm", "org/seven")
         terminal.expect("Remove org/seven and free 9.8 KiB? [y/N]")
-        assert "models--org--seven" in terminal.plain
+        assert "org/seven:Q8_0\n" in terminal.plain and "models--org--seven" in terminal.plain
         terminal.type(answer + "\n")
         assert terminal.wait() == code, terminal.plain
     assert hub.blobs == []

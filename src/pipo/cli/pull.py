@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from pipo.store.fetch import Progress
+    from pipo.store.hub_files import RepoFile
     from pipo.store.hub_name import HubName
 
 
@@ -60,8 +61,15 @@ def _pull_from_hub(name: HubName, json: bool, output: OutputFlags) -> None:
     from pipo.cli.terminal import print_note, write_json
     from pipo.store.hub_pull import pull_from_hub
 
+    def announce(files: Sequence[RepoFile]) -> None:
+        """What was chosen, before hours of fetching it."""
+        more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+        size = format_size(sum(file.num_bytes for file in files))
+        if not output.quiet:
+            print_note(f"{name}: {files[0].path}{more}, {size}")
+
     with _bars(output) as progress:
-        pulled = pull_from_hub(name, progress=progress)
+        pulled = pull_from_hub(name, progress=progress, announce=announce)
     model = pulled.model
     if not output.quiet:
         came = f"{format_size(pulled.fetched_bytes)} fetched" if pulled.fetched_bytes else "was there"

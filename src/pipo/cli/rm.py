@@ -47,7 +47,7 @@ def _ask(removal: Removal) -> None:
 
     if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError("rm asks first, and there is no terminal to ask at", hint=f"pipo rm {removal.name} --yes")
-    print_columns(stderr(), ("would go",), [(str(path),) for path in removal.paths])
+    print_columns(stderr(), ("would go",), [(each,) for each in (*removal.models, *map(str, removal.paths))])
     stderr().print(f"Remove {removal.name} and free {format_size(removal.num_bytes)}? [y/N] ", end="")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Cancelled("nothing was removed")

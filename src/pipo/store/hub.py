@@ -34,7 +34,7 @@ _TIMEOUT_S = 15.0
 _NUM_TRIES = 3  # of a question, where the hub fails or is silent
 _WAIT_S = 1.0
 _RESETS_IN = re.compile(r"\bt=(\d{1,6})\b")  # of the header RateLimit
-_SETTINGS = "a token is made at {}/settings/tokens and named with HF_TOKEN"
+_SETTINGS = "HF_TOKEN names a token, made at {}/settings/tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,7 @@ def _explained(hub: Hub, repo: str, error: HfHubHTTPError) -> PipoError:
     if code == "GatedRepo":
         return _no_access(hub, repo, status, is_gated=True)
     if code in ("RepoNotFound", "RevisionNotFound") or status in (401, 404):
-        is_private = "" if hub.token else f"; a private one needs a token: {_SETTINGS.format(hub.shown)}"
+        is_private = "" if hub.token else f"; for a private one {_SETTINGS.format(hub.shown)}"
         return ModelNotFound(
             f"{hub.shown} has no {repo}, or does not show it (HTTP {status})", hint=f"look at the spelling{is_private}"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,8 @@ from pipo.store.request import NoAccess
 
 log = logging.getLogger(__name__)
 
+Announce = Callable[[Sequence[HubFile]], None]
+
 _VARIABLE = "HF_HOME"
 _LOCK_WAIT_S = 1.0
 
@@ -43,8 +45,10 @@ class Pulled:
     fetched_bytes: int
 
 
-def pull_from_hub(name: HubName, *, progress: Progress = silent) -> Pulled:
+def pull_from_hub(name: HubName, *, progress: Progress = silent, announce: Announce = lambda files: None) -> Pulled:
     """Fetch what of the model is not there and intact. With HF_HUB_OFFLINE: what is there.
+
+    `announce` is told the files before they come.
 
     Raises: ModelNotFound (no such repository or quantisation), UnsupportedModel (nothing that pipo would open),
     DownloadError.
@@ -59,7 +63,9 @@ def pull_from_hub(name: HubName, *, progress: Progress = silent) -> Pulled:
     repo = Hub.from_environment().look_up(name.repo)
     keeper = _Keeper(repo, hub_cache_folder(), _Total(progress))
     with _disk_errors(keeper.folder):
-        keeper.keep(keeper.files_of(name))
+        files = keeper.files_of(name)
+        announce(files)
+        keeper.keep(files)
         keeper.mark_newest()
     return Pulled(find_model(HubName(repo.repo, name.quant)), keeper.total.fetched_bytes)
 

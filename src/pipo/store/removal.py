@@ -39,12 +39,16 @@ class NotRemoved(PipoError):
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What would go: `run` deletes it. `num_bytes` are freed: what others still use does not count."""
+    """What would go: `run` deletes it. `num_bytes` are freed: what others still use does not count.
+
+    `models` are those that would be gone, where it is more than one name tells.
+    """
 
     name: str
     paths: tuple[Path, ...]
     num_bytes: int
     run: Callable[[], None]
+    models: tuple[str, ...] = ()
 
 
 def plan_removal(text: str) -> Removal:
@@ -124,14 +128,14 @@ def _is_more_than(repo: CachedRepo, chosen: Sequence[tuple[Path, Variant]]) -> b
 
 def _whole(repo: CachedRepo) -> Removal:
     """huggingface-hub leaves a folder that it finds broken, or empty; such a one goes as it is."""
-    info = _scan(repo)
+    info, models = _scan(repo), tuple(str(model.name) for model in repo.models())
     revisions = [each.commit_hash for other in info.repos if other.repo_path == repo.folder for each in other.revisions]
     if not revisions:
         sizes = [path.lstat().st_size for path in repo.folder.rglob("*") if path.is_file() and not path.is_symlink()]
-        return Removal(repo.repo, (repo.folder,), sum(sizes), lambda: _remove_folder(repo))
+        return Removal(repo.repo, (repo.folder,), sum(sizes), lambda: _remove_folder(repo), models)
     strategy = info.delete_revisions(*revisions)
     num_bytes = strategy.expected_freed_size + _own_bytes(repo.unfinished())
-    return Removal(repo.repo, (repo.folder,), num_bytes, lambda: _execute(repo, strategy, [repo.folder]))
+    return Removal(repo.repo, (repo.folder,), num_bytes, lambda: _execute(repo, strategy, [repo.folder]), models)
 
 
 def _part(repo: CachedRepo, name: HubName, chosen: Sequence[tuple[Path, Variant]]) -> Removal:
