@@ -103,6 +103,21 @@ def test_safetensors_beside_stay(hub: Hub) -> None:
     assert names() == [] and not repo_folder("both").exists()
 
 
+def test_what_other_programs_fetched_of_the_repository_stays(hub: Hub) -> None:
+    path = pull("org/gguf")
+    blob = repo_folder() / "blobs" / "theirs"
+    blob.write_bytes(b"theirs")
+    (path.parent / "pytorch_model.bin").symlink_to("../../blobs/theirs")
+    plan_removal("org/gguf:Q4_K_M").run()
+    assert not path.exists() and (path.parent / "pytorch_model.bin").read_bytes() == b"theirs"
+    part = blob.with_name("other.incomplete")
+    part.write_bytes(b"part")
+    pull("org/gguf")
+    (path.parent / "pytorch_model.bin").unlink()
+    plan_removal("org/gguf:Q4_K_M").run()
+    assert part.exists()
+
+
 def test_an_unfinished_download_goes(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.fail_with(drop_after(100), status(404))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pipo.base.errors import ModelNotFound, PipoError
 from pipo.store.fetch import part_path
 from pipo.store.hub_cache import CachedRepo, OutsideCache, files_in, find_repo
-from pipo.store.hub_files import Variant, choose_variant, has_safetensors, variants_of
+from pipo.store.hub_files import Variant, choose_variant, variants_of
 from pipo.store.hub_name import HubName
 from pipo.store.hub_pull import alone_with
 from pipo.store.library import KNOWN_MODELS, models_folder
@@ -117,13 +117,10 @@ def _chosen(repo: CachedRepo, name: HubName) -> Iterator[tuple[Path, Variant]]:
 
 
 def _is_more_than(repo: CachedRepo, chosen: Sequence[tuple[Path, Variant]]) -> bool:
-    """Whether there is a model besides."""
-    for snapshot in repo.snapshots():
-        files = files_in(snapshot)
-        others = [variant for variant in variants_of(files) if (snapshot, variant) not in chosen]
-        if others or has_safetensors(files):
-            return True
-    return False
+    """Whether there is a file besides, of whatever program."""
+    paths = {snapshot / file.path for snapshot, variant in chosen for file in variant.files}
+    there = {Path(folder, name) for folder, _, names in os.walk(repo.folder / "snapshots") for name in names}
+    return bool(there - paths) or bool(repo.unfinished())
 
 
 def _whole(repo: CachedRepo) -> Removal:
