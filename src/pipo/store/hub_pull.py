@@ -1,7 +1,8 @@
 """Fetch a model of the Hugging Face hub into the cache that other programs share.
 
 huggingface-hub says what there is; the bytes are fetched here, because its own download begins again after a break and
-does not compare what came. A blob gets its name, and a snapshot its link, once the bytes have the hash the hub names.
+does not compare what came (docs/adr/0007). A blob gets its name, and a snapshot its link, once the bytes have the hash
+that the hub names.
 """
 
 from __future__ import annotations
