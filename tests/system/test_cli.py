@@ -15,8 +15,18 @@ from pipo.cli import app
 from pipo.cli.flags import Call, OutputFlags
 from tests.support.command_line import BINARY, CommandLine
 
-VERBS = ("run", "chat", "pull", "list", "show", "plan", "doctor")
-HEAVY = ("numpy", "tokenizers", "jinja2", "pipo.engine", "pipo.compute", "pipo.store.fetch", "ssl", "asyncio")
+VERBS = ("run", "chat", "pull", "list", "rm", "show", "plan", "doctor")
+HEAVY = (
+    "numpy",
+    "tokenizers",
+    "jinja2",
+    "pipo.engine",
+    "pipo.compute",
+    "pipo.store.fetch",
+    "huggingface_hub",
+    "ssl",
+    "asyncio",
+)
 
 
 def test_help_names_every_verb_and_flags_are_explained(pipo: CommandLine) -> None:

@@ -19,6 +19,7 @@ from pipo.cli.list import list_models
 from pipo.cli.pack import pack
 from pipo.cli.plan import plan
 from pipo.cli.pull import pull
+from pipo.cli.rm import rm
 from pipo.cli.run import run
 from pipo.cli.show import show
 from pipo.cli.signals import Terminated, raising_on_sigterm
@@ -40,6 +41,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "pull": pull,
     "list": list_models,
+    "rm": rm,
     "show": show,
     "plan": plan,
     "pack": pack,

@@ -208,13 +208,14 @@ def _examine_memory() -> MemoryFacts:
 
 def _file_to_read(model: str | None) -> Path | None:
     from pipo.formats.gguf import open_gguf
-    from pipo.store.library import list_models, resolve_model
+    from pipo.store.library import list_hub_models, list_models, resolve_model
 
     if model is not None:
         path = resolve_model(model)
         open_gguf(path)  # what is no model is no measure of the drive either
         return path
-    paths = [m.path for m in list_models()] or sorted(Path.cwd().glob("*.gguf"))
+    pulled = [m.path for m in list_hub_models() if m.path.is_file()]
+    paths = [*(m.path for m in list_models()), *pulled] or sorted(Path.cwd().glob("*.gguf"))
     return max(paths, key=lambda path: path.stat().st_size, default=None)
 
 

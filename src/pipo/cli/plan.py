@@ -15,6 +15,7 @@ from pipo.cli.prompt import only_model
 
 if TYPE_CHECKING:
     from pipo.base.config import EngineConfig
+    from pipo.cli.header import Opened
     from pipo.hardware.probe import Progress
     from pipo.model_file import ModelFile
     from pipo.outlook import Case, Change, Outlook
@@ -50,27 +51,30 @@ def plan(
 ) -> None:
     """Say who would live where, how fast it would be, what limits it and what would help.
 
-    Needs the model's header alone. Without --machine: this machine, measured once where it was not yet.
+    Needs the model's header alone, and reads that from the hub where the model was not pulled. Without --machine: this
+    machine, measured once where it was not yet.
     """
     name = only_model(model, model_flag)
     _check_flags(machine, memory, compute, advise, svg)
     config = make_config(memory, compute)
 
-    from pipo.cli.session import open_model, starting
+    from pipo.cli.header import opened_header
+    from pipo.cli.session import starting
     from pipo.outlook import Outlook
 
-    opened = open_model(name, None, header_only=True)
-    if machine is not None:
-        config = _config_elsewhere(config, machine, compute)
-    trained = opened.manifest.hyper.context_tokens
-    workload, context = fit_workload(config.context_tokens, prompt_tokens, answer_tokens, batch, trained)
-    routing = None if experts is None else _routing(experts, opened)
-    with Outlook(opened, config, routing) as outlook, starting(output) as say:
-        case = _case(outlook, machine, memory, workload, context, say)
-        found = _find(outlook, case, advise=advise)
-    if svg is not None:
-        _draw(svg, opened, case, found.curve)
-    _show(opened, case, found, json)
+    with opened_header(name, output) as header:
+        opened = header.model
+        if machine is not None:
+            config = _config_elsewhere(config, machine, compute)
+        trained = opened.manifest.hyper.context_tokens
+        workload, context = fit_workload(config.context_tokens, prompt_tokens, answer_tokens, batch, trained)
+        routing = None if experts is None else _routing(experts, opened)
+        with Outlook(opened, config, routing) as outlook, starting(output) as say:
+            case = _case(outlook, machine, memory, workload, context, say)
+            found = _find(outlook, case, advise=advise)
+        if svg is not None:
+            _draw(svg, opened, case, found.curve)
+        _show(header, case, found, json)
 
 
 def _check_flags(
@@ -188,15 +192,16 @@ def _find(outlook: Outlook, case: Case, *, advise: bool) -> Found:
     return Found(found, changes, outlook.batch_curve(case) if advise else None)
 
 
-def _show(model: ModelFile, case: Case, found: Found, json: bool) -> None:
+def _show(header: Opened, case: Case, found: Found, json: bool) -> None:
     from pipo.cli import curve, plan_report
     from pipo.cli.terminal import write_json
 
     if json:
         batch = None if found.curve is None else curve.as_dict(found.curve)
-        write_json(plan_report.as_dict(model, case, found.plan, found.changes) | {"batch": batch})
+        plan = plan_report.as_dict(header.model, case, found.plan, found.changes)
+        write_json(plan | {"model": header.shown, "batch": batch})
         return
-    plan_report.print_plan(model, case, found.plan, found.changes)
+    plan_report.print_plan(header.model, case, found.plan, found.changes)
     if found.curve is not None:
         plan_report.print_curve(found.curve)
 

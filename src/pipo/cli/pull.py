@@ -1,45 +1,103 @@
-"""`pipo pull`: fetch a known model."""
+"""`pipo pull`: fetch a model, a known one or one of the Hugging Face hub."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipo.cli.flags import OutputFlags
+from pipo.cli.flags import JsonFlag, OutputFlags
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from pipo.store.fetch import Progress
+    from pipo.store.hub_files import RepoFile
+    from pipo.store.hub_name import HubName
+
 
 def pull(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `pipo list`.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="org/name[:quant] of the hub, or a name from `pipo list`.")
+    ],
+    json: JsonFlag = False,
     *,
     output: OutputFlags,
 ) -> None:
-    """Fetch a model into pipo's folder, and print its path.
+    """Fetch a model, unless it is there, and print its path.
 
-    What was interrupted is continued; what is there and intact is not fetched again.
+    What was interrupted is continued; what is there and intact is not fetched again. Models of the Hugging Face hub go
+    into its own cache, which other programs share.
     """
-    from pipo.cli.terminal import print_note, stderr
+    from pipo.store.hub_name import HubName
+
+    hub_name = HubName.parse(name)
+    if hub_name is None:
+        _pull_known(name, json, output)
+    else:
+        _pull_from_hub(hub_name, json, output)
+
+
+def _pull_known(name: str, json: bool, output: OutputFlags) -> None:
+    from pipo.cli.terminal import print_note, write_json
     from pipo.store.library import find_known
     from pipo.store.pull import pull_model
 
     known = find_known(name)
     if not output.quiet:
         print_note(f"{known.about} ({known.licence})")
-    shows_bars = stderr().is_terminal and not output.quiet
-    print(_pull_with_bars(name) if shows_bars else pull_model(name))
+    with _bars(output) as progress:
+        path = pull_model(name, progress=progress)
+    if json:
+        write_json({"name": known.name, "path": str(path), "bytes": known.expected.num_bytes})
+    else:
+        print(path)
 
 
-def _pull_with_bars(name: str) -> Path:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+def _pull_from_hub(name: HubName, json: bool, output: OutputFlags) -> None:
+    from pipo.base.units import format_size
+    from pipo.cli.terminal import print_note, write_json
+    from pipo.store.hub_pull import pull_from_hub
 
+    def announce(files: Sequence[RepoFile]) -> None:
+        """What was chosen, before hours of fetching it."""
+        more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+        size = format_size(sum(file.num_bytes for file in files))
+        if not output.quiet:
+            print_note(f"{name}: {files[0].path}{more}, {size}")
+
+    with _bars(output) as progress:
+        pulled = pull_from_hub(name, progress=progress, announce=announce)
+    model = pulled.model
+    if not output.quiet:
+        came = f"{format_size(pulled.fetched_bytes)} fetched" if pulled.fetched_bytes else "was there"
+        print_note(f"{model.name} · {format_size(model.num_bytes)} · {came}")
+    if json:
+        files = [str(path) for path in model.files]
+        sizes = {"bytes": model.num_bytes, "fetched_bytes": pulled.fetched_bytes}
+        write_json(
+            {"name": str(model.name), "path": str(model.path), "revision": model.revision, "files": files} | sizes
+        )
+    else:
+        print(model.path)
+
+
+@contextmanager
+def _bars(output: OutputFlags) -> Iterator[Progress]:
+    """How far each thing is that takes long, on a terminal."""
     from pipo.cli.terminal import stderr
-    from pipo.store.pull import pull_model
 
-    columns = TextColumn("{task.description:<8}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn()
+    if output.quiet or not stderr().is_terminal:
+        yield lambda what, done_bytes, num_bytes: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description:<8}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
     with Progress(*columns, console=stderr()) as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -48,4 +106,4 @@ def _pull_with_bars(name: str) -> Path:
                 tasks[what] = bars.add_task(what, total=num_bytes)
             bars.update(tasks[what], completed=done_bytes, total=num_bytes)
 
-        return pull_model(name, progress=advance)
+        yield advance

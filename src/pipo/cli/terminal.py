@@ -37,8 +37,12 @@ def stderr() -> Console:
 
 
 def set_up_logging(*, quiet: bool, verbose: bool) -> None:
+    """What libraries log for their own makers is left out: `--verbose` is about pipo, and shows no request."""
     level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING
-    logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s %(name)s %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr, format="%(levelname)s %(name)s %(message)s", level=max(level, logging.WARNING)
+    )
+    logging.getLogger("pipo").setLevel(level)
 
 
 def printable(text: str) -> str:

