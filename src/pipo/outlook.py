@@ -69,6 +69,7 @@ class Outlook:
         self._routing = routing
         self._lib = ggml.load()
         check_types(self._lib, model)
+        self._adapters = model.open_adapters(config.lora)
         self._compute = Compute(self._lib, CpuBackend(self._lib, config.num_threads), RepackBuffer.find(self._lib))
 
     def case_here(self, workload: Workload, context_tokens: int, on_probe: Progress) -> Case:
@@ -129,7 +130,7 @@ class Outlook:
         has_repacked = any(rates.repacked for rates in case.machine.cpu.products.values())
         # kernels that the machine was not measured with are taken not to be there
         compute = self._compute if has_repacked else replace(self._compute, repack=None)
-        return PlanMaker(self._model, config, compute, case.device, host, self._routing)
+        return PlanMaker(self._model, config, compute, case.device, host, self._routing, self._adapters)
 
     def what_would_help(self, case: Case, plan: Plan) -> list[Change]:
         """Other circumstances, one at a time, those that gain most first. Those that do not fit are left out."""

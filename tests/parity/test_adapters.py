@@ -1,0 +1,214 @@
+"""LoRA adapters at inference: what `transformers` computes with the weights merged by hand, wherever weights live."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as GgufType
+from transformers import PreTrainedModel
+
+from pipo.base.adapter import AdapterChoice
+from pipo.generation.request import SamplingParams
+from tests.support.engines import smallest_ram_bytes, start_engine
+from tests.support.llama_cpp import LlamaCpp
+from tests.support.rounding import logit_tolerance
+from tests.support.tiny_adapters import ATTENTION, TinyAdapter, merged, write_gguf_adapter, write_peft
+from tests.support.tiny_models import (
+    SPECS,
+    FloatArray,
+    TinySpec,
+    make_model,
+    reference_logits,
+    rounded_model,
+    write_gguf,
+)
+
+MAX_ERROR = 1e-4  # largest difference over largest logit, at each position
+NUM_TOKENS, NUM_NEW = 70, 6
+NOT_TEXT = range(259)  # specials and bytes
+F32_CACHE: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32"}
+MODELS = {**SPECS, "llama-three": TinySpec(num_layers=3, seed=21)}
+ADAPTERS = {
+    "all": TinyAdapter(seed=1),
+    "attention": TinyAdapter(rank=3, alpha=5.0, targets=ATTENTION, seed=2),
+    "stabilised": TinyAdapter(rank=8, alpha=4.0, use_rslora=True, seed=3),
+    "patterns": TinyAdapter(
+        seed=4, rank_pattern={"layers.0.mlp.up_proj": 2, "k_proj": 6}, alpha_pattern={"v_proj": 3.0}
+    ),
+    "one-block": TinyAdapter(targets=("o_proj",), rank=1, alpha=1.0, seed=5, rank_pattern={}),
+}
+GGUF_ABLE = [name for name, each in ADAPTERS.items() if not each.use_rslora and not each.alpha_pattern]
+
+
+@lru_cache
+def model_of(name: str) -> PreTrainedModel:
+    return make_model(MODELS[name])
+
+
+def tokens_of(name: str, num: int = NUM_TOKENS, seed: int = 7) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(3, MODELS[name].vocab_size, num)]
+
+
+@lru_cache
+def truth_of(name: str, *parts: tuple[str, float]) -> FloatArray:
+    model = merged(model_of(name), *((ADAPTERS[each], scale) for each, scale in parts))
+    return reference_logits(model, tokens_of(name))
+
+
+class Files:
+    """Of models and adapters, each written once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def model(self, name: str, type: GgufType = GgufType.F32) -> Path:
+        path = self._folder / f"{name}-{type.name}.gguf"
+        if not path.exists():
+            write_gguf(model_of(name), path, type)
+        return path
+
+    def adapter(self, model: str, name: str, form: str) -> Path:
+        path = self._folder / f"{model}-{name}{'.gguf' if form == 'gguf' else ''}"
+        if not path.exists():
+            (write_gguf_adapter if form == "gguf" else write_peft)(model_of(model), ADAPTERS[name], path)
+        return path
+
+    def choices(self, model: str, form: str, *parts: tuple[str, float]) -> tuple[AdapterChoice, ...]:
+        return tuple(AdapterChoice(self.adapter(model, name, form), scale) for name, scale in parts)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("adapters"))
+
+
+def relative_error(got: FloatArray, want: FloatArray) -> float:
+    assert got.shape == want.shape
+    return float((np.abs(got - want).max(axis=1) / np.abs(want).max(axis=1)).max())
+
+
+FORMS = [("peft", name) for name in ADAPTERS] + [("gguf", name) for name in GGUF_ABLE]
+
+
+def test_an_adapter_shows(files: Files) -> None:
+    """Else the tests below could not see it missing."""
+    for name in ADAPTERS:
+        assert relative_error(truth_of("llama"), truth_of("llama", (name, 1.0))) > 1000 * MAX_ERROR
+
+
+@pytest.mark.parametrize(("form", "name"), FORMS)
+@pytest.mark.parametrize("chunk", [1, 33, NUM_TOKENS])
+def test_float32(form: str, name: str, chunk: int, files: Files) -> None:
+    settings = {"max_outputs": chunk, "prefill_chunk": chunk, **F32_CACHE}
+    lora = files.choices("llama", form, (name, 1.0))
+    with start_engine(files.model("llama"), lora=lora, **settings) as engine:
+        got = engine.logits(tokens_of("llama"))
+        assert relative_error(engine.logits(tokens_of("llama"), adapters={}), truth_of("llama")) < MAX_ERROR
+    assert relative_error(got, truth_of("llama", (name, 1.0))) < MAX_ERROR
+
+
+@pytest.mark.parametrize(("form", "name"), FORMS)
+def test_streamed_is_resident_bit_for_bit(form: str, name: str, files: Files) -> None:
+    settings = {"max_outputs": 33, "prefill_chunk": 33, **F32_CACHE}
+    path, lora = files.model("llama-three"), files.choices("llama-three", form, (name, 1.0))
+    smallest = smallest_ram_bytes(path, lora=lora, **settings)
+    with start_engine(path, lora=lora, **settings) as engine:
+        resident = engine.logits(tokens_of("llama-three"))
+        assert engine.plan is not None and not engine.plan.is_streaming
+    with start_engine(path, ram_bytes=smallest, lora=lora, **settings) as engine:
+        streamed = engine.logits(tokens_of("llama-three"))
+        assert engine.plan is not None and engine.plan.is_streaming
+    np.testing.assert_array_equal(streamed.view(np.uint32), resident.view(np.uint32))
+    assert relative_error(streamed, truth_of("llama-three", (name, 1.0))) < MAX_ERROR
+
+
+@pytest.mark.parametrize("model", ["llama-mha", "llama-bias", "llama-wide-heads", "llama-narrow-heads", "mistral"])
+@pytest.mark.parametrize("form", ["peft", "gguf"])
+def test_rows_of_queries_and_keys(model: str, form: str, files: Files) -> None:
+    """In the model's order, for every shape of heads."""
+    lora = files.choices(model, form, ("all", 0.5))
+    with start_engine(files.model(model), lora=lora, max_outputs=NUM_TOKENS, **F32_CACHE) as engine:
+        got = engine.logits(tokens_of(model))
+    assert relative_error(got, truth_of(model, ("all", 0.5))) < MAX_ERROR
+
+
+@pytest.mark.parametrize("model", ["mixtral", "olmoe", "qwen2moe", "qwen3moe"])
+def test_attention_of_mixtures(model: str, files: Files) -> None:
+    """Of Qwen 2 the shared expert too. Others keep the order of rows that PEFT has."""
+    name = "all" if model == "qwen2moe" else "attention"
+    adapter = ADAPTERS[name]
+    for form in ("peft", "gguf"):
+        lora = files.choices(model, form, (name, 1.0))
+        with start_engine(files.model(model), lora=lora, max_outputs=NUM_TOKENS, **F32_CACHE) as engine:
+            got = engine.logits(tokens_of(model))
+        want = reference_logits(merged(model_of(model), (adapter, 1.0)), tokens_of(model))
+        assert relative_error(got, want) < MAX_ERROR
+
+
+def test_scales_and_several_adapters(files: Files) -> None:
+    parts = (("all", -0.7), ("attention", 1.5), ("patterns", 0.25))
+    lora = files.choices("llama", "peft", *parts)
+    with start_engine(files.model("llama"), lora=lora, max_outputs=NUM_TOKENS, **F32_CACHE) as engine:
+        names = list(engine.adapters)
+        assert relative_error(engine.logits(tokens_of("llama")), truth_of("llama", *parts)) < MAX_ERROR
+        for name, (adapter, scale) in zip(names, parts, strict=True):
+            alone = engine.logits(tokens_of("llama"), adapters=name)
+            assert relative_error(alone, truth_of("llama", (adapter, scale))) < MAX_ERROR
+        other = engine.logits(tokens_of("llama"), adapters={names[2]: 2.0, names[0]: 1.0})
+        assert relative_error(other, truth_of("llama", ("all", 1.0), ("patterns", 2.0))) < MAX_ERROR
+
+
+@pytest.mark.parametrize("type", [GgufType.Q8_0, GgufType.Q4_0])
+@pytest.mark.parametrize("layout", ["plain", "repacked"])
+@pytest.mark.parametrize("chunk", [1, NUM_TOKENS])
+def test_on_quantised_weights(type: GgufType, layout: str, chunk: int, files: Files) -> None:
+    """What is left is how kernels round activations; the adapter itself stays as exact as its file."""
+    settings = {"layout": layout, "max_outputs": chunk, "prefill_chunk": chunk, **F32_CACHE}
+    with start_engine(
+        files.model("llama", type), lora=files.choices("llama", "gguf", ("all", 1.0)), **settings
+    ) as engine:
+        got = engine.logits(tokens_of("llama"))
+    want = reference_logits(merged(rounded_model(model_of("llama"), type), (ADAPTERS["all"], 1.0)), tokens_of("llama"))
+    error = float(np.sqrt(np.mean(np.square(got - want))))
+    assert error < logit_tolerance(SPECS["llama"].num_layers, type, want)
+
+
+@pytest.mark.parametrize("is_tight", [False, True])
+def test_a_batch_whose_sequences_have_different_adapters(is_tight: bool, files: Files) -> None:
+    settings: dict[str, Any] = {"num_sequences": 3, "prefill_chunk": 16, **F32_CACHE}
+    path, lora = files.model("llama-three"), files.choices("llama-three", "peft", ("all", 1.0), ("patterns", 1.0))
+    ram = {"ram_bytes": smallest_ram_bytes(path, lora=lora, **settings)} if is_tight else {}
+    params = SamplingParams(temperature=0, max_tokens=NUM_NEW, logprobs=0, ignore_eos=True)
+    prompts = [tokens_of("llama-three", length, seed=length) for length in (9, 40, 23)]
+    with start_engine(path, lora=lora, **ram, **settings) as engine:
+        a, b = engine.adapters
+        sets: Sequence[Any] = [a, {b: 0.5}, {}]
+        batch = engine.complete_batch(prompts, params, adapters=sets)
+        alone = [engine.complete(p, params, adapters=each) for p, each in zip(prompts, sets, strict=True)]
+    parts = [[(ADAPTERS["all"], 1.0)], [(ADAPTERS["patterns"], 0.5)], []]
+    for prompt, mine, want, part in zip(prompts, batch, alone, parts, strict=True):
+        assert mine.token_ids == want.token_ids
+        logits = reference_logits(merged(model_of("llama-three"), *part), [*prompt, *mine.token_ids])
+        logits = logits.astype(np.float64)[len(prompt) - 1 : -1]
+        expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        picked = expected[np.arange(NUM_NEW), list(mine.token_ids)]
+        tolerance = 2 * MAX_ERROR * np.abs(logits).max()
+        assert np.abs(picked - [token.logprob for token in mine.tokens]).max() < tolerance
+        assert (expected.max(axis=1) - picked).max() < tolerance
+
+
+def test_llama_cpp_computes_the_same(files: Files) -> None:
+    path, adapter = files.model("llama"), files.adapter("llama", "all", "gguf")
+    vocab_size, prompt = SPECS["llama"].vocab_size, tokens_of("llama", 20)
+    theirs = LlamaCpp(path, adapters=[(adapter, 0.8)]).greedy(
+        prompt, NUM_NEW, vocab_size=vocab_size, banned=range(3, 259)
+    )
+    with start_engine(path, lora=(AdapterChoice(adapter, 0.8),), max_outputs=64, **F32_CACHE) as engine:
+        logits = engine.logits([*prompt, *theirs.token_ids]).astype(np.float64)[len(prompt) - 1 : -1]
+    ours = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert np.abs(ours - theirs.logprobs).max() < MAX_ERROR * np.abs(logits).max() * 2
