@@ -19,6 +19,7 @@ from tests.support.llama_cpp import LlamaCpp
 from tests.support.rounding import logit_tolerance
 from tests.support.tiny_adapters import ATTENTION, TinyAdapter, merged, write_gguf_adapter, write_peft
 from tests.support.tiny_models import (
+    MIXTURES,
     SPECS,
     FloatArray,
     TinySpec,
@@ -127,27 +128,24 @@ def test_streamed_is_resident_bit_for_bit(form: str, name: str, files: Files) ->
     assert relative_error(streamed, truth_of("llama-three", (name, 1.0))) < MAX_ERROR
 
 
-@pytest.mark.parametrize("model", ["llama-mha", "llama-bias", "llama-wide-heads", "llama-narrow-heads", "mistral"])
+@pytest.mark.parametrize("model", [name for name in SPECS if name not in MIXTURES])
 @pytest.mark.parametrize("form", ["peft", "gguf"])
-def test_rows_of_queries_and_keys(model: str, form: str, files: Files) -> None:
-    """In the model's order, for every shape of heads."""
+def test_every_family(model: str, form: str, files: Files) -> None:
+    """All linear modules of a block; rows of queries and keys in the model's order, for every shape of heads."""
     lora = files.choices(model, form, ("all", 0.5))
     with start_engine(files.model(model), lora=lora, max_outputs=NUM_TOKENS, **F32_CACHE) as engine:
         got = engine.logits(tokens_of(model))
     assert relative_error(got, truth_of(model, ("all", 0.5))) < MAX_ERROR
 
 
-@pytest.mark.parametrize("model", ["mixtral", "olmoe", "qwen2moe", "qwen3moe"])
-def test_attention_of_mixtures(model: str, files: Files) -> None:
-    """Of Qwen 2 the shared expert too. Others keep the order of rows that PEFT has."""
-    name = "all" if model == "qwen2moe" else "attention"
-    adapter = ADAPTERS[name]
-    for form in ("peft", "gguf"):
-        lora = files.choices(model, form, (name, 1.0))
-        with start_engine(files.model(model), lora=lora, max_outputs=NUM_TOKENS, **F32_CACHE) as engine:
-            got = engine.logits(tokens_of(model))
-        want = reference_logits(merged(model_of(model), (adapter, 1.0)), tokens_of(model))
-        assert relative_error(got, want) < MAX_ERROR
+@pytest.mark.parametrize("model", MIXTURES)
+@pytest.mark.parametrize("form", ["peft", "gguf"])
+def test_mixtures(model: str, form: str, files: Files) -> None:
+    """Attention, and of Qwen 2 the shared expert."""
+    lora = files.choices(model, form, ("all", 1.0))
+    with start_engine(files.model(model), lora=lora, max_outputs=NUM_TOKENS, **F32_CACHE) as engine:
+        got = engine.logits(tokens_of(model))
+    assert relative_error(got, truth_of(model, ("all", 1.0))) < MAX_ERROR
 
 
 def test_scales_and_several_adapters(files: Files) -> None:

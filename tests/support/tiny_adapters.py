@@ -19,11 +19,12 @@ from gguf.quants import quantize
 from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
-from tests.support.tiny_models import architecture_of, gguf_name, pair_neighbours
+from tests.support.tiny_models import PERMUTED, architecture_of, gguf_name, pair_neighbours
 
 FloatArray = npt.NDArray[np.float32]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+# of every family: OPT and Phi-3 have others than Llama
+ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj", "out_proj", "fc1", "fc2", "qkv_proj", "gate_up_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,8 @@ def write_gguf_adapter(model: PreTrainedModel, adapter: TinyAdapter, path: Path,
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", adapter.alpha)
     for module, pair in make_pairs(model, adapter).items():
-        name, b = gguf_name(f"{module}.weight"), pair.b
-        if architecture_of(model) == "llama" and re.search(r"[qk]_proj$", module):
+        name, b = gguf_name(f"{module}.weight", model.config), pair.b
+        if architecture_of(model) in PERMUTED and re.search(r"[qk]_proj$", module):
             num_heads = model.config.num_attention_heads if "q_proj" in module else model.config.num_key_value_heads
             b = pair_neighbours(b, num_heads)
         for half, weight in (("a", pair.a), ("b", b)):

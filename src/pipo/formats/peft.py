@@ -36,12 +36,15 @@ ROLES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "mlp.gate_up_proj": "ffn_up",
+    "self_attn.out_proj": "attn_output",
+    "fc1": "ffn_up",
+    "fc2": "ffn_down",
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
-_MODULE = re.compile(r"(?:model\.)*layers\.(?P<block>\d{1,5})\.(?P<part>.+)")
+_MODULE = re.compile(r"(?:model\.)*(?:decoder\.)?layers\.(?P<block>\d{1,5})\.(?P<part>.+)")
 _LITERAL = re.compile(r"\^?[\w.]+\$?")  # a pattern that is a name
 
 # what a run does not depend on, or what the tensors say themselves

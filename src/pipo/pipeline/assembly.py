@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pipo.base.adapter import ADAPTERS, AdapterId, NamedAdapter
 from pipo.base.clock import Clock
 from pipo.base.errors import ComputeError
+from pipo.base.manifest import HyperParameters
 from pipo.base.trace import Tracer
 from pipo.base.units import PAGE_BYTES, round_up
 from pipo.compute.dequantise import Dequantiser
@@ -94,13 +95,13 @@ class Assembly:
         self._exit.callback(store.close)
         adapters = [store.load(named) for named in blueprint.named_adapters]
         in_ram = InRam(self._load_vectors(stages, transfer), buffers, cache, adapters)
-        graphs = self._graphs(blueprint)
+        hyper = blueprint.hyper_at(context_tokens)
+        graphs = self._graphs(blueprint, hyper)
         graph_room = GraphRoom(graphs, stages, largest, self.ledger, blueprint.adapters)
         self._exit.callback(graph_room.close)
         cpu = Side(model, graphs, CpuMemory(in_ram.vectors, buffers, in_ram.cache, store.addresses))
         residency, sides, link, device = Residency(pool), Sides(cpu), None, None
         if blueprint.device is not None:
-            hyper = blueprint.manifest.hyper
             device = DeviceEngine(blueprint.device, model, hyper, in_ram, kv, largest, clock=clock, tracer=tracer)
             self._exit.callback(device.close)
             residency = Residency(pool, device.pool, device.units)
@@ -233,8 +234,8 @@ class Assembly:
             place.view[offset : offset + spec.num_bytes] = transfer.read_now(spec.extent)
         return {name: place.address + offset for name, offset in offsets.items()}
 
-    def _graphs(self, blueprint: Blueprint) -> StageGraphs:
-        graphs = StageGraphs(blueprint.compute, blueprint.manifest.hyper, blueprint.layouts)
+    def _graphs(self, blueprint: Blueprint, hyper: HyperParameters) -> StageGraphs:
+        graphs = StageGraphs(blueprint.compute, hyper, blueprint.layouts)
         self._exit.callback(graphs.close)
         return graphs
 
@@ -242,7 +243,8 @@ class Assembly:
         table = blueprint.manifest.tensors[EMBEDDING_TABLE]
         dequantiser = Dequantiser(blueprint.compute.lib, table.type)
         self._exit.enter_context(self.ledger.reserve("activations", embedding_bytes(table, chunk)))
-        return Embedding(table, transfer, executor.wait_for, dequantiser, chunk)
+        scale = blueprint.manifest.hyper.embedding_scale
+        return Embedding(table, transfer, executor.wait_for, dequantiser, chunk, scale)
 
     def _arena(self, name: str, num_bytes: int) -> Place:
         return self._split(name, [num_bytes])[0]
