@@ -37,7 +37,7 @@ from pipo.pipeline.assembly import Assembly
 from pipo.pipeline.expert_stages import NoteRouting
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
-from pipo.plan import Plan, PlanMaker, check_adapter_types, check_types
+from pipo.plan import Plan, PlanMaker, check_adapter_types, check_types, open_adapters
 from pipo.planner.cost import PassLoad
 from pipo.planner.predict import Workload
 from pipo.planner.simulate import Forecast
@@ -83,9 +83,7 @@ class Engine:
         self._clock = RealClock()
         self._lib = ggml.load()
         check_types(self._lib, model)
-        adapters = model.open_adapters(config.lora)
-        for named in adapters:
-            check_adapter_types(self._lib, named.adapter)
+        adapters = open_adapters(self._lib, model, config)
         self._backend = CpuBackend(self._lib, config.num_threads)
         try:
             self._compute = Compute(self._lib, self._backend, RepackBuffer.find(self._lib))

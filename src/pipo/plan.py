@@ -105,6 +105,14 @@ def check_adapter_types(lib: Library, adapter: Adapter) -> None:
     _check_types(lib, str(adapter.path), specs_of(adapter))
 
 
+def open_adapters(lib: Library, model: ModelFile, config: EngineConfig) -> list[NamedAdapter]:
+    """Those that the engine begins with. Raises ModelError, UsageError, ReadFailed."""
+    opened = model.open_adapters(config.lora)
+    for named in opened:
+        check_adapter_types(lib, named.adapter)
+    return opened
+
+
 def _check_types(lib: Library, of: str, specs: Iterable[TensorSpec]) -> None:
     for spec in specs:
         if not lib.multiplies(spec.type):

@@ -103,6 +103,34 @@ def parse_choice(text: str) -> AdapterChoice:
         return AdapterChoice(Path(text))
 
 
+def choices_of(wanted: object) -> tuple[AdapterChoice, ...]:
+    """What a program writes: a path, with ":SCALE" behind it or not, a pair of path and scale, or several of either.
+
+    Raises UsageError.
+    """
+    if isinstance(wanted, str | Path | AdapterChoice) or _is_pair(wanted):
+        wanted = [wanted]
+    if not isinstance(wanted, list | tuple):
+        raise UsageError(f"lora must be paths, or pairs of path and scale, not {wanted!r:.80}")
+    return tuple(_choice(each) for each in wanted)
+
+
+def _is_pair(found: object) -> bool:
+    return isinstance(found, tuple) and len(found) == 2 and not isinstance(found[1], str | Path | tuple | AdapterChoice)
+
+
+def _choice(found: object) -> AdapterChoice:
+    if isinstance(found, AdapterChoice):
+        return found
+    if isinstance(found, str):
+        return parse_choice(found)
+    if isinstance(found, Path):
+        return AdapterChoice(found)
+    if isinstance(found, tuple) and _is_pair(found) and isinstance(found[0], str | Path):
+        return AdapterChoice(Path(found[0]), found[1])
+    raise UsageError(f"lora must be paths, or pairs of path and scale, not {found!r:.80}")
+
+
 @dataclass(frozen=True, slots=True)
 class NamedAdapter:
     """An adapter of an engine: what requests call it, and how much of it is added unless they say otherwise."""

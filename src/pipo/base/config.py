@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipo.base.adapter import AdapterChoice
+from pipo.base.adapter import AdapterChoice, choices_of
 from pipo.base.cores import available_cores
 from pipo.base.errors import UsageError
 
@@ -54,6 +54,7 @@ class EngineConfig:
         _check_choice("layout", self.layout, LAYOUT_NAMES)
         _check_choice("cache_type_k", self.cache_type_k, CACHE_TYPE_NAMES)
         _check_choice("cache_type_v", self.cache_type_v, CACHE_TYPE_NAMES)
+        object.__setattr__(self, "lora", choices_of(self.lora))
         for name in ("context_tokens", "threads", "prefill_chunk", "max_outputs", "num_sequences"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):

@@ -9,7 +9,7 @@ from pipo.base.errors import UsageError
 from pipo.pipeline.adapters import Weights
 
 # None: all that are loaded, with the scales they came with; a name: that one; names with scales: those, none if empty
-AdapterSet = str | Mapping[str, float] | None
+AdapterSet = str | Mapping[AdapterId, float] | Mapping[str, float] | None
 Loaded = Mapping[AdapterId, NamedAdapter]
 
 

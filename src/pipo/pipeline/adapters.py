@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from pipo.models.stage import Corrections, Stage
 from pipo.pipeline.buffers import PassRows
 from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Arena
-from pipo.transfer.files import Preadv, UncachedFile
+from pipo.transfer.files import UncachedFile
 
 _ALIGNMENT = 128
 Weights = Mapping[AdapterId, float]  # how much of which adapters a sequence has
@@ -110,13 +109,13 @@ class AdapterStore:
         """What it takes here."""
         return adapter_bytes(adapter, self._max_tokens)
 
-    def load(self, named: NamedAdapter, preadv: Preadv = os.preadv) -> LoadedAdapter:
+    def load(self, named: NamedAdapter) -> LoadedAdapter:
         """Raises OverBudget, TransferError; then nothing has changed."""
         assert named.id not in self._loaded
         adapter = named.adapter
         arena = Arena(self.bytes_of(adapter), name=ADAPTERS, ledger=self._ledger)
         try:
-            loaded = self._fill(named, arena, preadv)
+            loaded = self._fill(named, arena)
         except BaseException:
             arena.close()
             raise
@@ -124,11 +123,11 @@ class AdapterStore:
         self.addresses |= loaded.addresses
         return loaded
 
-    def _fill(self, named: NamedAdapter, arena: Arena, preadv: Preadv) -> LoadedAdapter:
+    def _fill(self, named: NamedAdapter, arena: Arena) -> LoadedAdapter:
         place, adapter = arena.take(arena.num_bytes), named.adapter
         addresses: dict[str, int] = {}
         offset = 0
-        file = UncachedFile(adapter.file, direct=False, preadv=preadv, identity=adapter.identity)
+        file = UncachedFile(adapter.file, direct=False, identity=adapter.identity)
         try:
             for target, part in adapter.parts.items():
                 for spec in (part.a, part.b):
