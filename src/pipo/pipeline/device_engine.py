@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from pipo.base.adapter import Adapter, AdapterId
@@ -172,16 +172,27 @@ class DeviceEngine:
         """Between passes. `adapters` are all there will be. Raises OverBudget, OutOfDeviceMemory, ComputeError; then
         nothing has changed.
         """
-        self._adapters.load(loaded)
-        try:
-            self._graph_room.hold(adapters)
-        except BaseException:
-            self._adapters.unload(loaded.named.id)
-            raise
+        with self._queue_closed():
+            self._adapters.load(loaded)
+            try:
+                self._graph_room.hold(adapters)
+            except BaseException:
+                self._adapters.unload(loaded.named.id)
+                raise
 
     def remove_adapter(self, adapter_id: AdapterId) -> None:
         """Between passes."""
-        self._adapters.unload(adapter_id)
+        with self._queue_closed():
+            self._adapters.unload(adapter_id)
+
+    @contextmanager
+    def _queue_closed(self) -> Iterator[None]:
+        """While memory is given back that it may have named."""
+        self._backend.close()
+        try:
+            yield
+        finally:
+            self._backend.reopen()
 
     def close(self) -> None:
         self._exit.close()
