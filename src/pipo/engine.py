@@ -179,6 +179,7 @@ class Engine:
         )
         forward = self._assembly.forward
         self._generator = Generator(forward, self.model.manifest.hyper.vocab_size, plan.context_tokens, self._clock)
+        self._generator.use_adapters([weights_of(None, self.adapters)])
 
     def generate(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
         """The answer to plain text, piece by piece, no chat template."""

@@ -12,10 +12,16 @@ import pytest
 from gguf import GGMLQuantizationType as GgufType
 from transformers import PreTrainedModel
 
-from pipo.base.adapter import AdapterChoice
+from bench.random_model import write_random_model
+from pipo.base.adapter import AdapterChoice, AdapterId
+from pipo.base.config import SCHEDULE_NAMES, EngineConfig
 from pipo.generation.request import SamplingParams
+from pipo.pipeline.adapters import Weights
+from pipo.pipeline.forward import Forward
 from tests.support.engines import smallest_ram_bytes, start_engine
 from tests.support.llama_cpp import LlamaCpp
+from tests.support.random_adapters import write_random_adapter
+from tests.support.rigs import Rig, read_prompts
 from tests.support.rounding import logit_tolerance
 from tests.support.tiny_adapters import ATTENTION, TinyAdapter, merged, write_gguf_adapter, write_peft
 from tests.support.tiny_models import (
@@ -41,7 +47,7 @@ ADAPTERS = {
     "patterns": TinyAdapter(
         seed=4, rank_pattern={"layers.0.mlp.up_proj": 2, "k_proj": 6}, alpha_pattern={"v_proj": 3.0}
     ),
-    "one-block": TinyAdapter(targets=("o_proj",), rank=1, alpha=1.0, seed=5, rank_pattern={}),
+    "one-block": TinyAdapter(targets=("o_proj", "up_proj"), rank=1, alpha=1.0, seed=5, layers=(1,)),
 }
 GGUF_ABLE = [name for name, each in ADAPTERS.items() if not each.use_rslora and not each.alpha_pattern]
 
@@ -174,6 +180,52 @@ def test_on_quantised_weights(type: GgufType, layout: str, chunk: int, files: Fi
     want = reference_logits(merged(rounded_model(model_of("llama"), type), (ADAPTERS["all"], 1.0)), tokens_of("llama"))
     error = float(np.sqrt(np.mean(np.square(got - want))))
     assert error < logit_tolerance(SPECS["llama"].num_layers, type, want)
+
+
+@pytest.mark.parametrize("type", [GgufType.F16, GgufType.BF16, GgufType.Q8_0])
+def test_adapters_of_other_types(type: GgufType, files: Files, tmp_path: Path) -> None:
+    """They stay as they are stored; what is left is how kernels round what they multiply with."""
+    adapter = TinyAdapter(rank=32, seed=6)
+    path = write_gguf_adapter(model_of("llama"), adapter, tmp_path / "a.gguf", type)
+    with start_engine(files.model("llama"), lora=(AdapterChoice(path),), max_outputs=NUM_TOKENS, **F32_CACHE) as engine:
+        got = engine.logits(tokens_of("llama"))
+    want = reference_logits(merged(model_of("llama"), (adapter, 1.0), type=type), tokens_of("llama"))
+    error = float(np.sqrt(np.mean(np.square(got - want))))
+    # twice as many products in a row as without
+    assert error < 2 * logit_tolerance(SPECS["llama"].num_layers, type, want)
+
+
+@pytest.mark.parametrize("layout", ["plain", "repacked"])
+def test_every_budget_and_schedule(layout: str, tmp_path: Path) -> None:
+    """Batches whose sequences have different adapters, bit for bit as with all weights in RAM."""
+    write_random_model(tmp_path / "model.gguf", "smoke", "q4_0")
+    names = [tmp_path / f"{name}.gguf" for name in "ab"]
+    for seed, path in enumerate(names):
+        write_random_adapter(tmp_path / "model.gguf", path, rank=3 + seed, strength=1.0, seed=seed)
+    prompts = [list(range(5, 45)), [7, 8, 9], list(range(100, 117))]
+    weights: list[Weights] = [{AdapterId("a"): 1.0}, {AdapterId("b"): 0.5, AdapterId("a"): 0.1}, {}]
+
+    def together(forward: Forward) -> FloatArray:
+        forward.use_adapters(weights)
+        rows = [read_prompts(forward, prompts, 16)]
+        for i in range(3):
+            tokens = [int(row.argmax()) for row in rows[-1]]
+            rows.append(forward.run_batch(tokens, [len(prompt) + i for prompt in prompts]).copy())
+        forward.forget()
+        return np.stack(rows)
+
+    config = EngineConfig(layout=layout, prefill_chunk=16, threads=1, num_sequences=3)
+    with Rig(tmp_path / "model.gguf", config) as plain:
+        if layout == "repacked" and not plain.blueprint.layouts.repacked:
+            pytest.skip("this CPU has no repacked kernels")
+        rig = plain.with_adapters(*names)
+        with rig.running(rig.all_resident()) as forward:
+            want = together(forward)
+        for placement in rig.placements(4):
+            for schedule in SCHEDULE_NAMES:
+                with rig.running(placement, schedule=schedule) as forward:
+                    for _ in range(2):
+                        np.testing.assert_array_equal(together(forward).view(np.uint32), want.view(np.uint32))
 
 
 @pytest.mark.parametrize("is_tight", [False, True])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.random_mixture import write_random_mixture
 from bench.random_model import write_random_model
 from pipo.base.adapter import AdapterChoice
 from pipo.base.errors import OverBudget, UsageError
@@ -15,15 +16,18 @@ from pipo.generation.request import SamplingParams
 from tests.support.engines import smallest_ram_bytes, start_engine
 from tests.support.random_adapters import write_random_adapter
 
-GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=0)  # which show what tokens may not
 PROMPT = list(range(100, 130))
 SETTINGS = {"prefill_chunk": 8, "max_outputs": 8, "context_tokens": 256}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["dense", "mixture"])
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    write_random_model(folder / "model.gguf", "smoke", "q4_0")
+    if request.param == "mixture":
+        write_random_mixture(folder / "model.gguf", "smoke-moe")
+    else:
+        write_random_model(folder / "model.gguf", "smoke", "q4_0")
     for seed, (name, rank) in enumerate({"a": 4, "b": 16}.items()):
         write_random_adapter(folder / "model.gguf", folder / f"{name}.gguf", rank=rank, strength=1.0, seed=seed)
     return folder
@@ -68,16 +72,16 @@ def test_what_was_computed_with_others_is_computed_again(folder: Path) -> None:
         assert engine.complete(PROMPT, GREEDY).usage.cached_tokens == len(PROMPT) - 1
         engine.add_adapter(folder / "a.gguf")
         changed = engine.complete(PROMPT, GREEDY)
-        assert changed.usage.cached_tokens == 0 and changed.token_ids != first.token_ids
+        assert changed.usage.cached_tokens == 0 and changed.tokens != first.tokens
         assert engine.complete(PROMPT, GREEDY).usage.cached_tokens == len(PROMPT) - 1
         assert engine.complete(PROMPT, GREEDY, adapters={"a": 0.5}).usage.cached_tokens == 0
         without = engine.complete(PROMPT, GREEDY, adapters={})
-        assert without.usage.cached_tokens == 0 and without.token_ids == first.token_ids
+        assert without.usage.cached_tokens == 0 and without.tokens == first.tokens
         assert engine.complete(PROMPT, GREEDY, adapters={"a": 0}).usage.cached_tokens == len(PROMPT) - 1
         engine.complete(PROMPT, GREEDY)
         engine.remove_adapter("a")
         again = engine.complete(PROMPT, GREEDY)
-        assert again.usage.cached_tokens == 0 and again.token_ids == first.token_ids
+        assert again.usage.cached_tokens == 0 and again.tokens == first.tokens
 
 
 def test_the_same_one_twice_has_a_name_of_its_own(folder: Path) -> None:
@@ -151,8 +155,8 @@ def test_batches_leave_nothing_to_single_requests(folder: Path) -> None:
     with start(folder, "a", num_sequences=2) as engine:
         alone = engine.complete(PROMPT, GREEDY, adapters={})
         batch = engine.complete_batch([PROMPT, PROMPT], GREEDY, adapters=["a", {}])
-        assert batch[0].token_ids == engine.complete(PROMPT, GREEDY).token_ids != alone.token_ids
+        assert batch[0].tokens == engine.complete(PROMPT, GREEDY).tokens != alone.tokens
         again = engine.complete(PROMPT, GREEDY, adapters={})
-        assert batch[1].token_ids == again.token_ids == alone.token_ids
+        assert batch[1].tokens == again.tokens == alone.tokens
         default = engine.complete_batch([PROMPT, PROMPT], GREEDY)
-        assert [each.token_ids for each in default] == [batch[0].token_ids] * 2
+        assert [each.tokens for each in default] == [batch[0].tokens] * 2

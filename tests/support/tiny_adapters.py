@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType as GgufType
 from gguf import GGUFWriter
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
@@ -38,6 +38,13 @@ class TinyAdapter:
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers: Sequence[int] | None = None  # that have a part; None: all
+
+    def has(self, module: str) -> bool:
+        """`model.layers.0.mlp.up_proj`"""
+        if module.rpartition(".")[2] not in self.targets or ".experts." in module:
+            return False
+        return self.layers is None or any(f".layers.{layer}." in module for layer in self.layers)
 
     def rank_of(self, module: str) -> int:
         return next((rank for end, rank in self.rank_pattern.items() if module.endswith(end)), self.rank)
@@ -56,13 +63,19 @@ class Pair:
     b: FloatArray
 
 
+def rounded_pairs(model: PreTrainedModel, adapter: TinyAdapter, type: GgufType) -> dict[str, Pair]:
+    """As `write_gguf_adapter(model, adapter, …, type)` stores them."""
+    pairs = make_pairs(model, adapter).items()
+    return {module: Pair(*(dequantize(quantize(each, type), type) for each in (p.a, p.b))) for module, p in pairs}
+
+
 def make_pairs(model: PreTrainedModel, adapter: TinyAdapter) -> dict[str, Pair]:
     """By module. B A is about as large as the weights are: a fault shows."""
     rng = np.random.default_rng(adapter.seed)
     pairs = {}
     for name, weight in sorted(model.state_dict().items()):
         module = name.removesuffix(".weight")
-        if name == module or module.rpartition(".")[2] not in adapter.targets or ".experts." in name:
+        if name == module or not adapter.has(module):
             continue
         (num_out, num_in), rank = weight.shape, adapter.rank_of(module)
         a = rng.standard_normal((rank, num_in)) / math.sqrt(num_in)
@@ -71,12 +84,12 @@ def make_pairs(model: PreTrainedModel, adapter: TinyAdapter) -> dict[str, Pair]:
     return pairs
 
 
-def merged(model: PreTrainedModel, *parts: tuple[TinyAdapter, float]) -> PreTrainedModel:
-    """A copy with W + scale * factor * B A in the place of every W."""
+def merged(model: PreTrainedModel, *parts: tuple[TinyAdapter, float], type: GgufType = GgufType.F32) -> PreTrainedModel:
+    """A copy with W + scale * factor * B A in the place of every W, where A and B are stored in a type."""
     changed = copy.deepcopy(model)
     with torch.no_grad():
         for adapter, scale in parts:
-            for module, pair in make_pairs(model, adapter).items():
+            for module, pair in rounded_pairs(model, adapter, type).items():
                 product = pair.b.astype(np.float64) @ pair.a.astype(np.float64) * scale * adapter.factor_of(module)
                 changed.get_submodule(module).weight += torch.from_numpy(product.astype(np.float32))
     return changed

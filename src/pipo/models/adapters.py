@@ -69,16 +69,13 @@ def heads_to_reorder(adapter: Adapter, name: str, manifest: Manifest) -> int:
     return hyper.num_q_heads if name.endswith(_HEADS[0]) else hyper.num_kv_heads
 
 
-def leaf_scale(adapter_idx: int, factor_idx: int) -> str:
-    return f"lora_scale.{adapter_idx}.{factor_idx}"
-
-
 def corrections_of(adapters: Sequence[Adapter]) -> CorrectionsOf:
     """What these, together, add to the products of a stage."""
+    factors = [adapter.factors for adapter in adapters]
 
     def of(stage: Stage) -> Corrections:
         found = [
-            _correction(i, adapter, role.removesuffix(".weight"), adapter.parts[spec.name])
+            _correction(i, factors[i], role.removesuffix(".weight"), adapter.parts[spec.name])
             for i, adapter in enumerate(adapters)
             for role, spec in stage.matrices.items()
             if spec.name in adapter.parts
@@ -88,6 +85,6 @@ def corrections_of(adapters: Sequence[Adapter]) -> CorrectionsOf:
     return of
 
 
-def _correction(i: int, adapter: Adapter, role: str, part: LowRank) -> Correction:
-    scale = leaf_scale(i, adapter.factors.index(part.factor))
+def _correction(i: int, factors: Sequence[float], role: str, part: LowRank) -> Correction:
+    scale = f"lora_scale.{i}.{factors.index(part.factor)}"
     return Correction(role, i, scale, part.a.type, part.b.type, part.rank)

@@ -207,7 +207,15 @@ class StageBuilder:
         self.num_corrected += 1
         a = self.ops.leaf(correction.leaf_a, correction.type_a, x.shape[0], correction.rank)
         b = self.ops.leaf(correction.leaf_b, correction.type_b, correction.rank, num_out)
-        return self.ops.mul_mat(b, self.ops.mul(self.ops.mul_mat(a, x), self._scale(correction.scale)))
+        scaled = self.ops.mul(self.ops.mul_mat(a, self._apart(x)), self._apart(self._scale(correction.scale)))
+        y = self.ops.mul_mat(b, scaled)
+        return y if len(y.shape) == 2 else self.ops.reshape(y, num_out, x.shape[1])
+
+    def _apart(self, x: Tensor) -> Tensor:
+        """Tokens of several sequences as so many matrices of a row: ggml multiplies those as it does a single token's,
+        so that a sequence gets what it would get alone. F32 rows that stand together take other kernels.
+        """
+        return self.ops.reshape(x, x.shape[0], 1, x.shape[1]) if self.shape.num_sequences > 1 else x
 
     def _scale(self, name: str) -> Tensor:
         if name not in self._scales:

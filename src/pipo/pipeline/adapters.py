@@ -44,6 +44,7 @@ class LoadedAdapter:
     named: NamedAdapter
     arena: Arena
     scales: tuple[npt.NDArray[np.float32], ...]
+    factors: tuple[float, ...]
     addresses: Mapping[str, int]  # of its tensors and scales, by key
 
     @property
@@ -65,10 +66,11 @@ class ActiveAdapters:
     def __init__(self, loaded: Sequence[LoadedAdapter]) -> None:
         self.loaded = tuple(loaded)
         self._corrections_of = corrections_of([each.named.adapter for each in loaded])
-        self._corrections: dict[int, Corrections] = {}
+        self._corrections: dict[int, Corrections] = {}  # by the id of the stage, which outlives this
+        self._leaves: dict[int, list[tuple[str, str]]] = {}
 
     def corrections(self, stage: Stage) -> Corrections:
-        """What they add to the products of a stage, which outlives this."""
+        """What they add to the products of a stage."""
         if not self.loaded:
             return ()
         found = self._corrections.get(id(stage))
@@ -76,14 +78,23 @@ class ActiveAdapters:
             found = self._corrections[id(stage)] = self._corrections_of(stage)
         return found
 
-    def keys_of_leaves(self, stage: Stage) -> Iterator[tuple[str, str]]:
+    def keys_of_leaves(self, stage: Stage) -> Sequence[tuple[str, str]]:
         """Each leaf of the stage's corrections, and the key of what it is bound to."""
+        if not self.loaded:
+            return ()
+        found = self._leaves.get(id(stage))
+        if found is None:
+            found = self._leaves[id(stage)] = list(self._keys_of_leaves(stage))
+        return found
+
+    def _keys_of_leaves(self, stage: Stage) -> Iterator[tuple[str, str]]:
         for each in self.corrections(stage):
-            named = self.loaded[each.adapter].named
-            part = named.adapter.parts[stage.matrices[f"{each.role}.weight"].name]
-            yield each.leaf_a, tensor_key(named.id, part.a.name)
-            yield each.leaf_b, tensor_key(named.id, part.b.name)
-            yield each.scale, scale_key(named.id, named.adapter.factors.index(part.factor))
+            loaded = self.loaded[each.adapter]
+            adapter_id = loaded.named.id
+            part = loaded.named.adapter.parts[stage.matrices[f"{each.role}.weight"].name]
+            yield each.leaf_a, tensor_key(adapter_id, part.a.name)
+            yield each.leaf_b, tensor_key(adapter_id, part.b.name)
+            yield each.scale, scale_key(adapter_id, loaded.factors.index(part.factor))
 
 
 NO_ADAPTERS = ActiveAdapters(())
@@ -140,12 +151,12 @@ class AdapterStore:
             file.check_unchanged()
         finally:
             file.close()
-        scales = []
-        for k in range(len(adapter.factors)):
+        scales, factors = [], adapter.factors
+        for k in range(len(factors)):
             scales.append(np.frombuffer(place.view, np.float32, self._max_tokens, offset))
             addresses[scale_key(named.id, k)] = place.address + offset
             offset += scale_bytes(self._max_tokens)
-        return LoadedAdapter(named, arena, tuple(scales), addresses)
+        return LoadedAdapter(named, arena, tuple(scales), factors, addresses)
 
     def _reorder(self, adapter: Adapter, target: str, spec: TensorSpec, view: memoryview) -> None:
         """Rows of queries and keys, whose rotated pairs are neighbours in the model and halves of a head in the file,
@@ -177,7 +188,7 @@ class AdapterStore:
             active = self._active[ids] = ActiveAdapters([self._loaded[each] for each in ids])
         for loaded in active.loaded:
             shares = np.repeat([weight.get(loaded.named.id, 0.0) for weight in ours], rows.tokens_each)
-            for scales, factor in zip(loaded.scales, loaded.named.adapter.factors, strict=True):
+            for scales, factor in zip(loaded.scales, loaded.factors, strict=True):
                 scales[: rows.num_tokens] = shares * factor
         return active
 
