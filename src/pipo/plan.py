@@ -263,7 +263,8 @@ class PlanMaker:
     def placed(self, plan: Plan, machine: MachineProfile) -> Placed:
         """The plan as the planner's arithmetic sees it."""
         hyper, kv = self._model.manifest.hyper, plan.blueprint.kv_shape(plan.context_tokens)
-        costs = stage_costs(self._model.stages, plan.blueprint.layouts, hyper, (kv.type_k, kv.type_v))
+        types, adapters = (kv.type_k, kv.type_v), plan.blueprint.adapters
+        costs = stage_costs(self._model.stages, plan.blueprint.layouts, hyper, types, adapters)
         on_device = plan.device.placement if plan.device else None
         shapes = Shapes(costs, hyper.hidden_size)
         return Placed(shapes, machine, plan.placement, on_device, plan.decode_threads, self._routing)

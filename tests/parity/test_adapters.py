@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from transformers import PreTrainedModel
 from bench.random_model import write_random_model
 from pipo.base.adapter import AdapterChoice, AdapterId
 from pipo.base.config import SCHEDULE_NAMES, EngineConfig
+from pipo.base.manifest import RopeLayout
+from pipo.formats import checkpoint
 from pipo.generation.request import SamplingParams
 from pipo.pipeline.adapters import Weights
 from pipo.pipeline.forward import Forward
+from tests.support import tiny_models
 from tests.support.engines import smallest_ram_bytes, start_engine
 from tests.support.llama_cpp import LlamaCpp
 from tests.support.random_adapters import write_random_adapter
@@ -142,6 +146,27 @@ def test_every_family(model: str, form: str, files: Files) -> None:
     with start_engine(files.model(model), lora=lora, max_outputs=NUM_TOKENS, **F32_CACHE) as engine:
         got = engine.logits(tokens_of(model))
     assert relative_error(got, truth_of(model, ("all", 0.5))) < MAX_ERROR
+
+
+@pytest.mark.parametrize("form", ["peft", "gguf"])
+def test_a_model_whose_rows_lie_as_hugging_face_has_them(
+    form: str, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotated pairs as halves of a head, in an architecture whose converter makes neighbours of them."""
+    adapter = files.adapter("llama", "all", form)
+    monkeypatch.setattr(tiny_models, "PERMUTED", ())
+    write_gguf(model_of("llama"), tmp_path / "halves.gguf")
+    read = checkpoint.read_hyper_parameters
+
+    def with_halves(*arguments: Any) -> Any:
+        hyper, extra = read(*arguments)
+        return replace(hyper, rope=replace(hyper.rope, layout=RopeLayout.NEOX)), extra
+
+    monkeypatch.setattr(checkpoint, "read_hyper_parameters", with_halves)
+    lora = (AdapterChoice(adapter),)
+    with start_engine(tmp_path / "halves.gguf", lora=lora, max_outputs=NUM_TOKENS, **F32_CACHE) as engine:
+        got = engine.logits(tokens_of("llama"))
+    assert relative_error(got, truth_of("llama", ("all", 1.0))) < MAX_ERROR
 
 
 @pytest.mark.parametrize("model", MIXTURES)
