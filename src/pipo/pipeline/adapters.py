@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,7 @@ from pipo.models.adapters import corrections_of, heads_to_reorder
 from pipo.models.stage import Corrections, Stage
 from pipo.pipeline.buffers import PassRows
 from pipo.tiers.ledger import Ledger
-from pipo.tiers.ram import Arena
+from pipo.tiers.ram import Arena, Place
 from pipo.transfer.files import UncachedFile
 
 _ALIGNMENT = 128
@@ -58,6 +60,13 @@ def tensor_key(adapter_id: AdapterId, tensor: str) -> str:
 
 def scale_key(adapter_id: AdapterId, factor_idx: int) -> str:
     return f"{adapter_id}:scale:{factor_idx}"
+
+
+def _offsets(named: NamedAdapter, max_tokens: int) -> dict[str, int]:
+    """Where in its memory each tensor and each factor's scales lie, by key."""
+    sizes = {tensor_key(named.id, spec.name): round_up(spec.num_bytes, _ALIGNMENT) for spec in specs_of(named.adapter)}
+    sizes |= {scale_key(named.id, k): scale_bytes(max_tokens) for k in range(len(named.adapter.factors))}
+    return dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
 
 
 class ActiveAdapters:
@@ -135,28 +144,23 @@ class AdapterStore:
         return loaded
 
     def _fill(self, named: NamedAdapter, arena: Arena) -> LoadedAdapter:
-        place, adapter = arena.take(arena.num_bytes), named.adapter
-        addresses: dict[str, int] = {}
-        offset = 0
-        file = UncachedFile(adapter.file, direct=False, identity=adapter.identity)
-        try:
+        place, factors, offsets = arena.take(arena.num_bytes), named.adapter.factors, _offsets(named, self._max_tokens)
+        self._read(named, place, offsets)
+        starts = [offsets[scale_key(named.id, k)] for k in range(len(factors))]
+        scales = tuple(np.frombuffer(place.view, np.float32, self._max_tokens, start) for start in starts)
+        addresses = {key: place.address + offset for key, offset in offsets.items()}
+        return LoadedAdapter(named, arena, scales, factors, addresses)
+
+    def _read(self, named: NamedAdapter, place: Place, offsets: Mapping[str, int]) -> None:
+        adapter = named.adapter
+        with closing(UncachedFile(adapter.file, direct=False, identity=adapter.identity)) as file:
             for target, part in adapter.parts.items():
                 for spec in (part.a, part.b):
-                    view = place.view[offset : offset + spec.num_bytes]
+                    start = offsets[tensor_key(named.id, spec.name)]
+                    view = place.view[start : start + spec.num_bytes]
                     file.read(view, spec.extent.offset, spec.num_bytes)
-                    if spec is part.b:
-                        self._reorder(adapter, target, spec, view)
-                    addresses[tensor_key(named.id, spec.name)] = place.address + offset
-                    offset += round_up(spec.num_bytes, _ALIGNMENT)
+                self._reorder(adapter, target, part.b, view)
             file.check_unchanged()
-        finally:
-            file.close()
-        scales, factors = [], adapter.factors
-        for k in range(len(factors)):
-            scales.append(np.frombuffer(place.view, np.float32, self._max_tokens, offset))
-            addresses[scale_key(named.id, k)] = place.address + offset
-            offset += scale_bytes(self._max_tokens)
-        return LoadedAdapter(named, arena, tuple(scales), factors, addresses)
 
     def _reorder(self, adapter: Adapter, target: str, spec: TensorSpec, view: memoryview) -> None:
         """Rows of queries and keys, whose rotated pairs are neighbours in the model and halves of a head in the file,
