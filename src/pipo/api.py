@@ -15,6 +15,7 @@ from types import TracebackType
 from pipo.base.config import resolve_config
 from pipo.base.errors import PipoError
 from pipo.engine import Engine
+from pipo.generation.adapters import AdapterSet, weights_of_each
 from pipo.generation.request import Completion, SamplingParams
 from pipo.hardware.budget import ram_bytes
 from pipo.model_file import ModelFile
@@ -28,7 +29,8 @@ __all__ = ["LLM", "Engine", "PipoError", "SamplingParams", "load"]
 def load(model: str | Path, ram: str | int = "auto", **settings: object) -> Engine:
     """Open a model (a path, or a name that `pipo list` shows) inside a budget, ready to answer.
 
-    `ram` is what `--ram` takes, or bytes; `settings` are the other fields of EngineConfig. Raises PipoError's children.
+    `ram` is what `--ram` takes, or bytes; `settings` are the other fields of EngineConfig, such as lora=["style:0.5"].
+    Raises PipoError's children.
     """
     config = resolve_config({"ram": str(ram), **settings}, {})
     engine = Engine(ModelFile(resolve_model(str(model)), ram_bytes(config.ram)), config)
@@ -50,23 +52,46 @@ class LLM:
     def __init__(self, model: str | Path, ram: str | int = "auto", **settings: object) -> None:
         self.engine = load(model, ram, **settings)
 
-    def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
-        """One answer per prompt; a single string is one prompt."""
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        params: SamplingParams | None = None,
+        *,
+        adapters: Sequence[AdapterSet] | None = None,
+    ) -> list[Completion]:
+        """One answer per prompt; a single string is one prompt. `adapters` says for each prompt which of the loaded
+        ones it has: a name, names with scales, {} for none, None for all of them.
+        """
         if isinstance(prompts, str):
             prompts = [prompts]
-        return self._complete([self.engine.encode(prompt) for prompt in prompts], params)
+        return self._complete([self.engine.encode(prompt) for prompt in prompts], params, adapters)
 
     def chat(
-        self, conversations: Sequence[Sequence[Message]], params: SamplingParams | None = None
+        self,
+        conversations: Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        *,
+        adapters: Sequence[AdapterSet] | None = None,
     ) -> list[Completion]:
-        return self._complete([self.engine.encode_chat(conversation) for conversation in conversations], params)
+        """The same for conversations."""
+        prompts = [self.engine.encode_chat(conversation) for conversation in conversations]
+        return self._complete(prompts, params, adapters)
 
-    def _complete(self, prompts: Sequence[Sequence[int]], params: SamplingParams | None) -> list[Completion]:
+    def _complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | None,
+        adapters: Sequence[AdapterSet] | None,
+    ) -> list[Completion]:
         size = self.engine.config.num_sequences
+        # all of them are looked at before the first prompt is answered
+        weights = weights_of_each(adapters, len(prompts), self.engine.adapters)
         if size == 1:
-            return [self.engine.complete(prompt, params) for prompt in prompts]
-        groups = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        return [answer for group in groups for answer in self.engine.complete_batch(group, params)]
+            answers = zip(prompts, weights, strict=True)
+            return [self.engine.complete(prompt, params, adapters=each) for prompt, each in answers]
+        groups = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        batches = (self.engine.complete_batch(prompts[each], params, adapters=weights[each]) for each in groups)
+        return [answer for batch in batches for answer in batch]
 
     def close(self) -> None:
         self.engine.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipo.base.adapter import Adapter
 from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget
 from pipo.base.units import MIB, format_size
@@ -30,7 +31,9 @@ class DeviceShares:
         compute: Compute,
         device: ComputeDevice | AbsentDevice | None,
         host: Host,
+        adapters: Sequence[Adapter],
     ) -> None:
+        self._adapters = adapters
         self._model = model
         self._config = config
         self._compute = compute
@@ -89,7 +92,7 @@ class DeviceShares:
             blueprint.buffer_shape(context_tokens, chunk),
             blueprint.kv_shape(context_tokens),
         )
-        return device_demand(model.stages, model.manifest.hyper, device, self._compute, sizes, limit)
+        return device_demand(model.stages, model.manifest.hyper, device, self._compute, sizes, limit, self._adapters)
 
 
 def _preference(share: DeviceShare) -> tuple[int, bool]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from pipo.base.adapter import AdapterChoice, AdapterId, NamedAdapter
 from pipo.base.clock import RealClock
 from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget, UsageError
@@ -21,6 +23,7 @@ from pipo.compute import ggml
 from pipo.compute.device import choose_device
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
+from pipo.generation.adapters import AdapterSet, find_adapter, weights_of, weights_of_each
 from pipo.generation.answer import Piece
 from pipo.generation.loop import Generator, Timing
 from pipo.generation.request import Completion, FinishReason, SamplingParams, Usage
@@ -29,11 +32,12 @@ from pipo.hardware.budget import ram_bytes
 from pipo.hardware.memory import PeakSampler
 from pipo.hardware.probe import Progress
 from pipo.model_file import ModelFile
+from pipo.pipeline.adapters import Weights
 from pipo.pipeline.assembly import Assembly
 from pipo.pipeline.expert_stages import NoteRouting
 from pipo.pipeline.stage_graphs import Compute
 from pipo.pipeline.stats import PassStats
-from pipo.plan import Plan, PlanMaker, check_types
+from pipo.plan import Plan, PlanMaker, check_adapter_types, check_types, open_adapters
 from pipo.planner.cost import PassLoad
 from pipo.planner.predict import Workload
 from pipo.planner.simulate import Forecast
@@ -79,6 +83,7 @@ class Engine:
         self._clock = RealClock()
         self._lib = ggml.load()
         check_types(self._lib, model)
+        adapters = open_adapters(self._lib, model, config)
         self._backend = CpuBackend(self._lib, config.num_threads)
         try:
             self._compute = Compute(self._lib, self._backend, RepackBuffer.find(self._lib))
@@ -88,7 +93,7 @@ class Engine:
                     f"--vram {config.vram}: libggml sees no device besides the CPU",
                     hint="leave it out, or --device cpu",
                 )
-            self._planner = PlanMaker(model, config, self._compute, device)
+            self._planner = PlanMaker(model, config, self._compute, device, adapters=adapters)
         except BaseException:
             self._backend.close()
             raise
@@ -174,6 +179,7 @@ class Engine:
         )
         forward = self._assembly.forward
         self._generator = Generator(forward, self.model.manifest.hyper.vocab_size, plan.context_tokens, self._clock)
+        self._generator.use_adapters([weights_of(None, self.adapters)])
 
     def generate(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
         """The answer to plain text, piece by piece, no chat template."""
@@ -195,26 +201,36 @@ class Engine:
     def _context_tokens(self) -> int | None:
         return None if self.plan is None else self.plan.context_tokens
 
-    def complete(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Completion:
+    def complete(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, *, adapters: AdapterSet = None
+    ) -> Completion:
         """The whole answer at once."""
-        pieces = list(self.stream(prompt, params))
+        pieces = list(self.stream(prompt, params, adapters=adapters))
         assert self.report is not None
         return _completion(prompt, pieces, self.report.timing.cached_tokens)
 
     def complete_batch(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapters: Sequence[AdapterSet] | None = None,
     ) -> list[Completion]:
         """Whole answers to several prompts, which share every sweep of the weights. Raises as `stream_batch`."""
         pieces: list[list[Piece]] = [[] for _ in prompts]
-        for i, piece in self.stream_batch(prompts, params):
+        for i, piece in self.stream_batch(prompts, params, adapters=adapters):
             pieces[i].append(piece)
         return [_completion(prompt, each) for prompt, each in zip(prompts, pieces, strict=True)]
 
     def stream_batch(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapters: Sequence[AdapterSet] | None = None,
     ) -> Stream[tuple[int, Piece]]:
         """Tokens and text of each prompt's answer as they are made, with the prompt's index. As many prompts as the
-        config has sequences, at most.
+        config has sequences, at most. `adapters` by prompt: each may have others.
 
         Raises UsageError and ContextOverflow before any work, TransferError, ComputeError and Cancelled.
         """
@@ -226,33 +242,77 @@ class Engine:
                 f"{self.config.num_sequences} sequences",
                 hint="name num_sequences when the engine is opened",
             )
+        weights = weights_of_each(adapters, len(prompts), self.adapters)
         for prompt, each in zip(prompts, settings, strict=True):
             generator.check(prompt, each)
-        return self._worker.stream(lambda: self._answer_batch(generator, prompts, settings))
+        return self._worker.stream(lambda: self._answer_batch(generator, prompts, settings, weights))
 
     def stream(
         self,
         prompt: Sequence[int],
         params: SamplingParams | None = None,
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
+        *,
+        adapters: AdapterSet = None,
     ) -> Stream[Piece]:
         """Tokens and text as they are made. Leaving the iterator early stops the computation; the KV cache stays.
 
+        A prompt that begins with the last one's tokens computes only the rest, where it has the same adapters.
         `on_prefill(done, total)` is called on the compute thread. Raises ContextOverflow and UsageError before any
         work, TransferError and ComputeError when a pass fails, Cancelled after `cancel`.
         """
         generator = self._running()
         settings = params or SamplingParams()
         generator.check(prompt, settings)
-        return self._worker.stream(lambda: self._answer(generator, list(prompt), settings, on_prefill))
+        weights = weights_of(adapters, self.adapters)
+        return self._worker.stream(lambda: self._answer(generator, list(prompt), settings, weights, on_prefill))
 
-    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    def logits(self, token_ids: Sequence[int], *, adapters: AdapterSet = None) -> npt.NDArray[np.float32]:
         """(tokens, vocabulary) at every position, computed afresh in chunks of `config.max_outputs`."""
         generator = self._running()
         generator.check(token_ids, SamplingParams(max_tokens=1))
         chunk = min(self.config.max_outputs, generator.max_chunk)
-        parts = self._worker.stream(lambda: (part.copy() for part in generator.logits(token_ids, chunk)))
-        return np.concatenate(list(parts))
+        weights = weights_of(adapters, self.adapters)
+
+        def parts() -> Iterator[npt.NDArray[np.float32]]:
+            generator.use_adapters([weights])
+            return (part.copy() for part in generator.logits(token_ids, chunk))
+
+        return np.concatenate(list(self._worker.stream(parts)))
+
+    @property
+    def adapters(self) -> Mapping[AdapterId, NamedAdapter]:
+        """Those that are loaded, by what requests call them."""
+        return {} if self._assembly is None else self._assembly.adapters
+
+    def add_adapter(self, path: str | Path, scale: float = 1.0) -> AdapterId:
+        """Load a LoRA adapter between requests, into what the plan has left of the budget. Sequences have it with this
+        scale from then on, unless their request says otherwise. Returns what requests call it.
+
+        Raises ModelError, UsageError, OverBudget, TransferError; then nothing has changed.
+        """
+        self._running()
+        named = self.model.open_adapter(AdapterChoice(Path(path), scale), self.adapters)
+        check_adapter_types(self._lib, named.adapter)
+        self._change_adapters(lambda assembly: assembly.add_adapter(named))
+        return named.id
+
+    def remove_adapter(self, adapter_id: str) -> None:
+        """Give its memory back, between requests. Raises UsageError where there is none of this name."""
+        named = find_adapter(adapter_id, self.adapters)
+        self._change_adapters(lambda assembly: assembly.remove_adapter(named.id))
+
+    def _change_adapters(self, change: Callable[[Assembly], None]) -> None:
+        """On the compute thread, once it is at rest. What is in the KV cache is of no use any more."""
+        generator, assembly = self._running(), self._assembly
+        assert assembly is not None
+
+        def steps() -> Iterator[None]:
+            generator.forget()
+            change(assembly)
+            yield None
+
+        list(self._worker.stream(steps))
 
     def cancel(self) -> None:
         """Stop what is being computed; whoever iterates over it gets Cancelled."""
@@ -306,9 +366,11 @@ class Engine:
         generator: Generator,
         prompt: list[int],
         params: SamplingParams,
+        weights: Weights,
         on_prefill: Callable[[int, int], None],
     ) -> Iterator[Piece]:
         """On the compute thread."""
+        generator.use_adapters([weights])
         tokenizer = self.model.tokenizer
 
         def note_chunk(done: int, total: int) -> None:
@@ -321,9 +383,14 @@ class Engine:
                 yield piece
 
     def _answer_batch(
-        self, generator: Generator, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+        self,
+        generator: Generator,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        weights: Sequence[Weights],
     ) -> Iterator[tuple[int, Piece]]:
         """On the compute thread."""
+        generator.use_adapters(weights)
         tokenizer = self.model.tokenizer
         detokenizers = [tokenizer.detokenizer(prompt) for prompt in prompts]
         return self._accounted(generator, generator.generate_batch(prompts, params, tokenizer.end_ids, detokenizers))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from pipo.base.adapter import MAX_ADAPTERS, AdapterChoice, AdapterId, NamedAdapter, free_id
 from pipo.base.errors import ContextOverflow, OverBudget, UnsupportedModel, UsageError
 from pipo.base.manifest import Manifest
 from pipo.base.units import MIB, format_size
+from pipo.formats.adapter import open_adapter
 from pipo.formats.checkpoint import Checkpoint, open_checkpoint
 from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata
 from pipo.hardware.memory import release_free_memory
+from pipo.models.adapters import check_adapter
 from pipo.models.registry import check_architecture, stages_of
 from pipo.pipeline.blueprint import GROWTH_BYTES
 from pipo.planner.placement import smallest_ram_text
@@ -80,6 +83,22 @@ class ModelFile:
             fact.st_size >= end and 2 * _BLOCK_BYTES * fact.st_blocks >= end  # half: file systems that compress
             for fact, end in zip(facts, ends, strict=True)
         )
+
+    def open_adapters(self, choices: Iterable[AdapterChoice]) -> list[NamedAdapter]:
+        """Headers of adapters, each checked to be one for this model. Raises ModelError, UsageError, ReadFailed."""
+        opened: dict[AdapterId, NamedAdapter] = {}
+        for choice in choices:
+            named = self.open_adapter(choice, opened)
+            opened[named.id] = named
+        return list(opened.values())
+
+    def open_adapter(self, choice: AdapterChoice, others: Mapping[AdapterId, object]) -> NamedAdapter:
+        """Named as none of the others is."""
+        if len(others) >= MAX_ADAPTERS:
+            raise UsageError(f"{choice.path}: there are {len(others)} adapters already, the most that can be")
+        adapter = open_adapter(choice.path)
+        check_adapter(adapter, self.manifest, self.stages)
+        return NamedAdapter(free_id(adapter.name, others), adapter, float(choice.scale))
 
     def most_bytes(self, num_tokens: int) -> int:
         """No text of more UTF-8 bytes fits into `num_tokens` tokens."""

@@ -23,7 +23,7 @@ from pipo.hardware.probe import PROBE_BYTES, Progress
 from pipo.model_file import PROCESS_BYTES, ModelFile
 from pipo.pipeline.device_layout import AbsentDevice
 from pipo.pipeline.stage_graphs import Compute
-from pipo.plan import Plan, PlanMaker, check_types, probe_kind, process_bytes_now
+from pipo.plan import Plan, PlanMaker, check_types, open_adapters, probe_kind, process_bytes_now
 from pipo.planner.batch import BatchCurve, BatchPoint, batch_point
 from pipo.planner.experts import ExpectedRouting
 from pipo.planner.predict import Workload, decode_load
@@ -69,6 +69,7 @@ class Outlook:
         self._routing = routing
         self._lib = ggml.load()
         check_types(self._lib, model)
+        self._adapters = open_adapters(self._lib, model, config)
         self._compute = Compute(self._lib, CpuBackend(self._lib, config.num_threads), RepackBuffer.find(self._lib))
 
     def case_here(self, workload: Workload, context_tokens: int, on_probe: Progress) -> Case:
@@ -129,7 +130,7 @@ class Outlook:
         has_repacked = any(rates.repacked for rates in case.machine.cpu.products.values())
         # kernels that the machine was not measured with are taken not to be there
         compute = self._compute if has_repacked else replace(self._compute, repack=None)
-        return PlanMaker(self._model, config, compute, case.device, host, self._routing)
+        return PlanMaker(self._model, config, compute, case.device, host, self._routing, self._adapters)
 
     def what_would_help(self, case: Case, plan: Plan) -> list[Change]:
         """Other circumstances, one at a time, those that gain most first. Those that do not fit are left out."""

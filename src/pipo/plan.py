@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from pipo.base.adapter import Adapter, NamedAdapter
 from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget, UnsupportedModel, UsageError
 from pipo.base.machine import MachineProfile
+from pipo.base.manifest import TensorSpec
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import MIB, PAGE_BYTES, round_down, round_up
 from pipo.compute.device import ComputeDevice
@@ -23,6 +25,7 @@ from pipo.hardware.probe import PROBE_BYTES, Progress, Scope, probe
 from pipo.kvcache.cache import ROWS_PER_PAGE
 from pipo.model_file import PROCESS_BYTES, ModelFile
 from pipo.models.stage import banks_of
+from pipo.pipeline.adapters import specs_of
 from pipo.pipeline.blueprint import NARROW_DRIVE, Blueprint, choose_layouts, demand
 from pipo.pipeline.device_layout import AbsentDevice
 from pipo.pipeline.device_share import DeviceShare
@@ -66,6 +69,11 @@ class Plan:
         return self.blueprint.device
 
     @property
+    def adapters(self) -> Sequence[NamedAdapter]:
+        """That the engine begins with."""
+        return self.blueprint.named_adapters
+
+    @property
     def expert_bytes(self) -> int:
         """Of all routed experts, as the file has them."""
         return sum(spec.num_bytes for bank in banks_of(self.blueprint.stages) for spec in bank.matrices.values())
@@ -89,11 +97,27 @@ class Plan:
 
 def check_types(lib: Library, model: ModelFile) -> None:
     """Raises UnsupportedModel where this libggml has no products with a type of the model's."""
-    for spec in model.manifest.tensors.values():
+    _check_types(lib, model.manifest.name, model.manifest.tensors.values())
+
+
+def check_adapter_types(lib: Library, adapter: Adapter) -> None:
+    """The same for an adapter."""
+    _check_types(lib, str(adapter.path), specs_of(adapter))
+
+
+def open_adapters(lib: Library, model: ModelFile, config: EngineConfig) -> list[NamedAdapter]:
+    """Those that the engine begins with. Raises ModelError, UsageError, ReadFailed."""
+    opened = model.open_adapters(config.lora)
+    for named in opened:
+        check_adapter_types(lib, named.adapter)
+    return opened
+
+
+def _check_types(lib: Library, of: str, specs: Iterable[TensorSpec]) -> None:
+    for spec in specs:
         if not lib.multiplies(spec.type):
             raise UnsupportedModel(
-                f"{model.manifest.name}: {spec.name} is {spec.type.name}, which libggml "
-                f"{lib.version_text} does not compute",
+                f"{of}: {spec.name} is {spec.type.name}, which libggml {lib.version_text} does not compute",
                 hint=None if lib.computes(spec.type) else "pip install 'pipo[native]' brings a newer libggml",
             )
 
@@ -113,6 +137,7 @@ class PlanMaker:
         device: ComputeDevice | AbsentDevice | None,
         host: Host | None = None,
         routing: ExpectedRouting | None = None,
+        adapters: Sequence[NamedAdapter] = (),
     ) -> None:
         self.kept_bytes: dict[str, int] = {}
         self._model = model
@@ -121,7 +146,8 @@ class PlanMaker:
         self._device = device
         self._host = host or ThisHost(config)
         self._routing = routing or ASSUMED
-        self._shares = DeviceShares(model, config, compute, device, self._host)
+        self._adapters = tuple(adapters)
+        self._shares = DeviceShares(model, config, compute, device, self._host, [each.adapter for each in adapters])
 
     def make(
         self,
@@ -237,7 +263,8 @@ class PlanMaker:
     def placed(self, plan: Plan, machine: MachineProfile) -> Placed:
         """The plan as the planner's arithmetic sees it."""
         hyper, kv = self._model.manifest.hyper, plan.blueprint.kv_shape(plan.context_tokens)
-        costs = stage_costs(self._model.stages, plan.blueprint.layouts, hyper, (kv.type_k, kv.type_v))
+        types, adapters = (kv.type_k, kv.type_v), plan.blueprint.adapters
+        costs = stage_costs(self._model.stages, plan.blueprint.layouts, hyper, types, adapters)
         on_device = plan.device.placement if plan.device else None
         shapes = Shapes(costs, hyper.hidden_size)
         return Placed(shapes, machine, plan.placement, on_device, plan.decode_threads, self._routing)
@@ -313,7 +340,7 @@ class PlanMaker:
         there = share.tensors if share else frozenset()
         model, config = self._model, self._config
         layouts = choose_layouts(model.stages, self._compute.repack, config.layout, all_resident, there)
-        return Blueprint(model.manifest, model.stages, layouts, self._compute, config, drive, share)
+        return Blueprint(model.manifest, model.stages, layouts, self._compute, config, drive, share, self._adapters)
 
     def _plan_of(self, blueprint: Blueprint, placement: Placement, context_tokens: int, limit: int) -> Plan:
         tensors = self._model.manifest.tensors

@@ -25,8 +25,12 @@ class Generated:
 class LlamaCpp:
     """One model. Threads: 1, so that runs repeat exactly."""
 
-    def __init__(self, path: Path, *, context_tokens: int = 256) -> None:
-        self._server = xllamacpp.Server(_params(path, context_tokens))
+    def __init__(self, path: Path, *, context_tokens: int = 256, adapters: Sequence[tuple[Path, float]] = ()) -> None:
+        """`adapters` with their scales."""
+        params = _params(path, context_tokens)
+        if adapters:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), scale) for file, scale in adapters]
+        self._server = xllamacpp.Server(params)
 
     def greedy(
         self, prompt: Sequence[int] | str, num_tokens: int, *, vocab_size: int, banned: Sequence[int] = ()

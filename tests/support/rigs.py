@@ -12,6 +12,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from pipo.base.adapter import AdapterId, NamedAdapter
 from pipo.base.clock import RealClock
 from pipo.base.config import EngineConfig
 from pipo.base.trace import NullTracer
@@ -19,6 +20,7 @@ from pipo.compute import ggml
 from pipo.compute.device import ComputeDevice
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
+from pipo.formats.adapter import open_adapter
 from pipo.formats.checkpoint import open_checkpoint
 from pipo.models.registry import stages_of
 from pipo.pipeline.assembly import Assembly
@@ -62,7 +64,15 @@ class Rig:
         """For a device that computes chunks of up to `chunk` tokens."""
         plan, context = self.blueprint, self.context_tokens
         sizes = PassSizes(plan.largest_shape(context, chunk), plan.buffer_shape(context, chunk), plan.kv_shape(context))
-        return device_demand(plan.stages, plan.manifest.hyper, device, plan.compute, sizes, limit_bytes)
+        hyper, adapters = plan.manifest.hyper, plan.adapters
+        return device_demand(plan.stages, hyper, device, plan.compute, sizes, limit_bytes, adapters)
+
+    def with_adapters(self, *files: Path) -> Rig:
+        """The same model, with adapters named as their files are, at a scale of 1."""
+        rig = copy(self)
+        named = [NamedAdapter(AdapterId(file.stem), open_adapter(file), 1.0) for file in files]
+        rig.blueprint = replace(self.blueprint, named_adapters=tuple(named))
+        return rig
 
     def on_device(self, device: ComputeDevice, placement: DevicePlacement) -> Rig:
         """The same model, some of whose stages compute on a device."""

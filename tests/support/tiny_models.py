@@ -142,7 +142,7 @@ def rounded_model(model: PreTrainedModel, type: GgufType) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
             weight = parameter.numpy()
-            kind = stored_type("experts" if ".experts." in name else _gguf_name(name, model.config), weight, type)
+            kind = stored_type("experts" if ".experts." in name else gguf_name(name, model.config), weight, type)
             parameter.copy_(torch.from_numpy(dequantize(quantize(weight, kind), kind)))
     return rounded
 
@@ -175,7 +175,7 @@ def exported_tensors(model: PreTrainedModel) -> Iterator[tuple[str, FloatArray]]
             weight = pair_neighbours(weight, config.num_key_value_heads)
         elif name.endswith("shared_expert_gate.weight"):
             weight = weight.reshape(-1)
-        yield _gguf_name(name, config), np.ascontiguousarray(tiny_families.changed(config, name, weight))
+        yield gguf_name(name, config), np.ascontiguousarray(tiny_families.changed(config, name, weight))
 
 
 PERMUTED = ("llama", "smollm3")  # rows of q and k, by the converter
@@ -294,7 +294,7 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _gguf_name(name: str, config: Any) -> str:
+def gguf_name(name: str, config: Any) -> str:
     """`model.layers.3.self_attn.q_proj.bias` → `blk.3.attn_q.bias`."""
     own, name = tiny_families.names_of(config), name.replace("self_attn.sinks", "self_attn.sinks.weight")
     module, _, kind = name.removeprefix("model.").removeprefix("decoder.").rpartition(".")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from bench.random_model import write_random_model
+from pipo.base.adapter import AdapterChoice
 from pipo.base.config import EngineConfig
 from pipo.base.machine import LayoutRates, SharedUse
 from pipo.hardware import host, profiles
@@ -17,6 +20,7 @@ from pipo.planner.predict import Prediction, Workload
 from pipo.planner.simulate import Forecast, Lane
 from pipo.planner.variations import with_compute, with_drive, with_link
 from tests.support.header_only import LLAMA_7B, write_header
+from tests.support.random_adapters import write_random_adapter
 
 LAPTOP = profiles.load("rtx3060-laptop")
 REQUEST = Workload(64, 64)
@@ -114,3 +118,17 @@ def test_where_plans_are_alike_the_steadier_one_is_taken(outlook: Outlook) -> No
     assert _soonest([slow, tied, soonest]) == [soonest, tied]
     assert min(_soonest([soonest, slow, tied]), key=_stall_share) is tied
     assert min(_soonest([tied, predicted(1.005, 0.005)]), key=_stall_share) is tied, "less than can be told is no stall"
+
+
+def test_adapters_are_counted_and_take_time(tmp_path: Path) -> None:
+    write_random_model(tmp_path / "model.gguf", "smoke", "q4_0")
+    style = write_random_adapter(tmp_path / "model.gguf", tmp_path / "style.gguf", rank=64)
+    model, plans = ModelFile(tmp_path / "model.gguf", header_only=True), []
+    for lora in ((), (AdapterChoice(style),), (AdapterChoice(style, 0.5),) * 2):
+        with Outlook(model, EngineConfig(lora=lora)) as opened:
+            plans.append(opened.plan(opened.case_elsewhere(LAPTOP, None, None, REQUEST, 128)))
+    sizes = [plan.placement.breakdown.get("adapters", 0) for plan in plans]
+    assert sizes[0] == 0 and sizes[1] > style.stat().st_size * 0.95 and sizes[2] == 2 * sizes[1]
+    assert [[named.id for named in plan.adapters] for plan in plans] == [[], ["style"], ["style", "style-2"]]
+    seconds = [plan.prediction.total_s for plan in plans if plan.prediction]
+    assert seconds == sorted(seconds) and seconds[0] < seconds[1] < seconds[2]

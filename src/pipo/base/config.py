@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pipo.base.adapter import AdapterChoice, choices_of
 from pipo.base.cores import available_cores
 from pipo.base.errors import UsageError
 
@@ -17,7 +18,8 @@ CACHE_TYPE_NAMES = ("f16", "f32", "q8_0", "q4_0")
 MAX_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h; it checks none: 20,000 hang, and 2^31 wrap around to none
 ENV_PREFIX = "PIPO_"
 _ELSEWHERE = {"PIPO_GGML", "PIPO_TEST_MODEL"}  # read by compute.ggml and by the tests
-_CODE_ONLY = {"trace", "max_outputs", "num_sequences"}  # mean nothing without a program that uses what they give
+# mean nothing without a program that uses what they give, or without the model they are for
+_CODE_ONLY = {"trace", "max_outputs", "num_sequences", "lora"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class EngineConfig:
     max_outputs: int = 1  # positions of one pass that may ask for logits
     num_sequences: int = 1  # that have keys and values at a time, for Engine.complete_batch
     trace: bool = False
+    lora: tuple[AdapterChoice, ...] = ()  # adapters that every sequence has, unless a request says otherwise
 
     def __post_init__(self) -> None:
         _check_choice("schedule", self.schedule, SCHEDULE_NAMES)
@@ -51,6 +54,7 @@ class EngineConfig:
         _check_choice("layout", self.layout, LAYOUT_NAMES)
         _check_choice("cache_type_k", self.cache_type_k, CACHE_TYPE_NAMES)
         _check_choice("cache_type_v", self.cache_type_v, CACHE_TYPE_NAMES)
+        object.__setattr__(self, "lora", choices_of(self.lora))
         for name in ("context_tokens", "threads", "prefill_chunk", "max_outputs", "num_sequences"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):

@@ -68,6 +68,15 @@ class MemoryFlags:
         ),
     ] = None
 
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:SCALE]",
+            help="A LoRA adapter: a GGUF file or a folder of PEFT's; may be repeated.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None
+
     @property
     def arguments(self) -> dict[str, object]:
         """By the names of EngineConfig."""
@@ -79,6 +88,7 @@ class MemoryFlags:
             "cache_type_v": self.cache_type_v,
             "layout": self.layout,
             "prefill_chunk": self.prefill_chunk,
+            "lora": tuple(self.lora) if self.lora else None,
         }
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from pipo.base.adapter import NamedAdapter
 from pipo.base.units import format_rate, format_size
 from pipo.cli.terminal import Row
 from pipo.engine import Report
@@ -30,12 +31,20 @@ def plan_rows(plan: Plan) -> Iterator[Row]:
     types = " and ".join(dict.fromkeys((config.cache_type_k, config.cache_type_v)))
     each = f" for each of {config.num_sequences} sequences" if config.num_sequences > 1 else ""
     yield "context", f"{plan.context_tokens} tokens{each}, {format_size(_kv_bytes(plan))} of KV cache in {types}"
+    for i, named in enumerate(plan.adapters):
+        yield "adapters" if i == 0 else "", _adapter_text(named)
     if plan.device is not None:
         yield "device", _device_text(plan.device)
     layout = f"repacked {', '.join(plan.repacked_types)}" if plan.repacked_types else "plain"
     yield "prefill", f"{placement.chunk.num_tokens} tokens a pass, {layout} weights"
     if plan.decode_threads:
         yield "decode", f"on {plan.decode_threads} of {config.num_threads} threads, which leaves a core to the drive"
+
+
+def _adapter_text(named: NamedAdapter) -> str:
+    adapter = named.adapter
+    size, parts = format_size(adapter.num_bytes), len(adapter.parts)
+    return f"{named.id}: {adapter.rank_text}, scale {named.scale:g}, {parts} matrices, {size}"
 
 
 def _kv_bytes(plan: Plan) -> int:
@@ -194,6 +203,19 @@ def plan_dict(plan: Plan) -> dict[str, object]:
         "repacked_types": list(plan.repacked_types),
         "drive_bytes_per_s": plan.drive.bytes_per_s,
         "experts": _experts_dict(plan) if placement.num_experts else None,
+        "adapters": [_adapter_dict(named) for named in plan.adapters],
+    }
+
+
+def _adapter_dict(named: NamedAdapter) -> dict[str, object]:
+    ranks = {part.rank for part in named.adapter.parts.values()}
+    return {
+        "id": named.id,
+        "path": str(named.adapter.path),
+        "scale": named.scale,
+        "ranks": sorted(ranks),
+        "num_matrices": len(named.adapter.parts),
+        "bytes": named.adapter.num_bytes,
     }
 
 

@@ -89,6 +89,11 @@ class DeviceBackend:
             self._lib.backend_free(self._backend)
             self._backend = 0
 
+    def reopen(self) -> None:
+        """A fresh queue after `close`, which knows of no memory that was given back meanwhile. Raises ComputeError."""
+        self.close()
+        DeviceBackend.__init__(self, self.device)
+
     def __enter__(self) -> DeviceBackend:
         return self
 

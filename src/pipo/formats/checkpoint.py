@@ -46,7 +46,12 @@ def open_checkpoint(
 def _check_is_model(metadata: GgufMetadata, check_architecture: CheckArchitecture) -> None:
     kind = metadata.text("general.type")
     if kind not in (None, "model"):
-        raise UnsupportedModel(f"{metadata.path}: holds {kind!r:.80}, wanted a model", hint="name the model's own file")
+        hint = (
+            "an adapter goes with --lora, the model's own file here"
+            if kind == "adapter"
+            else "name the model's own file"
+        )
+        raise UnsupportedModel(f"{metadata.path}: holds {kind!r:.80}, wanted a model", hint=hint)
     architecture = metadata.text("general.architecture")
     if architecture:
         check_architecture(metadata.path.name, architecture)

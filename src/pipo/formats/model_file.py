@@ -10,8 +10,8 @@ from pathlib import Path
 from pipo.base.errors import FileChanged, MalformedFile, ModelError, ModelNotFound, UnsupportedModel
 from pipo.base.file_identity import FileIdentity
 
+DOWNLOAD_AGAIN = "the download went wrong: fetch the file again"
 _WHAT_WORKS = "pipo reads GGUF files"
-_DOWNLOAD_AGAIN = "the download went wrong: fetch the file again"
 _CONVERT = f"{_WHAT_WORKS}; convert the model with llama.cpp's convert_hf_to_gguf.py, or download a GGUF of it"
 
 # How another kind of file begins. The first two columns are its first bytes and its name.
@@ -53,17 +53,27 @@ def open_model_file(path: Path) -> FileIO:
 
 def refuse_not_gguf(path: Path, head: bytes) -> ModelError:
     """The error for a file whose first bytes, `head` (16 or more where the file has them), are not GGUF's."""
-    if not head:
-        return MalformedFile(f"{path}: is empty", hint=_DOWNLOAD_AGAIN)
-    for start, what in _BROKEN_DOWNLOADS:
-        if head.startswith(start):
-            return MalformedFile(f"{path}: is {what}", hint=_DOWNLOAD_AGAIN)
-    for start, what in _UNSUPPORTED:
-        if head.startswith(start):
-            return UnsupportedModel(f"{path}: is {what}", hint=_CONVERT)
+    stranger = refuse_stranger(path, head)
+    if stranger is not None:
+        return stranger
     if _looks_like_safetensors(head):
         return UnsupportedModel(f"{path}: is a safetensors file, which pipo does not read yet", hint=_CONVERT)
     return MalformedFile(f"{path}: is not a GGUF file: wanted the magic b'GGUF', found {head[:4]!r}", hint=_WHAT_WORKS)
+
+
+def refuse_stranger(path: Path, head: bytes) -> ModelError | None:
+    """The error for a file that begins as one pipo never reads, pickles among them; None for any other."""
+    if not head:
+        return MalformedFile(f"{path}: is empty", hint=DOWNLOAD_AGAIN)
+    if _looks_like_safetensors(head):  # first: its length may begin as a pickle does
+        return None
+    for start, what in _BROKEN_DOWNLOADS:
+        if head.startswith(start):
+            return MalformedFile(f"{path}: is {what}", hint=DOWNLOAD_AGAIN)
+    for start, what in _UNSUPPORTED:
+        if head.startswith(start):
+            return UnsupportedModel(f"{path}: is {what}", hint=_CONVERT)
+    return None
 
 
 def check_unchanged(path: Path, file: FileIO, identity: FileIdentity, *, offset: int, num_bytes: int) -> None:

@@ -13,6 +13,7 @@ from pipo.base.clock import Clock
 from pipo.base.errors import ContextOverflow, UsageError
 from pipo.generation.answer import Answer, Detokenizer, Piece
 from pipo.generation.request import SamplingParams
+from pipo.pipeline.adapters import Weights
 
 
 class ForwardPass(Protocol):
@@ -28,6 +29,9 @@ class ForwardPass(Protocol):
 
     def run_batch(self, token_ids: Sequence[int], starts: Sequence[int]) -> npt.NDArray[np.float32]:
         """A token of each of the first sequences; logits (sequences, vocabulary)."""
+
+    def use_adapters(self, weights: Sequence[Weights]) -> None:
+        """How much of which adapters the first sequences have in passes to come; the others have none."""
 
     def can_resume(self, position: int) -> bool:
         """What a token there sees of the first sequence's earlier ones is in the KV cache, if it was computed."""
@@ -59,6 +63,7 @@ class Generator:
         self._vocab_size = vocab_size
         self._clock = clock
         self._stored: list[int] = []  # the tokens at positions 0, 1, … of the KV cache
+        self._weights: list[Weights] = [{}]  # of adapters: what that was computed with
         self.context_tokens = context_tokens
         self.timing = Timing(0, 0)
 
@@ -121,8 +126,7 @@ class Generator:
         limits = [self.check(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
         details = zip(params, limits, detokenizers, strict=True)
         answers = [Answer(each, limit, end_ids, detokenizer) for each, limit, detokenizer in details]
-        self._stored.clear()
-        self._forward.forget()
+        self.forget()
         self.timing = Timing(sum(map(len, prompts)), 0)
         begin, num_tokens = self._clock.now(), 0
         try:
@@ -143,6 +147,18 @@ class Generator:
                     logits = list(self._forward.run_batch([h[-1] for h in together], [len(h) - 1 for h in together]))
         finally:
             self._forward.forget()
+
+    def use_adapters(self, weights: Sequence[Weights]) -> None:
+        """How much of which adapters the sequences of the next request have. Others forget the KV cache."""
+        if list(weights) != self._weights:
+            self.forget()
+        self._weights = list(weights)
+        self._forward.use_adapters(weights)
+
+    def forget(self) -> None:
+        """What is in the KV cache."""
+        self._stored.clear()
+        self._forward.forget()
 
     def _read_prompt(self, sequence: int, prompt: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits (vocabulary) after it."""

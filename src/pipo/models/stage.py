@@ -117,17 +117,54 @@ def banks_of(stages: Sequence[Stage]) -> list[ExpertBank]:
     return [stage.bank for stage in stages if stage.bank is not None]
 
 
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What an adapter adds to a product: B (scale * A x), with a scale for each row of x.
+
+    Its leaves: `{role}.lora_a.{adapter}`, `{role}.lora_b.{adapter}`, and `scale` (1, T) F32, which corrections share.
+    """
+
+    role: str
+    adapter: int  # its place among those of the pass
+    scale: str
+    type_a: TensorType
+    type_b: TensorType
+    rank: int
+
+    @property
+    def leaf_a(self) -> str:
+        return f"{self.role}.lora_a.{self.adapter}"
+
+    @property
+    def leaf_b(self) -> str:
+        return f"{self.role}.lora_b.{self.adapter}"
+
+
+Corrections = tuple[Correction, ...]  # of one stage, adapter by adapter
+
+
 class StageBuilder:
-    """What a stage lays its ops with: the op builder, the model's numbers, the shape class and its weights."""
+    """What a stage lays its ops with: the op builder, the model's numbers, the shape class, its weights and what
+    adapters add to its products.
+    """
 
     def __init__(
-        self, ops: Builder, hyper: HyperParameters, shape: ShapeClass, stage: Stage, is_repacked: Callable[[str], bool]
+        self,
+        ops: Builder,
+        hyper: HyperParameters,
+        shape: ShapeClass,
+        stage: Stage,
+        is_repacked: Callable[[str], bool],
+        corrections: Corrections = (),
     ) -> None:
         self.ops = ops
         self.hyper = hyper
         self.shape = shape
         self._stage = stage
         self._is_repacked = is_repacked
+        self._corrections = corrections
+        self._scales: dict[str, Tensor] = {}
+        self.num_corrected = 0
 
     def has(self, role: str) -> bool:
         return role in self._stage.matrices or role in self._stage.vectors
@@ -158,9 +195,32 @@ class StageBuilder:
         return WeightType(spec.type, self._is_repacked(spec.name))
 
     def linear(self, role: str, x: Tensor) -> Tensor:
-        """`weight @ x`, plus the bias where the model has one."""
+        """`weight @ x`, plus what adapters add, plus the bias where the model has one."""
         y = self.ops.mul_mat(self.weight(f"{role}.weight"), x)
+        for correction in self._corrections:
+            if correction.role == role:
+                y = self.ops.add(y, self._corrected(correction, x, y.shape[0]))
         return self.ops.add(y, self.weight(f"{role}.bias")) if self.has(f"{role}.bias") else y
+
+    def _corrected(self, correction: Correction, x: Tensor, num_out: int) -> Tensor:
+        """Scaled where the rows are shortest. Rows of sequences without the adapter are scaled by 0."""
+        self.num_corrected += 1
+        a = self.ops.leaf(correction.leaf_a, correction.type_a, x.shape[0], correction.rank)
+        b = self.ops.leaf(correction.leaf_b, correction.type_b, correction.rank, num_out)
+        scaled = self.ops.mul(self.ops.mul_mat(a, self._apart(x)), self._apart(self._scale(correction.scale)))
+        y = self.ops.mul_mat(b, scaled)
+        return y if len(y.shape) == 2 else self.ops.reshape(y, num_out, x.shape[1])
+
+    def _apart(self, x: Tensor) -> Tensor:
+        """Tokens of several sequences as so many matrices of a row: ggml multiplies those as it does a single token's,
+        so that a sequence gets what it would get alone. F32 rows that stand together take other kernels.
+        """
+        return self.ops.reshape(x, x.shape[0], 1, x.shape[1]) if self.shape.num_sequences > 1 else x
+
+    def _scale(self, name: str) -> Tensor:
+        if name not in self._scales:
+            self._scales[name] = self.ops.leaf(name, TensorType.F32, 1, self.shape.num_tokens)
+        return self._scales[name]
 
     def rms_norm(self, role: str, x: Tensor) -> Tensor:
         return self.ops.mul(self.ops.rms_norm(x, self.hyper.norm_epsilon), self.weight(f"{role}.weight"))

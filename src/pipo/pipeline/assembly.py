@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+from pipo.base.adapter import ADAPTERS, AdapterId, NamedAdapter
 from pipo.base.clock import Clock
 from pipo.base.errors import ComputeError
 from pipo.base.manifest import HyperParameters
@@ -14,7 +15,9 @@ from pipo.base.units import PAGE_BYTES, round_up
 from pipo.compute.dequantise import Dequantiser
 from pipo.compute.devices import CpuBackend
 from pipo.kvcache.cache import KvCache, KvShape
-from pipo.models.stage import ShapeClass, Stage, banks_of
+from pipo.models.stage import Stage, banks_of
+from pipo.pipeline.adapter_room import AdapterRoom, Budget
+from pipo.pipeline.adapters import AdapterStore
 from pipo.pipeline.blueprint import Blueprint, vector_bytes, vector_offsets
 from pipo.pipeline.buffers import BufferShape, PassBuffers
 from pipo.pipeline.device_engine import DeviceEngine, InRam
@@ -24,6 +27,7 @@ from pipo.pipeline.expert_cache import ExpertCache
 from pipo.pipeline.expert_stages import ExpertStages
 from pipo.pipeline.expert_units import ExpertUnits, expert_slot_bytes
 from pipo.pipeline.forward import EMBEDDING_TABLE, Forward, Sides
+from pipo.pipeline.graph_room import GraphRoom
 from pipo.pipeline.kv_room import KvRoom
 from pipo.pipeline.sides import CpuMemory, Model, Side
 from pipo.pipeline.stage_graphs import Compute, StageGraphs
@@ -38,7 +42,7 @@ from pipo.tiers.ram import Arena, GrowingMemory, Place
 from pipo.transfer.disk import DiskTransfer
 
 AHEAD_IN_FLIGHTS = 2  # of what the drive should have been asked for: a finished read waits for its turn
-_HELD_BY_PARTS = frozenset({KV_CACHE, "transfer buffers", "norms"})  # these reserve their own bytes
+_HELD_BY_PARTS = frozenset({KV_CACHE, "transfer buffers", "norms", ADAPTERS})  # these reserve their own bytes
 
 
 class Assembly:
@@ -58,7 +62,7 @@ class Assembly:
         self._exit = ExitStack()
         try:
             choose_threads = _choice_of_threads(blueprint.compute, decode_threads)
-            self.transfer, self.forward = self._build(
+            self.transfer, self.forward, self._adapters = self._build(
                 blueprint, placement, context_tokens, clock, tracer, choose_threads
             )
         except BaseException:
@@ -73,7 +77,7 @@ class Assembly:
         clock: Clock,
         tracer: Tracer,
         choose_threads: Callable[[int], None],
-    ) -> tuple[DiskTransfer, Forward]:
+    ) -> tuple[DiskTransfer, Forward, AdapterRoom]:
         for name in placement.fixed.keys() - _HELD_BY_PARTS:
             self._exit.enter_context(self.ledger.reserve(name, placement.fixed[name]))
         stages = self._stages(blueprint, placement)
@@ -87,11 +91,16 @@ class Assembly:
         kv_in_ram, blocks = blueprint.kv_shape_in_ram(context_tokens), blueprint.kv_blocks_in_ram
         kv_memory = self._kv_memory(kv_in_ram)
         cache = KvCache(kv_in_ram, kv_memory.place if kv_memory else None, blocks)
-        in_ram = InRam(self._load_vectors(stages, transfer), buffers, cache)
+        store = AdapterStore(blueprint.manifest, chunk, self.ledger)
+        self._exit.callback(store.close)
+        adapters = [store.load(named) for named in blueprint.named_adapters]
+        in_ram = InRam(self._load_vectors(stages, transfer), buffers, cache, adapters)
         hyper = blueprint.hyper_at(context_tokens)
-        graphs = self._graphs(blueprint, hyper, stages, largest)
-        cpu = Side(model, graphs, CpuMemory(in_ram.vectors, buffers, in_ram.cache))
-        residency, sides, link = Residency(pool), Sides(cpu), None
+        graphs = self._graphs(blueprint, hyper)
+        graph_room = GraphRoom(graphs, stages, largest, self.ledger, blueprint.adapters)
+        self._exit.callback(graph_room.close)
+        cpu = Side(model, graphs, CpuMemory(in_ram.vectors, buffers, in_ram.cache, store.addresses))
+        residency, sides, link, device = Residency(pool), Sides(cpu), None, None
         if blueprint.device is not None:
             device = DeviceEngine(blueprint.device, model, hyper, in_ram, kv, largest, clock=clock, tracer=tracer)
             self._exit.callback(device.close)
@@ -106,7 +115,10 @@ class Assembly:
         if kv_memory is not None:
             room = KvRoom(kv_in_ram, kv_memory, placement, executor, self.ledger)
             self._exit.callback(room.close)
-        return transfer, Forward(
+        spare = self.ledger.limit_bytes - placement.num_bytes
+        adapter_room = AdapterRoom(store, stages, graph_room, device, Budget(self.ledger, spare))
+        self._exit.callback(adapter_room.close)
+        forward = Forward(
             model,
             sides,
             executor,
@@ -114,11 +126,29 @@ class Assembly:
             buffers,
             kv,
             schedule,
+            store,
             room,
             experts,
             moves_kv=blueprint.moves_kv,
             choose_threads=choose_threads,
         )
+        return transfer, forward, adapter_room
+
+    @property
+    def adapters(self) -> dict[AdapterId, NamedAdapter]:
+        return self._adapters.store.named
+
+    def add_adapter(self, named: NamedAdapter) -> None:
+        """Between passes. Raises OverBudget, OutOfDeviceMemory, TransferError; then nothing has changed."""
+        try:
+            self._adapters.add(named)
+        finally:
+            self.forward.forget_bindings()
+
+    def remove_adapter(self, adapter_id: AdapterId) -> None:
+        """Between passes; one that is loaded."""
+        self._adapters.remove(adapter_id)
+        self.forward.forget_bindings()
 
     def _buffers(self, shape: BufferShape) -> PassBuffers:
         return PassBuffers(shape, self._arena("activations", shape.num_bytes))
@@ -205,13 +235,9 @@ class Assembly:
             place.view[offset : offset + spec.num_bytes] = transfer.read_now(spec.extent)
         return {name: place.address + offset for name, offset in offsets.items()}
 
-    def _graphs(
-        self, blueprint: Blueprint, hyper: HyperParameters, stages: Sequence[Stage], shape: ShapeClass
-    ) -> StageGraphs:
+    def _graphs(self, blueprint: Blueprint, hyper: HyperParameters) -> StageGraphs:
         graphs = StageGraphs(blueprint.compute, hyper, blueprint.layouts)
         self._exit.callback(graphs.close)
-        self._exit.enter_context(self.ledger.reserve("activations", graphs.measure(stages, shape)))
-        graphs.reserve(stages, shape)
         return graphs
 
     def _embedding(self, blueprint: Blueprint, transfer: DiskTransfer, executor: Executor, chunk: int) -> Embedding:

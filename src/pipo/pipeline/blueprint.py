@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from pipo.base.adapter import ADAPTERS, Adapter, NamedAdapter
 from pipo.base.config import EngineConfig
 from pipo.base.manifest import HyperParameters, Manifest
 from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
@@ -14,12 +15,13 @@ from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.kvcache.cache import CACHE_TYPES, ROWS_PER_PAGE, KvShape, kv_rows_class, kv_shape
 from pipo.models.stage import ShapeClass, Stage, banks_of
+from pipo.pipeline.adapters import adapter_bytes
 from pipo.pipeline.buffers import BufferShape, ExpertCounts
 from pipo.pipeline.device_share import DeviceShare
 from pipo.pipeline.embedding import embedding_bytes
 from pipo.pipeline.expert_units import expert_slot_bytes
 from pipo.pipeline.forward import EMBEDDING_TABLE
-from pipo.pipeline.stage_graphs import Compute, StageGraphs, graphs_bytes
+from pipo.pipeline.stage_graphs import Compute, StageGraphs, correction_bytes, graphs_bytes
 from pipo.pipeline.units import WeightLayouts, unit_sizes
 from pipo.planner.expert_slots import ExpertClass
 from pipo.planner.placement import KV_CACHE, ChunkCost, Demand, KvPage, UnitSize
@@ -48,6 +50,11 @@ class Blueprint:
     config: EngineConfig
     drive: DriveSettings
     device: DeviceShare | None = None
+    named_adapters: tuple[NamedAdapter, ...] = ()  # that it begins with
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        return [each.adapter for each in self.named_adapters]
 
     def kv_shape(self, context_tokens: int) -> KvShape:
         """Of all blocks and sequences."""
@@ -169,9 +176,11 @@ def demand(
         KV_CACHE: kv.used_bytes(round_up(context_tokens, ROWS_PER_PAGE)),
         "transfer buffers": blueprint.bounce_bytes,
         "norms": vector_bytes(blueprint.stages),
-        "graphs": graphs_bytes(len(blueprint.stages), blueprint.manifest.hyper.num_experts_per_tok),
+        "graphs": graphs_bytes(len(blueprint.stages), blueprint.manifest.hyper.num_experts_per_tok)
+        + correction_bytes(blueprint.stages, blueprint.adapters),
         "encoding": round_up(context_tokens * ENCODING_BYTES_PER_TOKEN, PAGE_BYTES),
         "answer": round_up(context_tokens * ANSWER_BYTES_PER_TOKEN, PAGE_BYTES) * num_sequences,
+        **_adapter_bytes(blueprint, chunks[-1].num_tokens),
         "process": process_bytes + GROWTH_BYTES,
         **kept_bytes,
     }
@@ -180,6 +189,12 @@ def demand(
     return Demand(
         blueprint.unit_sizes, fixed, chunks, limit_bytes, blueprint.drive.in_flight_bytes, page, blueprint.experts
     )
+
+
+def _adapter_bytes(blueprint: Blueprint, max_tokens: int) -> dict[str, int]:
+    """Empty where there are none."""
+    sizes = [adapter_bytes(each, max_tokens) for each in blueprint.adapters]
+    return {ADAPTERS: sum(sizes)} if sizes else {}
 
 
 def _chunks(blueprint: Blueprint, context_tokens: int) -> list[int]:
@@ -192,7 +207,8 @@ def _chunks(blueprint: Blueprint, context_tokens: int) -> list[int]:
 
 
 def _chunk_bytes(blueprint: Blueprint, graphs: StageGraphs, context_tokens: int, chunk_tokens: int) -> int:
-    measured = graphs.measure(blueprint.stages, blueprint.largest_shape(context_tokens, chunk_tokens))
+    shape = blueprint.largest_shape(context_tokens, chunk_tokens)
+    measured = graphs.measure(blueprint.stages, shape, blueprint.adapters)
     rows = embedding_bytes(blueprint.manifest.tensors[EMBEDDING_TABLE], chunk_tokens)
     return measured + rows + round_up(blueprint.buffer_shape(context_tokens, chunk_tokens).num_bytes, PAGE_BYTES)
 

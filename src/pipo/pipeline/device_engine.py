@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from pipo.base.adapter import Adapter, AdapterId
 from pipo.base.clock import Clock
 from pipo.base.manifest import HyperParameters
 from pipo.base.trace import Tracer
 from pipo.compute.device import ComputeDevice, DevicePlace
 from pipo.compute.device_backend import DeviceBackend
 from pipo.kvcache.cache import KvCache, KvShape
-from pipo.models.stage import ShapeClass, StageKind
+from pipo.models.stage import ShapeClass, Stage, StageKind
+from pipo.pipeline.adapters import LoadedAdapter
 from pipo.pipeline.buffers import PassBuffers
+from pipo.pipeline.device_adapters import DeviceAdapters
 from pipo.pipeline.device_layout import unit_on_device, vectors_on_device
 from pipo.pipeline.device_share import PLAIN, DeviceShare, array_bytes, kv_sizes
 from pipo.pipeline.device_tier import DeviceArena, DeviceLink, DeviceMemory, DeviceStages, MovingKv
+from pipo.pipeline.graph_room import GraphRoom
 from pipo.pipeline.sides import Model, Side
 from pipo.pipeline.stage_graphs import Compute, StageGraphs
 from pipo.planner.device_placement import SLOTS_PER_CLASS
@@ -35,6 +39,7 @@ class InRam:
     vectors: Mapping[str, int]
     buffers: PassBuffers
     cache: KvCache
+    adapters: Sequence[LoadedAdapter]
 
 
 class DeviceEngine:
@@ -78,6 +83,10 @@ class DeviceEngine:
     def units(self) -> frozenset[UnitId]:
         return frozenset(unit.unit_id for unit in self._units)
 
+    @property
+    def _stages_here(self) -> list[Stage]:
+        return [self._model.stages[i] for i in sorted(self.stage_idxs)]
+
     def _build(
         self, hyper: HyperParameters, ram: InRam, kv: KvShape, shape: ShapeClass, clock: Clock, tracer: Tracer
     ) -> None:
@@ -87,8 +96,14 @@ class DeviceEngine:
         homes = self._make_homes(sizes)
         slots, self.pool = self._make_slots(sizes.keys() - homes.keys())
         moving, kv_places = self._place_kv(kv, ram.cache)
-        memory = DeviceMemory(self._load_vectors(ram.vectors), layouts, self._place_arrays(ram.buffers), kv_places, kv)
-        side = Side(self._model, self._graphs(hyper, shape), memory)
+        vectors, arrays = self._load_vectors(ram.vectors), self._place_arrays(ram.buffers)
+        self._adapters = self._load_adapters(ram, shape.num_tokens)
+        memory = DeviceMemory(vectors, layouts, arrays, kv_places, kv, self._adapters.places)
+        graphs = self._graphs(hyper)
+        adapters = [each.named.adapter for each in ram.adapters]
+        self._graph_room = GraphRoom(graphs, self._stages_here, shape, self.ledger, adapters)
+        self._exit.callback(self._graph_room.close)
+        side = Side(self._model, graphs, memory)
         self.stages = DeviceStages(side, memory, ram.buffers, moving)
         self.link = DeviceLink(homes, slots, layouts, moving, tracer=tracer, clock=clock)
         self._exit.callback(self.link.close)
@@ -112,7 +127,7 @@ class DeviceEngine:
         return min(unit_id, len(self._share.placement.computes) - 1)
 
     def _load_vectors(self, in_ram: Mapping[str, int]) -> dict[str, DevicePlace]:
-        stages = [self._model.stages[i] for i in sorted(self.stage_idxs)]
+        stages = self._stages_here
         layout = vectors_on_device(stages, self._device)
         (base,) = self._arena.take("norms", [layout.num_bytes])
         places = {name: DevicePlace(base.buffer, base.offset + offset) for name, offset in layout.offsets.items()}
@@ -140,13 +155,44 @@ class DeviceEngine:
         moving = MovingKv(kv, cache, pairs, block_of_stage)
         return moving, moving.places
 
-    def _graphs(self, hyper: HyperParameters, shape: ShapeClass) -> StageGraphs:
+    def _graphs(self, hyper: HyperParameters) -> StageGraphs:
         graphs = StageGraphs(Compute(self._device.lib, self._backend), hyper, PLAIN)
         self._exit.callback(graphs.close)
-        stages = [self._model.stages[i] for i in sorted(self.stage_idxs)]
-        self._exit.enter_context(self.ledger.reserve("activations", graphs.measure(stages, shape)))
-        graphs.reserve(stages, shape)
         return graphs
+
+    def _load_adapters(self, ram: InRam, max_tokens: int) -> DeviceAdapters:
+        adapters = DeviceAdapters(self._device, self.ledger, self._stages_here, max_tokens)
+        # like all memory here, it is given back after the queue was closed
+        self._arena.keep(adapters.close)
+        for loaded in ram.adapters:
+            adapters.load(loaded)
+        return adapters
+
+    def add_adapter(self, loaded: LoadedAdapter, adapters: Sequence[Adapter]) -> None:
+        """Between passes. `adapters` are all there will be. Raises OverBudget, OutOfDeviceMemory, ComputeError; then
+        nothing has changed.
+        """
+        with self._queue_closed():
+            self._adapters.load(loaded)
+            try:
+                self._graph_room.hold(adapters)
+            except BaseException:
+                self._adapters.unload(loaded.named.id)
+                raise
+
+    def remove_adapter(self, adapter_id: AdapterId) -> None:
+        """Between passes."""
+        with self._queue_closed():
+            self._adapters.unload(adapter_id)
+
+    @contextmanager
+    def _queue_closed(self) -> Iterator[None]:
+        """While memory is given back that it may have named."""
+        self._backend.close()
+        try:
+            yield
+        finally:
+            self._backend.reopen()
 
     def close(self) -> None:
         self._exit.close()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+from pipo.base.adapter import ADAPTERS, Adapter
 from pipo.base.manifest import HyperParameters
 from pipo.base.units import round_up
 from pipo.compute.device import ComputeDevice
@@ -13,6 +14,7 @@ from pipo.compute.device_backend import DeviceBackend
 from pipo.kvcache.cache import KvShape
 from pipo.models.stage import ShapeClass, Stage, StageKind
 from pipo.pipeline.buffers import STAGE_ARRAYS, BufferShape
+from pipo.pipeline.device_adapters import device_adapter_bytes
 from pipo.pipeline.device_layout import AbsentDevice, DeviceSizes, unit_on_device, vectors_on_device
 from pipo.pipeline.stage_graphs import Compute, StageGraphs
 from pipo.pipeline.units import ROLES, WeightLayouts
@@ -76,6 +78,7 @@ def device_demand(
     cpu: Compute,
     sizes: PassSizes,
     limit_bytes: int,
+    adapters: Sequence[Adapter] = (),
 ) -> DeviceDemand:
     """What each unit, and the largest pass, would take there.
 
@@ -85,18 +88,27 @@ def device_demand(
     stages = [stage for stage in stages if stage.kind is not StageKind.EXPERTS]
     if isinstance(device, AbsentDevice):
         with closing(StageGraphs(cpu, hyper, PLAIN)) as graphs:
-            return _demand_of(stages, device, graphs.measure(stages, sizes.shape), sizes, limit_bytes)
+            workspace = graphs.measure(stages, sizes.shape, adapters)
+            return _demand_of(stages, device, workspace, sizes, limit_bytes, adapters)
     with DeviceBackend(device) as backend, closing(StageGraphs(Compute(device.lib, backend), hyper, PLAIN)) as graphs:
-        return _demand_of(stages, device, graphs.measure(stages, sizes.shape), sizes, limit_bytes)
+        workspace = graphs.measure(stages, sizes.shape, adapters)
+        return _demand_of(stages, device, workspace, sizes, limit_bytes, adapters)
 
 
 def _demand_of(
-    stages: Sequence[Stage], device: DeviceSizes, workspace: int, sizes: PassSizes, limit_bytes: int
+    stages: Sequence[Stage],
+    device: DeviceSizes,
+    workspace: int,
+    sizes: PassSizes,
+    limit_bytes: int,
+    adapters: Sequence[Adapter],
 ) -> DeviceDemand:
     fixed = {
         "activations": workspace + sum(array_bytes(sizes.buffers, device).values()),
         "norms": vectors_on_device(stages, device).num_bytes,
     }
+    if adapters:
+        fixed[ADAPTERS] = device_adapter_bytes(adapters, stages, device, sizes.shape.num_tokens)
     units = [
         DeviceUnit(ROLES[stage.kind], stage.block_idx, unit_on_device(stage, device).num_bytes)
         for stage in stages

@@ -13,6 +13,7 @@ from pipo.compute.device import ComputeDevice, DeviceBuffer, DevicePlace
 from pipo.compute.graph import Binding, Graph
 from pipo.kvcache.cache import KvCache, KvShape
 from pipo.models.stage import ShapeClass
+from pipo.pipeline.adapters import NO_ADAPTERS, ActiveAdapters
 from pipo.pipeline.buffers import LOCAL_MASK, ROUTING, PassBuffers, PassRows
 from pipo.pipeline.device_layout import DeviceLayout
 from pipo.pipeline.executor import Places
@@ -43,6 +44,10 @@ class DeviceArena:
             places += [buffer.place(sum(group[:i])) for i in range(len(group))]
         return places
 
+    def keep(self, close: Callable[[], None]) -> None:
+        """Close something of others with this memory."""
+        self._exit.callback(close)
+
     def close(self) -> None:
         self._exit.close()
 
@@ -67,6 +72,7 @@ class DeviceMemory:
     arrays: Mapping[str, DevicePlace]
     kv: Mapping[int, tuple[DevicePlace, DevicePlace]]
     kv_shape: KvShape
+    adapters: Mapping[str, DevicePlace]  # by key; those of stages that compute here, and scales
 
     def vector(self, name: str) -> DevicePlace:
         return self.vectors[name]
@@ -81,6 +87,9 @@ class DeviceMemory:
 
     def array(self, name: str) -> DevicePlace:
         return self.arrays[name]
+
+    def adapter(self, key: str) -> DevicePlace:
+        return self.adapters[key]
 
     def logits(self, first_row: int, num_outputs: int) -> DevicePlace:
         return _beyond(self.arrays["logits"], PassBuffers.logits_offset(first_row, num_outputs))
@@ -163,9 +172,14 @@ class DeviceStages:
         self._memory = memory
         self._buffers = buffers
         self._moving_kv = moving_kv
+        self._adapters = NO_ADAPTERS
 
-    def take_shape(self, shape: ShapeClass, stage_idxs: Sequence[int], sequence: int) -> None:
-        self._side.take_shape(shape, stage_idxs, sequence)
+    def take_shape(self, shape: ShapeClass, stage_idxs: Sequence[int], sequence: int, adapters: ActiveAdapters) -> None:
+        self._adapters = adapters
+        self._side.take_shape(shape, stage_idxs, sequence, adapters)
+
+    def forget_places(self) -> None:
+        self._side.forget_places()
 
     def compute(self, stage_idx: int, place: Place | DevicePlace | None) -> None:
         self._side.compute(stage_idx, place)
@@ -179,6 +193,10 @@ class DeviceStages:
         for name in ("positions", "kv_rows", "mask", LOCAL_MASK, "out_rows"):
             if name in self._memory.arrays:
                 self._move(name, DeviceBuffer.upload)
+        for loaded in self._adapters.loaded:
+            for key in loaded.scale_keys:
+                place = self._memory.adapter(key)
+                place.buffer.upload(place.offset, loaded.addresses[key], rows.num_tokens * 4)
 
     def bring_hidden(self) -> None:
         self._move("hidden", DeviceBuffer.upload)

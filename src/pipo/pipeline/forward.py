@@ -13,6 +13,7 @@ import numpy.typing as npt
 from pipo.compute.device import DevicePlace
 from pipo.kvcache.cache import KvShape, kv_rows_class
 from pipo.models.stage import ShapeClass, StageKind
+from pipo.pipeline.adapters import ActiveAdapters, AdapterStore, Weights
 from pipo.pipeline.buffers import PassBuffers, PassRows
 from pipo.pipeline.embedding import Embedding
 from pipo.pipeline.executor import Executor
@@ -32,7 +33,11 @@ WHOLE_PASS = -2  # in place of a stage's index: all of them at once, when every 
 class DeviceSide(Protocol):
     """Stages that compute on a device, and what crosses between it and RAM in a pass."""
 
-    def take_shape(self, shape: ShapeClass, stage_idxs: Sequence[int], sequence: int) -> None: ...
+    def take_shape(
+        self, shape: ShapeClass, stage_idxs: Sequence[int], sequence: int, adapters: ActiveAdapters
+    ) -> None: ...
+
+    def forget_places(self) -> None: ...
 
     def compute(self, stage_idx: int, place: Place | DevicePlace | None) -> None: ...
 
@@ -81,6 +86,7 @@ class Forward:
         buffers: PassBuffers,
         kv: KvShape,
         schedule: Schedule,
+        adapters: AdapterStore,
         kv_room: KvRoom | None = None,
         experts: ExpertStages | None = None,
         *,
@@ -98,6 +104,7 @@ class Forward:
         self._buffers = buffers
         self._kv = kv
         self._schedule = schedule
+        self._adapters = adapters
         self._kv_room = kv_room
         self._sliding_window = buffers.shape.sliding_window
         self.experts = experts
@@ -112,6 +119,7 @@ class Forward:
         self._all_units = [need.unit_id for need in needs if need.unit_id is not None]
         self._is_hidden_on_device = False
         self._num_positions = [0] * kv.num_sequences  # of each sequence
+        self._weights: list[Weights] = [{}] * kv.num_sequences  # of adapters, of each sequence
 
     def take_stats(self) -> PassStats:
         """The counters since they were last taken."""
@@ -148,6 +156,18 @@ class Forward:
         """One token of each of the first sequences, at its start. Returns logits (sequences, vocabulary), as `run`."""
         assert len(token_ids) == len(starts) <= self.num_sequences
         return self._run(token_ids, PassRows(starts, 1), range(len(starts)))
+
+    def use_adapters(self, weights: Sequence[Weights]) -> None:
+        """How much of which adapters the first sequences have in passes to come; the others have none. Keys and values
+        computed with others are of no use any more.
+        """
+        self._weights = [*weights, *[{}] * (self.num_sequences - len(weights))]
+
+    def forget_bindings(self) -> None:
+        """Graphs or what they are bound to have gone."""
+        self._sides.cpu.forget_places()
+        if self._sides.device is not None:
+            self._sides.device.forget_places()
 
     def can_resume(self, position: int) -> bool:
         """What a token there sees of the first sequence's earlier ones is in the KV cache, if it was computed."""
@@ -198,9 +218,10 @@ class Forward:
         shape = ShapeClass(rows.num_tokens, kv_rows, num_outputs, kv.type_k, kv.type_v)
         if len(rows.starts) > 1:
             shape = replace(shape, num_sequences=len(rows.starts), kv_stride_rows=kv.num_rows)
-        self._sides.cpu.take_shape(shape, needs.on_cpu, rows.first)
+        adapters = self._adapters.take_rows(rows, self._weights)
+        self._sides.cpu.take_shape(shape, needs.on_cpu, rows.first, adapters)
         if self._sides.device is not None:
-            self._sides.device.take_shape(shape, needs.on_device, rows.first)
+            self._sides.device.take_shape(shape, needs.on_device, rows.first, adapters)
 
     def _compute(self, needs: _Needs, stage_idx: int, place: Place | DevicePlace | None) -> None:
         is_whole = stage_idx == WHOLE_PASS

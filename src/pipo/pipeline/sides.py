@@ -9,7 +9,8 @@ from typing import Generic, Protocol, TypeVar
 from pipo.compute.device import DevicePlace
 from pipo.compute.graph import Binding, Graph
 from pipo.kvcache.cache import KvCache
-from pipo.models.stage import ShapeClass, Stage, StageKind
+from pipo.models.stage import Corrections, ShapeClass, Stage, StageKind
+from pipo.pipeline.adapters import NO_ADAPTERS, ActiveAdapters
 from pipo.pipeline.buffers import STAGE_ARRAYS, PassBuffers
 from pipo.pipeline.stage_graphs import StageGraphs
 from pipo.pipeline.units import HeadPiece, Unit, head_pieces
@@ -43,6 +44,9 @@ class Memory(Protocol[A]):
 
     def array(self, name: str) -> A: ...
 
+    def adapter(self, key: str) -> A:
+        """Of a tensor of an adapter, or its scales."""
+
     def logits(self, first_row: int, num_outputs: int) -> A: ...
 
     def keys_and_values(self, block_idx: int, sequence: int) -> tuple[A, A]:
@@ -54,10 +58,13 @@ class Memory(Protocol[A]):
 class CpuMemory:
     """In RAM, by address."""
 
-    def __init__(self, vectors: Mapping[str, int], buffers: PassBuffers, cache: KvCache) -> None:
+    def __init__(
+        self, vectors: Mapping[str, int], buffers: PassBuffers, cache: KvCache, adapters: Mapping[str, int]
+    ) -> None:
         self._vectors = vectors
         self._buffers = buffers
         self._cache = cache
+        self._adapters = adapters
 
     def vector(self, name: str) -> int:
         return self._vectors[name]
@@ -72,6 +79,9 @@ class CpuMemory:
 
     def array(self, name: str) -> int:
         return self._buffers.addresses[name]
+
+    def adapter(self, key: str) -> int:
+        return self._adapters[key]
 
     def logits(self, first_row: int, num_outputs: int) -> int:
         return self.array("logits") + self._buffers.logits_offset(first_row, num_outputs)
@@ -107,13 +117,18 @@ class Side(Generic[A]):
         self._arrays = memory.stage_arrays
         self._stage_idxs: Sequence[int] = ()
         self._sequence = 0
+        self._adapters = NO_ADAPTERS
 
-    def take_shape(self, shape: ShapeClass, stage_idxs: Sequence[int], sequence: int) -> None:
-        """Of the passes to come, the stages that each computes, and the first sequence they are for. What was bound for
-        others is of no use any more.
+    def take_shape(
+        self, shape: ShapeClass, stage_idxs: Sequence[int], sequence: int, adapters: ActiveAdapters = NO_ADAPTERS
+    ) -> None:
+        """Of the passes to come, the stages that each computes, the first sequence they are for, and the adapters that
+        any of them has. What was bound for others is of no use any more.
         """
-        if shape != self._shape or stage_idxs is not self._stage_idxs or sequence != self._sequence:
+        is_other = stage_idxs is not self._stage_idxs or adapters is not self._adapters
+        if shape != self._shape or is_other or sequence != self._sequence:
             self._shape, self._stage_idxs, self._sequence = shape, stage_idxs, sequence
+            self._adapters = adapters
             self.forget_places()
 
     def forget_places(self) -> None:
@@ -139,18 +154,23 @@ class Side(Generic[A]):
 
     def _bind(self, stage_idx: int, place: Place | DevicePlace | None) -> _Bound:
         assert self._shape is not None
-        graph = self._graphs.get(self._model.stages[stage_idx], self._shape)
+        stage = self._model.stages[stage_idx]
+        graph = self._graphs.get(stage, self._shape, self._adapters.corrections(stage))
         leaves = self._leaves(stage_idx, place)
         return _Bound(graph, self._memory.bind(graph, {name: leaves[name] for name in graph.leaf_names}), place)
 
     def _bind_all(self, place_of: Callable[[int], Place | DevicePlace | None]) -> _Bound:
         assert self._shape is not None
-        graph = self._graphs.get_whole([self._model.stages[i] for i in self._stage_idxs], self._shape)
+        stages = [self._model.stages[i] for i in self._stage_idxs]
+        graph = self._graphs.get_whole(stages, self._shape, self._corrections(stages))
         leaves: dict[str, A] = {}
         for i, stage_idx in enumerate(self._stage_idxs):
             own = self._leaves(stage_idx, place_of(stage_idx))
             leaves |= {f"{i}.{name}": where for name, where in own.items()}
         return _Bound(graph, self._memory.bind(graph, {name: leaves[name] for name in graph.leaf_names}), None)
+
+    def _corrections(self, stages: Sequence[Stage]) -> list[Corrections]:
+        return [self._adapters.corrections(stage) for stage in stages] if self._adapters.loaded else []
 
     def _leaves(self, stage_idx: int, place: Place | DevicePlace | None) -> dict[str, A]:
         """More than the stage has: its weights, and the arrays of the pass with the rows that belong to it."""
@@ -161,6 +181,7 @@ class Side(Generic[A]):
             unit = self._unit_of_stage[stage_idx]
             leaves |= {role: memory.matrix(unit, spec.name, place) for role, spec in stage.matrices.items()}
         leaves |= {name: memory.array(name) for name in self._arrays}
+        leaves |= {leaf: memory.adapter(key) for leaf, key in self._adapters.keys_of_leaves(stage)}
         if stage.kind is StageKind.ATTENTION:
             leaves["k_cache"], leaves["v_cache"] = memory.keys_and_values(stage.block_idx, self._sequence)
         elif stage.kind is StageKind.HEAD:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from pipo.base.adapter import Adapter
 from pipo.base.machine import StageWork, WeightWork
 from pipo.base.manifest import HyperParameters, TensorSpec
 from pipo.base.tensor_type import TensorType
@@ -19,16 +20,31 @@ CacheTypes = tuple[TensorType, TensorType]  # of keys and of values
 
 
 def stage_costs(
-    stages: Sequence[Stage], layouts: WeightLayouts, hyper: HyperParameters, cache_types: CacheTypes
+    stages: Sequence[Stage],
+    layouts: WeightLayouts,
+    hyper: HyperParameters,
+    cache_types: CacheTypes,
+    adapters: Sequence[Adapter] = (),
 ) -> list[StageCost]:
-    """One per stage, in order; those with matrices are numbered as units, as `unit_sizes` has them."""
+    """One per stage, in order; those with matrices are numbered as units, as `unit_sizes` has them. What adapters add
+    is counted with their products.
+    """
     costs = []
     num_units = 0
     for stage in stages:
         unit_id = UnitId(num_units) if stage.matrices else None
         num_units += bool(stage.matrices)
-        costs.append(_cost(stage, unit_id, layouts, hyper, cache_types))
+        cost = _cost(stage, unit_id, layouts, hyper, cache_types)
+        costs.append(replace(cost, work=_with_adapters(cost.work, stage, adapters)))
     return costs
+
+
+def _with_adapters(work: StageWork, stage: Stage, adapters: Sequence[Adapter]) -> StageWork:
+    names = [spec.name for spec in stage.matrices.values()]
+    parts = [adapter.parts[name] for adapter in adapters for name in names if name in adapter.parts]
+    more = _work_of([spec for part in parts for spec in (part.a, part.b)], WeightLayouts(frozenset()))
+    activations = work.activations_per_token + more.activations_per_token
+    return replace(work, weights=work.weights + more.weights, activations_per_token=activations)
 
 
 def _cost(

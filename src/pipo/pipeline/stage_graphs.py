@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from pipo.base.adapter import Adapter
+from pipo.base.errors import ComputeError
 from pipo.base.manifest import HyperParameters
 from pipo.base.tensor_type import TensorType
 from pipo.compute.device import ComputeDevice
@@ -16,7 +18,8 @@ from pipo.compute.ggml import Library
 from pipo.compute.graph import Graph, Workspace
 from pipo.compute.graphs import MAX_NODES, Builder
 from pipo.compute.repack import RepackBuffer
-from pipo.models.stage import ExpertShape, ShapeClass, Stage, StageBuilder, StageKind, Sum
+from pipo.models.adapters import CorrectionsOf, corrections_of
+from pipo.models.stage import Corrections, ExpertShape, ShapeClass, Stage, StageBuilder, StageKind, Sum
 from pipo.pipeline.buffers import FEW_TOKENS, row_class
 from pipo.pipeline.units import WeightLayouts
 
@@ -27,6 +30,8 @@ MAX_GROUP = 8  # experts in a graph, unless all of a token's are
 _NODES_PER_STAGE = 48
 _GRAPH_BYTES = 24 << 10  # what one stage's graph touches of its context
 _WHOLE_STAGE_BYTES = 12 << 10  # the same, per stage of a whole graph
+_NODES_PER_CORRECTION = 12
+_CORRECTION_BYTES = 4 << 10  # of a graph, for each
 _NODES_PER_EXPERT = 24
 _EXPERT_BYTES = 8 << 10  # the same as _GRAPH_BYTES, per expert of a graph
 
@@ -37,6 +42,19 @@ def graphs_bytes(num_stages: int, num_experts_per_tok: int = 0) -> int:
         group = max(num_experts_per_tok, MAX_GROUP)
         return MAX_GRAPHS * _GRAPH_BYTES + MAX_EXPERT_GRAPHS * group * _EXPERT_BYTES
     return MAX_GRAPHS * _GRAPH_BYTES + MAX_WHOLE_GRAPHS * num_stages * _WHOLE_STAGE_BYTES
+
+
+def correction_bytes(stages: Sequence[Stage], adapters: Sequence[Adapter]) -> int:
+    """Most that graphs' structures take more for what adapters add."""
+    counts = [len(corrections_of(adapters)(stage)) for stage in stages]
+    num_whole = 0 if any(stage.bank for stage in stages) else MAX_WHOLE_GRAPHS
+    return (MAX_GRAPHS * max(counts, default=0) + num_whole * sum(counts)) * _CORRECTION_BYTES
+
+
+def variants_of(adapters: Sequence[Adapter]) -> list[CorrectionsOf]:
+    """What passes may have of these: nothing, each alone, all. Others take no more than all do."""
+    sets = [(), *((each,) for each in adapters), *((tuple(adapters),) if len(adapters) > 1 else ())]
+    return [corrections_of(each) for each in sets]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +83,16 @@ class StageGraphs:
         self._hyper = hyper
         self._layouts = layouts
         self._workspace = Workspace(compute.lib, compute.device)
-        self._graphs: OrderedDict[tuple[int, ShapeClass], Graph] = OrderedDict()
-        self._whole: OrderedDict[tuple[int, ShapeClass], Graph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, ShapeClass, Corrections], Graph] = OrderedDict()
+        self._whole: OrderedDict[tuple[int, ShapeClass, tuple[Corrections, ...]], Graph] = OrderedDict()
         self._of_experts: OrderedDict[tuple[int, ExpertShape], Graph] = OrderedDict()
         self._numbers: dict[int, int] = {}  # of the stage of this id: equal for those that share graphs
         self._signatures: dict[tuple[object, ...], int] = {}
 
-    def measure(self, stages: Sequence[Stage], shape: ShapeClass) -> int:
+    def measure(self, stages: Sequence[Stage], shape: ShapeClass, adapters: Sequence[Adapter] = ()) -> int:
         """Bytes of intermediates and scratch that the largest of these graphs needs. Allocates next to nothing."""
         workspace = work = 0
-        for graph in self._largest(stages, shape):
+        for graph in self._largest(stages, shape, adapters):
             workspace = max(workspace, self._workspace.measure(graph))
             work = max(work, self._work_bytes(graph))
             graph.free()
@@ -85,27 +103,32 @@ class StageGraphs:
         backend = self._compute.backend
         return graph.work_bytes(backend.num_threads) if isinstance(backend, CpuBackend) else 0
 
-    def reserve(self, stages: Sequence[Stage], shape: ShapeClass) -> None:
-        """Make room for the largest shape, once, before any graph is used."""
-        for graph in self._largest(stages, shape):
+    def reserve(self, stages: Sequence[Stage], shape: ShapeClass, adapters: Sequence[Adapter] = ()) -> None:
+        """Make room for the largest shape, before any graph is used. Graphs there were are built anew."""
+        self._free_graphs()
+        self._workspace.close()
+        self._workspace = Workspace(self._compute.lib, self._compute.device)
+        for graph in self._largest(stages, shape, adapters):
             self._workspace.reserve(graph)
             graph.free()
 
-    def _largest(self, stages: Sequence[Stage], shape: ShapeClass) -> Iterator[Graph]:
-        distinct = self._distinct(stages)
-        for stage in distinct:
-            if stage.bank is None:
-                yield self._lay(stage, _relevant(stage.kind, shape)).finish()
-            for expert_shape in _largest_of_experts(stage, shape.num_tokens):
-                yield self._lay_experts(stage, expert_shape).finish()
-        if not any(stage.bank for stage in stages):
-            yield self._lay_all(distinct, shape).finish()
+    def _largest(self, stages: Sequence[Stage], shape: ShapeClass, adapters: Sequence[Adapter]) -> Iterator[Graph]:
+        for of in variants_of(adapters):
+            distinct = list({(self._number(stage), of(stage)): stage for stage in stages}.values())
+            for stage in distinct:
+                if stage.bank is None:
+                    yield self._lay(stage, _relevant(stage.kind, shape), of(stage)).finish()
+                for expert_shape in _largest_of_experts(stage, shape.num_tokens):
+                    yield self._lay_experts(stage, expert_shape).finish()
+            if not any(stage.bank for stage in stages):
+                yield self._lay_all(distinct, shape, [of(stage) for stage in distinct]).finish()
 
-    def get(self, stage: Stage, shape: ShapeClass) -> Graph:
-        key = (self._number(stage), _relevant(stage.kind, shape))
+    def get(self, stage: Stage, shape: ShapeClass, corrections: Corrections = ()) -> Graph:
+        """`corrections` are what adapters add to its products."""
+        key = (self._number(stage), _relevant(stage.kind, shape), corrections)
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._lay(stage, _relevant(stage.kind, shape)).build(self._workspace)
+            graph = self._lay(stage, _relevant(stage.kind, shape), corrections).build(self._workspace)
             self._graphs[key] = graph
             if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)[1].free()
@@ -125,14 +148,16 @@ class StageGraphs:
             self._of_experts.move_to_end(key)
         return graph
 
-    def get_whole(self, stages: Sequence[Stage], shape: ShapeClass) -> Graph:
+    def get_whole(self, stages: Sequence[Stage], shape: ShapeClass, corrections: Sequence[Corrections] = ()) -> Graph:
         """One graph of all these stages: what a pass over a model that is all in RAM runs. Leaves of stage i are
         named `i.name`. Saves the start of sixty graphs: 6 % of a pass of a 135M model.
+
+        `corrections` by stage; of none of them where it is empty.
         """
-        key = (len(stages), shape)
+        key = (len(stages), shape, tuple(corrections))
         graph = self._whole.get(key)
         if graph is None:
-            graph = self._whole[key] = self._lay_all(stages, shape).build(self._workspace)
+            graph = self._whole[key] = self._lay_all(stages, shape, corrections).build(self._workspace)
             if len(self._whole) > MAX_WHOLE_GRAPHS:
                 self._whole.popitem(last=False)[1].free()
         return graph
@@ -142,10 +167,13 @@ class StageGraphs:
         graph.run(self._compute.backend)
 
     def close(self) -> None:
+        self._free_graphs()
+        self._workspace.close()
+
+    def _free_graphs(self) -> None:
         for graphs in (self._graphs, self._whole, self._of_experts):
             while graphs:
                 graphs.popitem()[1].free()
-        self._workspace.close()
 
     def _number(self, stage: Stage) -> int:
         number = self._numbers.get(id(stage))
@@ -154,13 +182,16 @@ class StageGraphs:
             number = self._numbers[id(stage)] = self._signatures.setdefault(signature, len(self._signatures))
         return number
 
-    def _distinct(self, stages: Sequence[Stage]) -> list[Stage]:
-        return list({self._number(stage): stage for stage in stages}.values())
-
-    def _lay(self, stage: Stage, shape: ShapeClass) -> Builder:
-        with self._builder() as ops:
-            stage.lay(StageBuilder(ops, self._hyper, shape, stage, self._layouts.is_repacked))
+    def _lay(self, stage: Stage, shape: ShapeClass, corrections: Corrections) -> Builder:
+        with self._builder(MAX_NODES + _NODES_PER_CORRECTION * len(corrections)) as ops:
+            self._lay_one(ops, stage, shape, corrections)
         return ops
+
+    def _lay_one(self, ops: Builder, stage: Stage, shape: ShapeClass, corrections: Corrections) -> None:
+        builder = StageBuilder(ops, self._hyper, shape, stage, self._layouts.is_repacked, corrections)
+        stage.lay(builder)
+        if builder.num_corrected != len(corrections):
+            raise ComputeError(f"an adapter has parts for a product of {stage.kind.value} that takes none")
 
     def _lay_experts(self, stage: Stage, shape: ExpertShape) -> Builder:
         assert stage.bank is not None
@@ -169,11 +200,12 @@ class StageGraphs:
             stage.bank.lay(StageBuilder(ops, self._hyper, _NO_SHAPE, stage, self._layouts.is_repacked), shape)
         return ops
 
-    def _lay_all(self, stages: Sequence[Stage], shape: ShapeClass) -> Builder:
-        with self._builder(_NODES_PER_STAGE * len(stages)) as ops:
+    def _lay_all(self, stages: Sequence[Stage], shape: ShapeClass, corrections: Sequence[Corrections]) -> Builder:
+        num_corrections = sum(map(len, corrections))
+        with self._builder(_NODES_PER_STAGE * len(stages) + _NODES_PER_CORRECTION * num_corrections) as ops:
             for i, stage in enumerate(stages):
                 ops.prefix = f"{i}."
-                stage.lay(StageBuilder(ops, self._hyper, shape, stage, self._layouts.is_repacked))
+                self._lay_one(ops, stage, shape, corrections[i] if corrections else ())
         return ops
 
     @contextmanager

@@ -1,0 +1,99 @@
+"""Adapters that come and go between the requests of a running engine, within what its plan has left of the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipo.base.adapter import Adapter, AdapterId, NamedAdapter
+from pipo.base.errors import OverBudget
+from pipo.base.units import MIB, format_size
+from pipo.models.stage import Stage
+from pipo.pipeline.adapters import AdapterStore, LoadedAdapter
+from pipo.pipeline.graph_room import GraphRoom
+from pipo.pipeline.stage_graphs import correction_bytes
+from pipo.tiers.ledger import Ledger, Reservation
+
+
+class DevicePart(Protocol):
+    """What of adapters lies on a device."""
+
+    def add_adapter(self, loaded: LoadedAdapter, adapters: Sequence[Adapter]) -> None:
+        """`adapters` are all there will be. Raises OverBudget, OutOfDeviceMemory; then nothing has changed."""
+
+    def remove_adapter(self, adapter_id: AdapterId) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """`spare_bytes` of RAM are not planned for anything."""
+
+    ledger: Ledger
+    spare_bytes: int
+
+
+class AdapterRoom:
+    """Threads: one, between passes. What was bound before must be bound again after each call."""
+
+    def __init__(
+        self, store: AdapterStore, stages: Sequence[Stage], graphs: GraphRoom, device: DevicePart | None, budget: Budget
+    ) -> None:
+        self.store = store
+        self._stages = stages
+        self._graphs = graphs
+        self._device = device
+        self._ledger = budget.ledger
+        self._spare_bytes = budget.spare_bytes
+        self._structures: dict[AdapterId, Reservation] = {}  # of graphs, of adapters that no plan counted
+
+    @property
+    def _adapters(self) -> list[Adapter]:
+        return [named.adapter for named in self.store.named.values()]
+
+    def add(self, named: NamedAdapter) -> None:
+        """Raises OverBudget, OutOfDeviceMemory, TransferError; then nothing has changed."""
+        all_of_them = [*self._adapters, named.adapter]
+        structures = correction_bytes(self._stages, all_of_them) - correction_bytes(self._stages, self._adapters)
+        more = self._graphs.bytes_more(all_of_them)
+        needed = self.store.bytes_of(named.adapter) + structures + more
+        if needed > self._spare_bytes:
+            raise self._over_budget(named, needed)
+        with ExitStack() as undo:
+            loaded = self.store.load(named)
+            undo.callback(self.store.unload, named.id)
+            reserved = undo.enter_context(closing(self._ledger.reserve("graphs", structures)))
+            if self._device is not None:
+                self._device.add_adapter(loaded, all_of_them)
+                undo.callback(self._device.remove_adapter, named.id)
+            self._graphs.hold(all_of_them)
+            undo.pop_all()
+        self._structures[named.id] = reserved
+        self._spare_bytes -= needed
+
+    def remove(self, adapter_id: AdapterId) -> None:
+        """One that is loaded: its memory is free for others."""
+        named = self.store.named[adapter_id]
+        if self._device is not None:
+            self._device.remove_adapter(adapter_id)
+        self.store.unload(adapter_id)
+        self._spare_bytes += self.store.bytes_of(named.adapter)
+        structures = self._structures.pop(adapter_id, None)
+        if structures is not None:
+            structures.close()
+            self._spare_bytes += structures.num_bytes
+
+    def _over_budget(self, named: NamedAdapter, needed: int) -> OverBudget:
+        smallest = self._ledger.limit_bytes + needed - self._spare_bytes
+        return OverBudget(
+            f"adapter {named.id:.80} needs {format_size(needed)} of RAM, the plan leaves "
+            f"{format_size(self._spare_bytes)} of the limit of {format_size(self._ledger.limit_bytes)}",
+            smallest_bytes=smallest,
+            hint=f"--ram {-(-smallest // MIB)}MiB has room, and so has a plan made with the adapter",
+        )
+
+    def close(self) -> None:
+        """Closing again does nothing."""
+        while self._structures:
+            self._structures.popitem()[1].close()
