@@ -24,6 +24,8 @@ from pipo.compute.repack import RepackBuffer
 from pipo.generation.answer import Piece
 from pipo.generation.loop import Generator, Timing
 from pipo.generation.request import Completion, FinishReason, SamplingParams, Usage
+from pipo.generation.scoring import Scorer
+from pipo.generation.windows import Windows
 from pipo.generation.worker import Stream, Worker
 from pipo.hardware.budget import ram_bytes
 from pipo.hardware.memory import PeakSampler
@@ -254,6 +256,15 @@ class Engine:
         parts = self._worker.stream(lambda: (part.copy() for part in generator.logits(token_ids, chunk)))
         return np.concatenate(list(parts))
 
+    def score(self, windows: Windows, scorer: Scorer) -> Stream[int]:
+        """Show `scorer` the logits of each scored position, on the compute thread. Yields the tokens of every pass.
+
+        As much of a window per pass as the plan's chunk and `config.max_outputs` allow. Raises as `stream`.
+        """
+        generator = self._running()
+        generator.check(windows.inputs(0), SamplingParams(max_tokens=1))
+        return self._worker.stream(lambda: self._score(generator, windows, scorer))
+
     def cancel(self) -> None:
         """Stop what is being computed; whoever iterates over it gets Cancelled."""
         self._backend.abort.set()
@@ -347,6 +358,19 @@ class Engine:
             rest = forward.take_stats()
             decode = rest if prefill else PassStats()
             self.report = Report(generator.timing, prefill or rest, decode, num_generated, self._peak.peak_bytes)
+
+    def _score(self, generator: Generator, windows: Windows, scorer: Scorer) -> Iterator[int]:
+        assert self._assembly is not None
+        self._assembly.forward.take_stats()
+        num_done = 0
+        try:
+            for num_tokens in generator.score(windows, scorer):
+                self._peak.sample()
+                num_done += num_tokens
+                yield num_tokens
+        finally:
+            stats = self._assembly.forward.take_stats()
+            self.report = Report(Timing(num_done, 0), stats, PassStats(), 0, self._peak.peak_bytes)
 
     def _shrink_trace(self) -> bool:
         """To a size that does not depend on the budget: else the smallest budget named would grow with itself."""
