@@ -73,8 +73,9 @@ class Likelihoods:
 
     def _note(self, token_id: int, logits: FloatRow) -> float:
         """Logarithm of the sum of what `_below_best` then holds the logarithms of."""
-        np.subtract(logits, logits.max(), out=self._below_best, dtype=np.float64)
-        np.exp(self._below_best, out=self._exponentials)
+        with np.errstate(all="ignore"):  # what is no number is refused below, in words
+            np.subtract(logits, logits.max(), out=self._below_best, dtype=np.float64)
+            np.exp(self._below_best, out=self._exponentials)
         log_sum = math.log(total) if (total := float(self._exponentials.sum())) > 0 else math.nan
         nll = log_sum - float(self._below_best[token_id])
         if not math.isfinite(nll):
