@@ -21,9 +21,9 @@ from pipo.compute import ggml
 from pipo.compute.device import choose_device
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
-from pipo.generation.answer import Piece
+from pipo.generation.answer import Piece, completion_of
 from pipo.generation.loop import Generator, Timing
-from pipo.generation.request import Completion, FinishReason, SamplingParams, Usage
+from pipo.generation.request import Completion, SamplingParams
 from pipo.generation.scoring import Scorer
 from pipo.generation.windows import Windows
 from pipo.generation.worker import Stream, Worker
@@ -40,6 +40,7 @@ from pipo.planner.cost import PassLoad
 from pipo.planner.predict import Workload
 from pipo.planner.simulate import Forecast
 from pipo.text.chat_template import Message
+from pipo.window_plan import plan_windows
 
 TRACE_SHARE = 16  # the zones of a trace may take this fraction of the budget
 LEAST_TRACE_BYTES = 4 * MIB  # or this much: some 70 tokens of 30 blocks
@@ -143,6 +144,12 @@ class Engine:
         (profile,) = self._worker.stream(lambda: iter([self._planner.machine(on_probe, before)]))
         return profile
 
+    def plan_windows(self, windows: Windows, kept_bytes: int) -> Plan:
+        """A plan to `score` with, whatever the config's `max_outputs`; that keeps `kept_bytes`. Raises OverBudget."""
+        self._check_open()
+        self._planner.kept_bytes |= {"scores": kept_bytes}
+        return plan_windows(self._planner, windows)
+
     def forecast(self, plan: Plan, load: PassLoad, on_probe: Progress = lambda step, fraction: None) -> Forecast:
         """What a pass among many of this load would take on this machine, which is measured at first.
 
@@ -201,7 +208,7 @@ class Engine:
         """The whole answer at once."""
         pieces = list(self.stream(prompt, params))
         assert self.report is not None
-        return _completion(prompt, pieces, self.report.timing.cached_tokens)
+        return completion_of(prompt, pieces, self.report.timing.cached_tokens)
 
     def complete_batch(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -210,7 +217,7 @@ class Engine:
         pieces: list[list[Piece]] = [[] for _ in prompts]
         for i, piece in self.stream_batch(prompts, params):
             pieces[i].append(piece)
-        return [_completion(prompt, each) for prompt, each in zip(prompts, pieces, strict=True)]
+        return [completion_of(prompt, each) for prompt, each in zip(prompts, pieces, strict=True)]
 
     def stream_batch(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -257,9 +264,8 @@ class Engine:
         return np.concatenate(list(parts))
 
     def score(self, windows: Windows, scorer: Scorer) -> Stream[int]:
-        """Show `scorer` the logits of each scored position, on the compute thread. Yields the tokens of every pass.
-
-        As much of a window per pass as the plan's chunk and `config.max_outputs` allow. Raises as `stream`.
+        """Show `scorer` the logits of each scored position, on the compute thread. Yields the tokens of every pass, as
+        many as the plan allows. Raises as `stream`.
         """
         generator = self._running()
         generator.check(windows.inputs(0), SamplingParams(max_tokens=1))
@@ -379,13 +385,6 @@ class Engine:
         self.tracer = _tracer(0)
         self._planner.kept_bytes["trace"] = self.tracer.most_bytes
         return True
-
-
-def _completion(prompt: Sequence[int], pieces: Sequence[Piece], cached_tokens: int = 0) -> Completion:
-    tokens = tuple(piece.token for piece in pieces if piece.token is not None)
-    finish = pieces[-1].finish or FinishReason.CANCELLED
-    usage = Usage(len(prompt), len(tokens), cached_tokens)
-    return Completion("".join(piece.text for piece in pieces), tokens, finish, usage)
 
 
 def _check_can_run(model: ModelFile, config: EngineConfig) -> None:

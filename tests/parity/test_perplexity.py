@@ -84,6 +84,15 @@ def test_perplexity_is_that_of_transformers(model: PreTrainedModel, files: dict[
     assert perplexity_of(found, 1).perplexity.value == pytest.approx(math.exp(want.mean()), rel=1e-5)
 
 
+def test_perplexity_of_a_mixture_is_that_of_transformers(tmp_path: Path) -> None:
+    mixture = make_model(SPECS["mixtral"])
+    write_gguf(mixture, tmp_path / "mixture.gguf")
+    want = -logprobs(mixture)[range(WINDOWS.num_scored), came()]
+    for ram_bytes in (smallest_ram_bytes(tmp_path / "mixture.gguf", **EXACT), PLENTY):
+        with start_engine(tmp_path / "mixture.gguf", ram_bytes=ram_bytes, **EXACT) as engine:
+            np.testing.assert_allclose(nll_of(engine), want, atol=2e-4)
+
+
 def test_perplexity_is_that_of_llama_cpp(files: dict[str, Path]) -> None:
     """Asked position by position for the distribution after the tokens up to there."""
     oracle = LlamaCpp(files["f32"])
@@ -161,3 +170,21 @@ def test_divergence_of_quantised_weights(model: PreTrainedModel, files: dict[str
     noise = logit_tolerance(2, GgufType.Q4_0, q.astype(np.float32)) ** 2 / 2
     found = divergence_of(compare(files["q4_0"], files["f32"], tmp_path)).kl.value
     assert abs(found - want) < noise + 2 * math.sqrt(2 * want * 2 * noise / WINDOWS.num_scored)
+
+
+def test_a_real_model_scores_as_its_logits_say(smollm2_path: Path) -> None:
+    """SmolLM2, two windows of a text; logits of all positions, and numpy."""
+    settings = {"context_tokens": 96, "prefill_chunk": 32, "max_outputs": 32, "layout": "plain"}
+    with start_engine(smollm2_path, **settings) as engine:
+        ids = engine.model.encode(Path(__file__).read_text())[:192]
+        windows = Windows(ids, 96, 2)
+        found = nll_of(engine, windows)
+        want = []
+        for i in range(2):
+            # from where the scored half begins on, the same passes: 32 + 16 tokens, then 32 and 15 with outputs
+            logits = engine.logits(windows.inputs(i))[48:].astype(np.float64)
+            exponentials = np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+            targets = ids[i * 96 + 49 : (i + 1) * 96]
+            want.append(np.log(exponentials) + logits.max(axis=1) - logits[range(47), targets])
+    np.testing.assert_allclose(found, np.concatenate(want), atol=2e-3)
+    assert perplexity_of(found, 1).perplexity.value == pytest.approx(math.exp(np.mean(want)), rel=1e-3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipo.base.errors import UsageError
+from pipo.base.errors import OverBudget, UsageError
 from pipo.cli.flags import ComputeFlags, JsonFlag, MemoryFlags, ModelFlag, OutputFlags, make_config
 
 if TYPE_CHECKING:
     from pipo.base.config import EngineConfig
     from pipo.cli.eval_report import Findings, Run
+    from pipo.engine import Engine
     from pipo.generation.scoring import Likelihoods
     from pipo.generation.windows import Windows
     from pipo.generation.worker import Stream
+    from pipo.hardware.probe import Progress
     from pipo.model_file import ModelFile
+    from pipo.plan import Plan
 
 WINDOW_TOKENS = 512  # llama-perplexity's default
 LEAST_WINDOW_TOKENS = 8  # of which three are scored
@@ -139,18 +142,17 @@ class Task:
     is_reference: bool = False
 
     def run(self, model: ModelFile, other: ModelFile | None) -> Findings:
-        """Both budgets are known to do before the first model runs. Raises OverBudget, UsageError, TransferError."""
+        """The budget is known to do for both before one runs. Raises OverBudget, UsageError, TransferError."""
         from pipo.cli.eval_report import Findings
         from pipo.generation.scoring import Likelihoods
 
-        vocab_size = model.manifest.hyper.vocab_size
-        config = self._fitting(model)
         if other is not None:
-            return self._compare(model, config, other)
-        scorer = Likelihoods(self.windows, vocab_size)
-        return Findings(self.windows, scorer, self._score(model, config, scorer))
+            self._check_budget([model, other])
+            return self._compare(model, other)
+        scorer = Likelihoods(self.windows, model.manifest.hyper.vocab_size)
+        return Findings(self.windows, scorer, self._score(model, scorer))
 
-    def _compare(self, model: ModelFile, config: EngineConfig, other: ModelFile) -> Findings:
+    def _compare(self, model: ModelFile, other: ModelFile) -> Findings:
         from pipo.cli.eval_report import Findings
         from pipo.generation.logprob_file import LogprobFile
         from pipo.generation.scoring import Comparer, Recorder
@@ -159,33 +161,46 @@ class Task:
         with LogprobFile(self.tmp_dir, self.windows.num_scored, vocab_size) as kept:
             recorder = Recorder(self.windows, vocab_size, kept)
             self.is_reference = True
-            first = self._score(other, self._fitting(other), recorder)
+            first = self._score(other, recorder)
             kept.rewind()
             comparer = Comparer(self.windows, vocab_size, recorder, kept)
             self.is_reference = False
-            return Findings(self.windows, comparer, self._score(model, config, comparer), comparer, first)
+            return Findings(self.windows, comparer, self._score(model, comparer), comparer, first)
 
-    def _fitting(self, model: ModelFile) -> EngineConfig:
-        from pipo.evaluation import fit_passes
+    def _check_budget(self, models: Sequence[ModelFile]) -> None:
+        """Raises OverBudget naming what does for all."""
+        from pipo.engine import Engine
 
-        return fit_passes(model, self.config, self.windows, self._kept_bytes(model))
+        refusals = []
+        for model in models:
+            try:
+                with Engine(model, self.config) as engine:
+                    engine.plan_windows(self.windows, self._kept_bytes(model))
+            except OverBudget as error:
+                refusals.append(error)
+        if refusals:
+            raise max(refusals, key=lambda error: error.smallest_bytes or 0)
 
     def _kept_bytes(self, model: ModelFile) -> int:
         from pipo.generation.scoring import scoring_bytes
 
         return scoring_bytes(self.windows, model.manifest.hyper.vocab_size)
 
-    def _score(self, model: ModelFile, config: EngineConfig, scorer: Likelihoods) -> Run:
+    def _score(self, model: ModelFile, scorer: Likelihoods) -> Run:
         from functools import partial
 
         from pipo.cli import eval_report
-        from pipo.cli.session import open_session
-        from pipo.planner.predict import Workload
+        from pipo.cli.session import started
+        from pipo.hardware.memory import release_free_memory
 
         self.known = scorer
-        size, kept = self.windows.size, self._kept_bytes(model)
-        rows = partial(eval_report.start_rows, self.windows, config.max_outputs)
-        with open_session(model, config, size, self.output, Workload(size - 1, 1), kept, rows) as session:
+        release_free_memory()  # of an engine before this one
+        kept_bytes, rows = self._kept_bytes(model), partial(eval_report.start_rows, self.windows)
+
+        def make(engine: Engine, say: Progress) -> Plan:
+            return engine.plan_windows(self.windows, kept_bytes)
+
+        with started(model, self.config, self.output, make, rows) as session:
             seconds = self._watch(session.engine.score(self.windows, scorer), scorer)
             run = eval_report.Run(session.plan, session.last_report, seconds)
             session.warn_of_excess(run.report.peak_anonymous_bytes)

@@ -47,11 +47,11 @@ class Findings:
     reference: Run | None = None
 
 
-def start_rows(windows: Windows, max_outputs: int, plan: Plan) -> Iterator[Row]:
+def start_rows(windows: Windows, plan: Plan) -> Iterator[Row]:
     """What is said before a run."""
     yield from (row for row in plan_rows(plan) if row[0] not in ("prefill", "decode"))
     layout = f"repacked {', '.join(plan.repacked_types)}" if plan.repacked_types else "plain"
-    chunk = plan.placement.chunk.num_tokens
+    chunk, max_outputs = plan.placement.chunk.num_tokens, plan.blueprint.num_outputs
     each = sum(1 for _ in windows.passes(chunk, max_outputs))
     yield (
         "passes",
@@ -110,18 +110,15 @@ def show(findings: Findings, model: ModelFile, other: ModelFile | None, file: Pa
     if json:
         write_json(_as_dict(findings, ours, compared, model, other, file))
         return
-    print_rows(stdout(), f"{model.manifest.name} on {file}", _rows(ours))
+    print_rows(stdout(), f"{model.path.name} on {file.name}", _rows(ours))
     if compared is not None and other is not None:
         stdout().print()
-        print_rows(stdout(), f"against {other.manifest.name}", _divergence_rows(*compared))
+        print_rows(stdout(), f"against {other.path.name}", _divergence_rows(*compared))
 
 
 def _rows(found: Perplexity) -> Iterator[Row]:
     yield "perplexity", _estimate(found.perplexity)
-    yield (
-        "likelihood",
-        f"{_estimate(found.nll)} nats a token below certainty, {_number(found.bits_per_byte)} bits a byte",
-    )
+    yield "mean NLL", f"{_estimate(found.nll)} nats a token, {_number(found.bits_per_byte)} bits a byte"
     yield "scored", f"{found.num_tokens} tokens"
 
 
@@ -144,7 +141,7 @@ def _number(value: float) -> str:
 
 
 def _estimate(found: Estimate) -> str:
-    """As many digits as the error has, and two more."""
+    """The error in three digits, the value as far."""
     if not math.isfinite(found.error) or not found.error or not math.isfinite(found.value):
         return f"{_number(found.value)} ± {found.error:.2g}"
     digits = min(max(3 - math.floor(math.log10(found.error)) - 1, 0), 12)

@@ -105,12 +105,28 @@ def open_session(
     output: OutputFlags,
     workload: Workload,
     logprobs_bytes: int = 0,
-    rows: Callable[[Plan], Iterable[Row]] = report.start_rows,
 ) -> Iterator[Session]:
-    """Plan, print `rows` of the plan, start. Raises OverBudget before it takes any memory."""
+    """Plan, print the plan, start. Raises OverBudget before it takes any memory."""
+
+    def make(engine: Engine, say: Progress) -> Plan:
+        return engine.make_plan(context_tokens, logprobs_bytes, workload, say)
+
+    with started(model, config, output, make, report.start_rows) as session:
+        yield session
+
+
+@contextmanager
+def started(
+    model: ModelFile,
+    config: EngineConfig,
+    output: OutputFlags,
+    make: Callable[[Engine, Progress], Plan],
+    rows: Callable[[Plan], Iterable[Row]],
+) -> Iterator[Session]:
+    """Open, `make` a plan, print `rows` of it, start."""
     with Engine(model, config) as engine:
         with starting(output) as say:
-            plan = engine.make_plan(context_tokens, logprobs_bytes, workload, say)
+            plan = make(engine, say)
             _warn_of_scarcity(plan)
             engine.start(plan)
         if not output.quiet:

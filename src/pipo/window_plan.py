@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
-from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget
-from pipo.engine import Engine
 from pipo.generation.windows import Windows
-from pipo.model_file import ModelFile
-from pipo.plan import Plan
+from pipo.plan import Plan, PlanMaker
 
 MOST_OUTPUTS = 512  # of a pass: as many as a prefill chunk has tokens at most
 _MOST_WIDER = 4  # a pass without scored positions keeps no logits, and may have so many times the tokens
 
 
-def fit_passes(model: ModelFile, config: EngineConfig, windows: Windows, kept_bytes: int) -> EngineConfig:
-    """`config` with the tokens of a pass, and scored ones among them, that read least from the drive for a window.
+def plan_windows(planner: PlanMaker, windows: Windows) -> Plan:
+    """With the tokens of a pass, and scored ones among them, that read least from the drive for a window.
 
-    A prefill chunk that the config names is the size of both, so that the figures depend on no budget.
-    `kept_bytes` is what scoring keeps besides logits. Raises OverBudget naming the smallest budget that works.
-    Cost: 10 ms for each of up to 25 plans that are tried.
+    A prefill chunk that the planner's config names is the size of both, so that the figures depend on no budget.
+    Raises OverBudget naming the smallest budget that works. Cost: 10 ms for each of up to 25 plans that are tried.
     """
-    best: tuple[float, EngineConfig] | None = None
+    best: tuple[float, Plan] | None = None
     refusal: OverBudget | None = None
-    for chunk, outputs in _shapes(config.prefill_chunk, windows):
-        candidate = replace(config, prefill_chunk=chunk, max_outputs=outputs)
+    for chunk, outputs in _shapes(planner.config.prefill_chunk, windows):
         try:
-            with Engine(model, candidate) as engine:
-                plan = engine.make_plan(windows.size, kept_bytes)
+            plan = planner.reshaped(prefill_chunk=chunk, max_outputs=outputs).make(windows.size)
         except OverBudget as error:
             refusal = error
             continue
-        read = _read_bytes(plan) * sum(1 for _ in windows.passes(chunk, outputs))
+        read = _read_bytes(plan) * len(list(windows.passes(chunk, outputs)))
         if best is None or read < best[0]:
-            best = read, candidate
+            best = read, plan
         if not read:
             break
     if best is not None:

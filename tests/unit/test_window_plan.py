@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,12 @@ from pipo import plan
 from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget, UsageError
 from pipo.engine import Engine
-from pipo.evaluation import fit_passes
 from pipo.generation.scoring import Likelihoods, scoring_bytes
 from pipo.generation.windows import Windows
 from pipo.hardware import host
 from pipo.hardware.drive import DriveRate
 from pipo.model_file import ModelFile
+from pipo.plan import Plan
 from pipo.text.vocabulary import TOKENS_KEY
 from tests.support.tiny_models import TinySpec, make_model, write_gguf
 
@@ -45,9 +46,19 @@ def config(ram_bytes: int, **settings: int) -> EngineConfig:
     return EngineConfig(ram=str(ram_bytes), threads=1, **settings)  # type: ignore[arg-type]
 
 
+def plan_of(model: ModelFile, config: EngineConfig) -> Plan:
+    with Engine(model, config) as engine:
+        return engine.plan_windows(WINDOWS, KEPT)
+
+
+def shape_of(plan: Plan) -> tuple[int, int]:
+    """Tokens of a pass, and scored ones among them."""
+    return plan.placement.chunk.num_tokens, plan.blueprint.num_outputs
+
+
 def smallest(model: ModelFile, **settings: int) -> int:
     with pytest.raises(OverBudget) as caught:
-        fit_passes(model, config(1, **settings), WINDOWS, KEPT)
+        plan_of(model, config(1, **settings))
     assert caught.value.smallest_bytes is not None
     return caught.value.smallest_bytes
 
@@ -58,17 +69,15 @@ def budgets(model: ModelFile) -> Iterator[int]:
 
 
 def test_a_roomy_budget_computes_a_window_in_one_pass(model: ModelFile) -> None:
-    found = fit_passes(model, config(1 << 40), WINDOWS, KEPT)
-    assert (found.prefill_chunk, found.max_outputs) == (255, 127)
+    assert shape_of(plan_of(model, config(1 << 40))) == (255, 127)
 
 
 def test_every_budget_from_the_smallest_on_is_kept_and_scores(model: ModelFile) -> None:
     results, num_passes = [], []
     for ram_bytes in budgets(model):
-        found = fit_passes(model, config(ram_bytes), WINDOWS, KEPT)
         scorer = Likelihoods(WINDOWS, SPEC.vocab_size)
-        with Engine(model, found) as engine:
-            engine.start(engine.make_plan(WINDOWS.size, KEPT))
+        with Engine(model, config(ram_bytes)) as engine:
+            engine.start(engine.plan_windows(WINDOWS, KEPT))
             assert sum(engine.score(WINDOWS, scorer)) == WINDOWS.num_computed
             assert sum(engine.ledger_breakdown.values()) <= ram_bytes
             num_passes.append(engine.report.prefill.num_passes if engine.report else 0)
@@ -80,37 +89,32 @@ def test_every_budget_from_the_smallest_on_is_kept_and_scores(model: ModelFile) 
 
 def test_one_byte_less_than_the_smallest_budget_is_refused(model: ModelFile) -> None:
     least = smallest(model)
-    fit_passes(model, config(least), WINDOWS, KEPT)
-    with pytest.raises(OverBudget, match="log-probabilities") as caught:
-        fit_passes(model, config(least - 1), WINDOWS, KEPT)
+    plan_of(model, config(least))
+    with pytest.raises(OverBudget, match="scores") as caught:
+        plan_of(model, config(least - 1))
     assert caught.value.smallest_bytes == least
 
 
 def test_a_chunk_that_was_named_is_kept_at_any_budget(model: ModelFile) -> None:
     least = smallest(model, prefill_chunk=48)
     for ram_bytes in (least, 1 << 40):
-        found = fit_passes(model, config(ram_bytes, prefill_chunk=48), WINDOWS, KEPT)
-        assert (found.prefill_chunk, found.max_outputs) == (48, 48)
+        assert shape_of(plan_of(model, config(ram_bytes, prefill_chunk=48))) == (48, 48)
     with pytest.raises(OverBudget):
-        fit_passes(model, config(least - 1, prefill_chunk=48), WINDOWS, KEPT)
+        plan_of(model, config(least - 1, prefill_chunk=48))
 
 
 def test_less_is_read_for_a_window_than_with_any_other_passes(model: ModelFile) -> None:
-    ram_bytes = smallest(model) * 3 // 2
-    chosen = fit_passes(model, config(ram_bytes), WINDOWS, KEPT)
+    ram_bytes = smallest(model) + 400_000
+    chosen = plan_of(model, config(ram_bytes))
 
-    def read_bytes(settings: EngineConfig) -> float:
-        assert settings.prefill_chunk is not None
-        passes = list(WINDOWS.passes(settings.prefill_chunk, settings.max_outputs))
-        with Engine(model, settings) as engine:
-            return len(passes) * engine.make_plan(WINDOWS.size, KEPT).placement.streamed_bytes
+    def read_bytes(plan: Plan) -> int:
+        return len(list(WINDOWS.passes(*shape_of(plan)))) * plan.placement.streamed_bytes
 
+    others = []
     for size in (1, 8, 32, 64):
-        try:
-            other = read_bytes(EngineConfig(ram=str(ram_bytes), threads=1, prefill_chunk=size, max_outputs=size))
-        except OverBudget:
-            continue
-        assert read_bytes(chosen) <= other
+        with suppress(OverBudget):
+            others.append(read_bytes(plan_of(model, config(ram_bytes, prefill_chunk=size))))
+    assert others and read_bytes(chosen) <= min(others) and read_bytes(chosen) < max(others)
 
 
 def test_tokens_outside_the_vocabulary_are_refused_before_any_pass(model: ModelFile) -> None:
