@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from pipo.base.errors import OverBudget
 from pipo.generation.windows import Windows
@@ -31,8 +32,8 @@ def plan_windows(planner: PlanMaker, windows: Windows) -> Plan:
             best = read, plan
         if not read:
             break
-    if best is not None:
-        return best[1]
+    if best is not None:  # a window fills its context at once: nothing is lent meanwhile
+        return replace(best[1], placement=replace(best[1].placement, borrowers=()))
     assert refusal is not None, "every shape fits or is refused"
     raise refusal
 

@@ -135,7 +135,7 @@ class Comparer(Likelihoods):
         np.exp(self._theirs, out=self._exponentials)
         their_sum = float(self._exponentials.sum())
         np.subtract(self._theirs, self._below_best, out=self._theirs)
-        np.multiply(self._exponentials, self._theirs, out=self._theirs)  # `@` would wake threads of BLAS
+        np.multiply(self._exponentials, self._theirs, out=self._theirs)  # `@` may wake threads of BLAS
         mean = float(self._theirs.sum()) / their_sum
         self._divergence[self.num_scored] = mean + log_sum - math.log(their_sum)
         self.num_same_best += int(logits.argmax() == self.reference.best[self.num_scored])
