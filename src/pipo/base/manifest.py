@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import NewType
@@ -46,6 +46,8 @@ class RopeScaling(Enum):
     LINEAR = "linear"
     YARN = "yarn"
     FREQ_FACTORS = "freq_factors"  # Llama 3: divisors per frequency, kept in the tensor rope_freqs.weight
+    # Phi: divisors for contexts up to the original one, in rope_factors_short.weight, and for longer ones, in _long
+    LONGROPE = "longrope"
 
 
 class RopeLayout(Enum):
@@ -64,11 +66,16 @@ class Rope:
     layout: RopeLayout = RopeLayout.NORMAL
     scaling: RopeScaling = RopeScaling.NONE
     factor: float = 1.0  # context grows by this; rope_ext wants 1 / factor
-    original_context_tokens: int = 0  # YaRN
+    original_context_tokens: int = 0  # YaRN, LONGROPE
     attn_factor: float = 1.0  # goes to rope_ext as it is; ggml adds YaRN's 1 + 0.1 ln(factor) itself if ext_factor
     ext_factor: float = 1.0  # YaRN: mix of extrapolation; must reach rope_ext as 0 without YaRN
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    is_for_long: bool = False  # LONGROPE: for a context longer than the original one
+
+    def at(self, context_tokens: int) -> Rope:
+        """For a context of so many tokens."""
+        return replace(self, is_for_long=context_tokens > self.original_context_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,14 @@ class HyperParameters:
     num_experts_per_tok: int = 0
     expert_size: int = 0  # intermediate size of a routed expert; 0: the file does not say
     shared_expert_size: int = 0  # of the expert that every token passes; 0: the file does not say
+    sliding_window: int = 0  # tokens that a sliding layer sees, the newest included; 0: nothing slides
+    sliding_layers: tuple[bool, ...] = ()  # by layer; empty: none
+    local_rope: Rope | None = None  # of sliding layers, where it is another (Gemma 3)
+    unrotated_layers: tuple[bool, ...] = ()  # by layer: no rotary embedding (SmolLM 3); empty: none
+    attention_scale: float | None = None  # of scores; None: 1 / sqrt(head_dim)
+    attention_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0: they stay
+    final_softcap: float = 0.0  # the same of logits
+    embedding_scale: float = 1.0  # of the rows of the embedding table
 
 
 @dataclass(frozen=True, slots=True)

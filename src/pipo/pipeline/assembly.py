@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 from pipo.base.clock import Clock
 from pipo.base.errors import ComputeError
+from pipo.base.manifest import HyperParameters
 from pipo.base.trace import Tracer
 from pipo.base.units import PAGE_BYTES, round_up
 from pipo.compute.dequantise import Dequantiser
@@ -87,16 +88,16 @@ class Assembly:
         kv_memory = self._kv_memory(kv_in_ram)
         cache = KvCache(kv_in_ram, kv_memory.place if kv_memory else None, blocks)
         in_ram = InRam(self._load_vectors(stages, transfer), buffers, cache)
-        graphs = self._graphs(blueprint, stages, largest)
+        hyper = blueprint.hyper_at(context_tokens)
+        graphs = self._graphs(blueprint, hyper, stages, largest)
         cpu = Side(model, graphs, CpuMemory(in_ram.vectors, buffers, in_ram.cache))
         residency, sides, link = Residency(pool), Sides(cpu), None
         if blueprint.device is not None:
-            hyper = blueprint.manifest.hyper
             device = DeviceEngine(blueprint.device, model, hyper, in_ram, kv, largest, clock=clock, tracer=tracer)
             self._exit.callback(device.close)
             residency = Residency(pool, device.pool, device.units)
             sides, link = Sides(cpu, device.stages, device.stage_idxs), device.link
-        experts = self._experts(blueprint, placement, model, graphs, buffers)
+        experts = self._experts(blueprint, placement, model, graphs, in_ram)
         residency.experts = experts.cache if experts else None
         executor = Executor(units, ram, residency, transfer, clock, tracer, blueprint.is_aborted, link, experts)
         embedding = self._embedding(blueprint, transfer, executor, chunk)
@@ -177,7 +178,7 @@ class Assembly:
         placement: Placement,
         model: Model,
         graphs: StageGraphs,
-        buffers: PassBuffers,
+        ram: InRam,
     ) -> ExpertStages | None:
         """None for a dense model."""
         if not placement.expert_slots:
@@ -188,7 +189,8 @@ class Assembly:
         slot_class = [sizes.index(expert_slot_bytes(bank, blueprint.layouts)) for bank in banks]
         cache = ExpertCache(units.ids, slot_class, _ids_of_expert_slots(placement))
         num_ahead = -(-AHEAD_IN_FLIGHTS * blueprint.drive.in_flight_bytes // max(sizes))
-        return ExpertStages(model.stages, units, cache, graphs, buffers, max(num_ahead, banks[0].num_experts_per_tok))
+        num_ahead = max(num_ahead, banks[0].num_experts_per_tok)
+        return ExpertStages(model.stages, units, cache, graphs, ram.buffers, ram.vectors, num_ahead)
 
     def _make_homes(self, resident: Sequence[Unit]) -> dict[UnitId, Place]:
         places = self._split("resident weights", [u.layout.num_bytes for u in resident])
@@ -203,8 +205,10 @@ class Assembly:
             place.view[offset : offset + spec.num_bytes] = transfer.read_now(spec.extent)
         return {name: place.address + offset for name, offset in offsets.items()}
 
-    def _graphs(self, blueprint: Blueprint, stages: Sequence[Stage], shape: ShapeClass) -> StageGraphs:
-        graphs = StageGraphs(blueprint.compute, blueprint.manifest.hyper, blueprint.layouts)
+    def _graphs(
+        self, blueprint: Blueprint, hyper: HyperParameters, stages: Sequence[Stage], shape: ShapeClass
+    ) -> StageGraphs:
+        graphs = StageGraphs(blueprint.compute, hyper, blueprint.layouts)
         self._exit.callback(graphs.close)
         self._exit.enter_context(self.ledger.reserve("activations", graphs.measure(stages, shape)))
         graphs.reserve(stages, shape)
@@ -214,7 +218,8 @@ class Assembly:
         table = blueprint.manifest.tensors[EMBEDDING_TABLE]
         dequantiser = Dequantiser(blueprint.compute.lib, table.type)
         self._exit.enter_context(self.ledger.reserve("activations", embedding_bytes(table, chunk)))
-        return Embedding(table, transfer, executor.wait_for, dequantiser, chunk)
+        scale = blueprint.manifest.hyper.embedding_scale
+        return Embedding(table, transfer, executor.wait_for, dequantiser, chunk, scale)
 
     def _arena(self, name: str, num_bytes: int) -> Place:
         return self._split(name, [num_bytes])[0]

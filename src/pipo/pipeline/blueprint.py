@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from pipo.base.config import EngineConfig
-from pipo.base.manifest import Manifest
+from pipo.base.manifest import HyperParameters, Manifest
 from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
 from pipo.base.units import MIB, PAGE_BYTES, round_up
 from pipo.compute.devices import CpuBackend
@@ -52,11 +52,14 @@ class Blueprint:
     def kv_shape(self, context_tokens: int) -> KvShape:
         """Of all blocks and sequences."""
         types = CACHE_TYPES[self.config.cache_type_k], CACHE_TYPES[self.config.cache_type_v]
-        return kv_shape(self.manifest.hyper, context_tokens, *types, self.config.num_sequences)
+        pass_tokens = self.config.prefill_chunk or CHUNKS[-1]
+        return kv_shape(self.manifest.hyper, context_tokens, *types, self.config.num_sequences, pass_tokens)
 
     def kv_shape_in_ram(self, context_tokens: int) -> KvShape:
         """Of the blocks whose keys and values live there."""
-        return replace(self.kv_shape(context_tokens), num_layers=len(self.kv_blocks_in_ram))
+        shape, blocks = self.kv_shape(context_tokens), self.kv_blocks_in_ram
+        sliding = tuple(shape.sliding[block] for block in blocks) if shape.sliding else ()
+        return replace(shape, num_layers=len(blocks), sliding=sliding)
 
     @property
     def moves_kv(self) -> bool:
@@ -79,7 +82,12 @@ class Blueprint:
     def buffer_shape(self, context_tokens: int, chunk_tokens: int) -> BufferShape:
         h, rows = self.manifest.hyper, kv_rows_class(context_tokens)
         experts = ExpertCounts(h.num_experts, h.num_experts_per_tok) if h.num_experts else None
-        return BufferShape(h.hidden_size, h.vocab_size, chunk_tokens, rows, self.num_outputs, experts)
+        window = h.sliding_window
+        return BufferShape(h.hidden_size, h.vocab_size, chunk_tokens, rows, self.num_outputs, experts, window)
+
+    def hyper_at(self, context_tokens: int) -> HyperParameters:
+        """For graphs of a context of so many tokens."""
+        return replace(self.manifest.hyper, rope=self.manifest.hyper.rope.at(context_tokens))
 
     @property
     def num_outputs(self) -> int:
@@ -167,7 +175,8 @@ def demand(
         "process": process_bytes + GROWTH_BYTES,
         **kept_bytes,
     }
-    page = KvPage(ROWS_PER_PAGE, kv.page_bytes)
+    sliding = replace(kv, num_layers=kv.num_sliding)
+    page = KvPage(ROWS_PER_PAGE, kv.staying.page_bytes, sliding.page_bytes, kv.kept_rows // ROWS_PER_PAGE + 2)
     return Demand(
         blueprint.unit_sizes, fixed, chunks, limit_bytes, blueprint.drive.in_flight_bytes, page, blueprint.experts
     )
