@@ -84,12 +84,14 @@ def test_perplexity_is_that_of_transformers(model: PreTrainedModel, files: dict[
     assert perplexity_of(found, 1).perplexity.value == pytest.approx(math.exp(want.mean()), rel=1e-5)
 
 
-def test_perplexity_of_a_mixture_is_that_of_transformers(tmp_path: Path) -> None:
-    mixture = make_model(SPECS["mixtral"])
-    write_gguf(mixture, tmp_path / "mixture.gguf")
-    want = -logprobs(mixture)[range(WINDOWS.num_scored), came()]
-    for ram_bytes in (smallest_ram_bytes(tmp_path / "mixture.gguf", **EXACT), PLENTY):
-        with start_engine(tmp_path / "mixture.gguf", ram_bytes=ram_bytes, **EXACT) as engine:
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "gemma2", "phi3-sliding"])
+def test_perplexity_of_other_families_is_that_of_transformers(tmp_path: Path, name: str) -> None:
+    """Experts, windows of attention and capped logits, with all weights in RAM and with none."""
+    other = make_model(SPECS[name])
+    write_gguf(other, tmp_path / "other.gguf")
+    want = -logprobs(other)[range(WINDOWS.num_scored), came()]
+    for ram_bytes in (smallest_ram_bytes(tmp_path / "other.gguf", **EXACT), PLENTY):
+        with start_engine(tmp_path / "other.gguf", ram_bytes=ram_bytes, **EXACT) as engine:
             np.testing.assert_allclose(nll_of(engine), want, atol=2e-4)
 
 
