@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from pipo.answering import Answering, Report
 from pipo.base.adapter import AdapterChoice, AdapterId, NamedAdapter
 from pipo.base.clock import RealClock
 from pipo.base.config import EngineConfig
@@ -24,46 +22,28 @@ from pipo.compute.device import choose_device
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.generation.adapters import AdapterSet, find_adapter, weights_of, weights_of_each
-from pipo.generation.answer import Piece
-from pipo.generation.loop import Generator, Timing
-from pipo.generation.request import Completion, FinishReason, SamplingParams, Usage
+from pipo.generation.answer import Piece, completion_of
+from pipo.generation.loop import Generator
+from pipo.generation.request import Completion, SamplingParams
+from pipo.generation.scoring import Scorer
+from pipo.generation.windows import Windows
 from pipo.generation.worker import Stream, Worker
 from pipo.hardware.budget import ram_bytes
 from pipo.hardware.memory import PeakSampler
 from pipo.hardware.probe import Progress
 from pipo.model_file import ModelFile
-from pipo.pipeline.adapters import Weights
 from pipo.pipeline.assembly import Assembly
 from pipo.pipeline.expert_stages import NoteRouting
 from pipo.pipeline.stage_graphs import Compute
-from pipo.pipeline.stats import PassStats
 from pipo.plan import Plan, PlanMaker, check_adapter_types, check_types, open_adapters
 from pipo.planner.cost import PassLoad
 from pipo.planner.predict import Workload
 from pipo.planner.simulate import Forecast
 from pipo.text.chat_template import Message
+from pipo.window_plan import plan_windows
 
 TRACE_SHARE = 16  # the zones of a trace may take this fraction of the budget
 LEAST_TRACE_BYTES = 4 * MIB  # or this much: some 70 tokens of 30 blocks
-TOKENS_PER_SAMPLE = 16  # of the memory in use: between two passes, with caches cold, a sample takes 0.1 ms
-
-Pieces = abc.Generator[tuple[int, Piece], None, None]  # of several answers, each with the index of its prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What the last request cost. `prefill` and `decode` count their own passes."""
-
-    timing: Timing
-    prefill: PassStats
-    decode: PassStats
-    num_generated: int
-    peak_anonymous_bytes: int
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Of decode, as the caller sees it: tokens after the first. 0 when there were none."""
-        return self.timing.num_decoded / self.timing.decode_s if self.timing.decode_s else 0.0
 
 
 class Engine:
@@ -79,7 +59,6 @@ class Engine:
         limit = ram_bytes(config.ram)  # first: a budget that cannot be read must leave nothing behind
         self.tracer = _tracer(limit) if config.trace else NullTracer()
         self.plan: Plan | None = None
-        self.report: Report | None = None
         self._clock = RealClock()
         self._lib = ggml.load()
         check_types(self._lib, model)
@@ -102,7 +81,7 @@ class Engine:
         if config.trace:
             self._planner.kept_bytes["trace"] = self.tracer.most_bytes
         self._assembly: Assembly | None = None
-        self._generator: Generator | None = None
+        self._answering: Answering | None = None
         self._worker = Worker(self._backend.abort.set, self._backend.abort.clear)
 
     def make_plan(
@@ -146,6 +125,12 @@ class Engine:
         (profile,) = self._worker.stream(lambda: iter([self._planner.machine(on_probe, before)]))
         return profile
 
+    def plan_windows(self, windows: Windows, kept_bytes: int) -> Plan:
+        """A plan to `score` with, whatever the config's `max_outputs`; that keeps `kept_bytes`. Raises OverBudget."""
+        self._check_open()
+        self._planner.kept_bytes |= {"scores": kept_bytes}
+        return plan_windows(self._planner, windows)
+
     def forecast(self, plan: Plan, load: PassLoad, on_probe: Progress = lambda step, fraction: None) -> Forecast:
         """What a pass among many of this load would take on this machine, which is measured at first.
 
@@ -178,8 +163,14 @@ class Engine:
             plan.decode_threads,
         )
         forward = self._assembly.forward
-        self._generator = Generator(forward, self.model.manifest.hyper.vocab_size, plan.context_tokens, self._clock)
-        self._generator.use_adapters([weights_of(None, self.adapters)])
+        generator = Generator(forward, self.model.manifest.hyper.vocab_size, plan.context_tokens, self._clock)
+        generator.use_adapters([weights_of(None, self.adapters)])
+        self._answering = Answering(generator, forward, self.model.tokenizer, self._peak)
+
+    @property
+    def report(self) -> Report | None:
+        """What the last request cost."""
+        return self._answering.report if self._answering else None
 
     def generate(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
         """The answer to plain text, piece by piece, no chat template."""
@@ -207,7 +198,7 @@ class Engine:
         """The whole answer at once."""
         pieces = list(self.stream(prompt, params, adapters=adapters))
         assert self.report is not None
-        return _completion(prompt, pieces, self.report.timing.cached_tokens)
+        return completion_of(prompt, pieces, self.report.timing.cached_tokens)
 
     def complete_batch(
         self,
@@ -220,7 +211,7 @@ class Engine:
         pieces: list[list[Piece]] = [[] for _ in prompts]
         for i, piece in self.stream_batch(prompts, params, adapters=adapters):
             pieces[i].append(piece)
-        return [_completion(prompt, each) for prompt, each in zip(prompts, pieces, strict=True)]
+        return [completion_of(prompt, each) for prompt, each in zip(prompts, pieces, strict=True)]
 
     def stream_batch(
         self,
@@ -234,7 +225,7 @@ class Engine:
 
         Raises UsageError and ContextOverflow before any work, TransferError, ComputeError and Cancelled.
         """
-        generator = self._running()
+        answering = self._running()
         settings = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
         if not 0 < len(prompts) <= self.config.num_sequences or len(settings) != len(prompts):
             raise UsageError(
@@ -244,8 +235,8 @@ class Engine:
             )
         weights = weights_of_each(adapters, len(prompts), self.adapters)
         for prompt, each in zip(prompts, settings, strict=True):
-            generator.check(prompt, each)
-        return self._worker.stream(lambda: self._answer_batch(generator, prompts, settings, weights))
+            answering.generator.check(prompt, each)
+        return self._worker.stream(lambda: answering.answer_batch(prompts, settings, weights))
 
     def stream(
         self,
@@ -261,15 +252,14 @@ class Engine:
         `on_prefill(done, total)` is called on the compute thread. Raises ContextOverflow and UsageError before any
         work, TransferError and ComputeError when a pass fails, Cancelled after `cancel`.
         """
-        generator = self._running()
-        settings = params or SamplingParams()
-        generator.check(prompt, settings)
+        answering, settings = self._running(), params or SamplingParams()
+        answering.generator.check(prompt, settings)
         weights = weights_of(adapters, self.adapters)
-        return self._worker.stream(lambda: self._answer(generator, list(prompt), settings, weights, on_prefill))
+        return self._worker.stream(lambda: answering.answer(list(prompt), settings, weights, on_prefill))
 
     def logits(self, token_ids: Sequence[int], *, adapters: AdapterSet = None) -> npt.NDArray[np.float32]:
         """(tokens, vocabulary) at every position, computed afresh in chunks of `config.max_outputs`."""
-        generator = self._running()
+        generator = self._running().generator
         generator.check(token_ids, SamplingParams(max_tokens=1))
         chunk = min(self.config.max_outputs, generator.max_chunk)
         weights = weights_of(adapters, self.adapters)
@@ -304,7 +294,7 @@ class Engine:
 
     def _change_adapters(self, change: Callable[[Assembly], None]) -> None:
         """On the compute thread, once it is at rest. What is in the KV cache is of no use any more."""
-        generator, assembly = self._running(), self._assembly
+        generator, assembly = self._running().generator, self._assembly
         assert assembly is not None
 
         def steps() -> Iterator[None]:
@@ -313,6 +303,14 @@ class Engine:
             yield None
 
         list(self._worker.stream(steps))
+
+    def score(self, windows: Windows, scorer: Scorer) -> Stream[int]:
+        """Show `scorer` the logits of each scored position, on the compute thread. Yields the tokens of every pass, as
+        many as the plan allows. Raises as `stream`.
+        """
+        answering, weights = self._running(), weights_of(None, self.adapters)
+        answering.generator.check(windows.inputs(0), SamplingParams(max_tokens=1))
+        return self._worker.stream(lambda: answering.score(windows, scorer, weights))
 
     def cancel(self) -> None:
         """Stop what is being computed; whoever iterates over it gets Cancelled."""
@@ -340,7 +338,7 @@ class Engine:
         self._worker.close()
         if self._assembly is not None:
             self._assembly.close()
-            self._assembly = self._generator = None
+            self._assembly = None
         self._compute.close()
 
     def __enter__(self) -> Engine:
@@ -356,64 +354,10 @@ class Engine:
         if self._is_closed:
             raise UsageError("the engine is closed", hint="open another")
 
-    def _running(self) -> Generator:
-        if self._generator is None:
+    def _running(self) -> Answering:
+        if self._answering is None or self._assembly is None:
             raise UsageError("the engine is not running", hint="use pipo.load(...), or start a plan first")
-        return self._generator
-
-    def _answer(
-        self,
-        generator: Generator,
-        prompt: list[int],
-        params: SamplingParams,
-        weights: Weights,
-        on_prefill: Callable[[int, int], None],
-    ) -> Iterator[Piece]:
-        """On the compute thread."""
-        generator.use_adapters([weights])
-        tokenizer = self.model.tokenizer
-
-        def note_chunk(done: int, total: int) -> None:
-            self._peak.sample()
-            on_prefill(done, total)
-
-        pieces = generator.generate(prompt, params, tokenizer.end_ids, tokenizer.detokenizer(prompt), note_chunk)
-        with closing(self._accounted(generator, ((0, piece) for piece in pieces))) as accounted:
-            for _, piece in accounted:
-                yield piece
-
-    def _answer_batch(
-        self,
-        generator: Generator,
-        prompts: Sequence[Sequence[int]],
-        params: Sequence[SamplingParams],
-        weights: Sequence[Weights],
-    ) -> Iterator[tuple[int, Piece]]:
-        """On the compute thread."""
-        generator.use_adapters(weights)
-        tokenizer = self.model.tokenizer
-        detokenizers = [tokenizer.detokenizer(prompt) for prompt in prompts]
-        return self._accounted(generator, generator.generate_batch(prompts, params, tokenizer.end_ids, detokenizers))
-
-    def _accounted(self, generator: Generator, pieces: Iterator[tuple[int, Piece]]) -> Pieces:
-        """The same, while the accounts of prefill and decode are kept apart."""
-        assert self._assembly is not None
-        forward = self._assembly.forward
-        forward.take_stats()
-        prefill: PassStats | None = None
-        num_generated = 0
-        try:
-            for i, piece in pieces:
-                prefill = prefill or forward.take_stats()
-                num_generated += piece.token is not None
-                if num_generated % TOKENS_PER_SAMPLE == 1:
-                    self._peak.sample()
-                yield i, piece
-        finally:
-            self._peak.sample()
-            rest = forward.take_stats()
-            decode = rest if prefill else PassStats()
-            self.report = Report(generator.timing, prefill or rest, decode, num_generated, self._peak.peak_bytes)
+        return self._answering
 
     def _shrink_trace(self) -> bool:
         """To a size that does not depend on the budget: else the smallest budget named would grow with itself."""
@@ -422,13 +366,6 @@ class Engine:
         self.tracer = _tracer(0)
         self._planner.kept_bytes["trace"] = self.tracer.most_bytes
         return True
-
-
-def _completion(prompt: Sequence[int], pieces: Sequence[Piece], cached_tokens: int = 0) -> Completion:
-    tokens = tuple(piece.token for piece in pieces if piece.token is not None)
-    finish = pieces[-1].finish or FinishReason.CANCELLED
-    usage = Usage(len(prompt), len(tokens), cached_tokens)
-    return Completion("".join(piece.text for piece in pieces), tokens, finish, usage)
 
 
 def _check_can_run(model: ModelFile, config: EngineConfig) -> None:

@@ -35,14 +35,26 @@ class ModelFile:
 
     Raises ModelNotFound, MalformedFile, UnsupportedModel; OverBudget where building the tokenizer would take more than
     `limit_bytes`, None being no limit. With `header_only` the weights need not be there: such a file can be planned
-    for, and no engine takes it.
+    for, and no engine takes it. `vocabulary_of` is a model whose vocabulary this one must have, else UsageError: its
+    tokenizer serves both.
     """
 
-    def __init__(self, path: Path, limit_bytes: int | None = None, *, header_only: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        limit_bytes: int | None = None,
+        *,
+        header_only: bool = False,
+        vocabulary_of: ModelFile | None = None,
+    ) -> None:
         self.path = path
         self.is_header_only = header_only
         self.checkpoint: Checkpoint = open_checkpoint(path, check_architecture, header_only=header_only)
         self.stages = stages_of(self.manifest)
+        if vocabulary_of is not None:
+            _check_same_vocabulary(self, vocabulary_of)
+            self.tokenizer: Tokenizer = vocabulary_of.tokenizer
+            return
         self._check_vocabulary(limit_bytes)
         self.tokenizer = Tokenizer.from_metadata(self.checkpoint.metadata)
         release_free_memory()
@@ -130,6 +142,26 @@ class ModelFile:
                 f"a prompt of {format_size(len(text))} of text does not fit the context of {max_tokens} tokens",
                 hint="a shorter prompt, or a larger context where the model has one",
             )
+
+
+def _check_same_vocabulary(model: ModelFile, other: ModelFile) -> None:
+    """Raises UsageError saying where they part."""
+    found, wanted = (each.manifest.hyper.vocab_size for each in (model, other))
+    what = f"has a vocabulary of {found} tokens, {other.path} one of {wanted}"
+    if found == wanted:
+        tokens, others = (each.checkpoint.metadata.byte_strings(TOKENS_KEY) for each in (model, other))
+        pairs = enumerate(zip(tokens, others, strict=False))
+        first = next((i for i, (token, their) in pairs if token != their), None)
+        if first is None and len(tokens) == len(others):
+            return
+        first = min(len(tokens), len(others)) if first is None else first
+        what = f"has another vocabulary than {other.path}: token {first} is {_spelled(tokens, first)}, wanted "
+        what += _spelled(others, first)
+    raise UsageError(f"{model.path}: {what}", hint="two models can be compared token by token where these are the same")
+
+
+def _spelled(tokens: Sequence[bytes], idx: int) -> str:
+    return repr(tokens[idx].decode(errors="replace"))[:80] if idx < len(tokens) else "missing"
 
 
 def _after_encoding(ids: list[int]) -> list[int]:

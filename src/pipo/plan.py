@@ -141,13 +141,20 @@ class PlanMaker:
     ) -> None:
         self.kept_bytes: dict[str, int] = {}
         self._model = model
-        self._config = config
+        self.config = config
         self._compute = compute
         self._device = device
         self._host = host or ThisHost(config)
         self._routing = routing or ASSUMED
         self._adapters = tuple(adapters)
         self._shares = DeviceShares(model, config, compute, device, self._host, [each.adapter for each in adapters])
+
+    def reshaped(self, *, prefill_chunk: int, max_outputs: int) -> PlanMaker:
+        """One for passes of so many tokens, and positions among them that ask for logits; all else is the same."""
+        config = replace(self.config, prefill_chunk=prefill_chunk, max_outputs=max_outputs)
+        other = PlanMaker(self._model, config, self._compute, self._device, self._host, self._routing, self._adapters)
+        other.kept_bytes = self.kept_bytes
+        return other
 
     def make(
         self,
@@ -162,7 +169,7 @@ class PlanMaker:
         not made for, or a budget that cannot be read.
         """
         limit = self._host.ram_bytes()
-        context = context_tokens or self._config.context_tokens
+        context = context_tokens or self.config.context_tokens
         trained = self._model.manifest.hyper.context_tokens
         if context is not None and context > trained:
             raise UsageError(
@@ -181,7 +188,7 @@ class PlanMaker:
         which `on_probe` hears. None where the budget or the file is too small to tell of anything. Computes on this
         thread.
         """
-        model, config, device = self._model, self._config, self._device
+        model, config, device = self._model, self.config, self._device
         files = model.manifest.files
         types = {spec.type for stage in model.stages for spec in stage.specs}
         room = self._host.ram_bytes() - self._process_bytes() - BESIDE_PROBE_BYTES
@@ -217,7 +224,7 @@ class PlanMaker:
     def _thread_variants(self, plan: Plan, machine: MachineProfile) -> Iterator[Plan]:
         """Where nobody said how many threads: also with a core left to the workers that read."""
         yield plan
-        if self._config.threads is None:
+        if self.config.threads is None:
             for use in machine.shared_uses:
                 if use.num_threads < machine.cpu.num_threads:
                     yield replace(plan, decode_threads=use.num_threads)
@@ -225,14 +232,14 @@ class PlanMaker:
     def _with_best_depth(self, plan: Plan, workload: Workload, machine: MachineProfile) -> Plan:
         """With the fewest slots that decode has no avoidable stall with, where such slots do not cost more."""
         wanted = self._demand(plan.blueprint, plan.context_tokens, plan.limit_bytes)
-        schedule = SCHEDULES[self._config.schedule]
+        schedule = SCHEDULES[self.config.schedule]
         simulate = simulated_pass(self.placed(plan, machine), wanted, decode_load(workload), schedule)
         return replace(plan, placement=best_depth(wanted, plan.placement, simulate))
 
     def _variants(self, plan: Plan) -> Iterator[Plan]:
         """The same limits with other choices; those that do not fit are left out."""
         layouts = [plan.blueprint.layouts]
-        if self._config.layout == "auto" and plan.repacked_types:
+        if self.config.layout == "auto" and plan.repacked_types:
             layouts.append(WeightLayouts(frozenset()))
         for layout in layouts:
             blueprint = replace(plan.blueprint, layouts=layout)
@@ -247,18 +254,18 @@ class PlanMaker:
         if plan.device is None:
             return
         shares: list[DeviceShare | None] = [*self._shares.few(plan.context_tokens)]
-        if self._config.device == "auto" and self._config.compute == "auto":
+        if self.config.device == "auto" and self.config.compute == "auto":
             shares.append(None)
         for share in shares:
             with suppress(OverBudget):
                 yield self._plan_with(share, plan.context_tokens, plan.limit_bytes)
 
     def _predict(self, plan: Plan, workload: Workload, machine: MachineProfile) -> Prediction:
-        return predict(self.placed(plan, machine), workload, SCHEDULES[self._config.schedule])
+        return predict(self.placed(plan, machine), workload, SCHEDULES[self.config.schedule])
 
     def forecast(self, plan: Plan, load: PassLoad, machine: MachineProfile) -> Forecast:
         """A pass among many of this load."""
-        return forecast(self.placed(plan, machine), load, SCHEDULES[self._config.schedule])
+        return forecast(self.placed(plan, machine), load, SCHEDULES[self.config.schedule])
 
     def placed(self, plan: Plan, machine: MachineProfile) -> Placed:
         """The plan as the planner's arithmetic sees it."""
@@ -338,7 +345,7 @@ class PlanMaker:
 
     def _blueprint(self, all_resident: bool, drive: DriveSettings, share: DeviceShare | None) -> Blueprint:
         there = share.tensors if share else frozenset()
-        model, config = self._model, self._config
+        model, config = self._model, self.config
         layouts = choose_layouts(model.stages, self._compute.repack, config.layout, all_resident, there)
         return Blueprint(model.manifest, model.stages, layouts, self._compute, config, drive, share, self._adapters)
 

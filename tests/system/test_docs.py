@@ -41,10 +41,12 @@ def _programs() -> list[tuple[str, str]]:
 
 @pytest.fixture
 def workplace(tmp_path: Path, smollm2_path: Path) -> Path:
-    """A folder in which the documents' `model.gguf`, `style.gguf` and `notes.txt` are there."""
+    """A folder in which the documents' models and texts are there."""
     (tmp_path / "model.gguf").symlink_to(smollm2_path)
     write_random_adapter(smollm2_path, tmp_path / "style.gguf", strength=0.05)
     (tmp_path / "notes.txt").write_text("The tide rises because")
+    (tmp_path / "original.gguf").symlink_to(smollm2_path)
+    (tmp_path / "book.txt").write_text("The tide rises because the moon pulls the sea. " * 110)
     return tmp_path
 
 

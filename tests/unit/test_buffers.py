@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 
 import numpy as np
+import pytest
 
 from pipo.pipeline.buffers import BufferShape, PassBuffers, PassRows
 from pipo.tiers.ledger import Ledger
@@ -53,3 +54,18 @@ def test_layers_that_slide_see_the_newest_tokens() -> None:
         assert [np.flatnonzero(row == 0).tolist() for row in rows] == [[0, 1], [0, 1, 2], [1, 2, 3]]
         everything = buffers.arrays["mask"].view(np.float16)[: 3 * 256].reshape(3, 256)
         assert [int((row == 0).sum()) for row in everything] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("pieces", [[(0, 1000)], [(0, 400), (400, 800), (800, 1000)]])
+@pytest.mark.parametrize("num_outputs", [1, 4])
+def test_logits_row_by_row_are_those_of_all_at_once(pieces: list[tuple[int, int]], num_outputs: int) -> None:
+    """The head puts each of its pieces' results, of all outputs, one after another."""
+    shape = BufferShape(hidden_size=8, vocab_size=1000, max_tokens=4, num_kv_rows=256, max_outputs=4)
+    with Arena(shape.num_bytes, name="buffers", ledger=Ledger(1 << 30)) as arena:
+        buffers = PassBuffers(shape, arena.take(shape.num_bytes))
+        buffers._logits[:] = np.random.default_rng(1).normal(size=4000).astype(np.float32)
+        whole = buffers.logits(pieces, num_outputs).copy()
+        rows = [row.copy() for row in buffers.logit_rows(pieces, num_outputs)]
+        assert whole.shape == (num_outputs, 1000)
+        np.testing.assert_array_equal(np.stack(rows), whole)
+        del buffers

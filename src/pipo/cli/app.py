@@ -14,6 +14,7 @@ from pipo.base.errors import PipoError
 from pipo.cli.bench import bench
 from pipo.cli.chat import chat
 from pipo.cli.doctor import doctor
+from pipo.cli.eval import evaluate
 from pipo.cli.flags import Call, spread
 from pipo.cli.list import list_models
 from pipo.cli.pack import pack
@@ -46,6 +47,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "pack": pack,
     "verify": verify,
+    "eval": evaluate,
     "bench": bench,
     "doctor": doctor,
 }

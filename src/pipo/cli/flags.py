@@ -46,7 +46,12 @@ class MemoryFlags:
     ctx_size: Annotated[
         int | None,
         typer.Option(
-            "-c", "--ctx-size", min=1, metavar="N", help="Tokens of prompt plus answer.", rich_help_panel=_MEMORY
+            "-c",
+            "--ctx-size",
+            min=1,
+            metavar="N",
+            help="Tokens of prompt plus answer; of a window for `eval`.",
+            rich_help_panel=_MEMORY,
         ),
     ] = None
     cache_type_k: Annotated[

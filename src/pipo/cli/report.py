@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from pipo.answering import Report
 from pipo.base.adapter import NamedAdapter
 from pipo.base.units import format_rate, format_size
 from pipo.cli.terminal import Row
-from pipo.engine import Report
 from pipo.pipeline.device_share import DeviceShare
 from pipo.pipeline.expert_stats import BlockStats, ExpertStats
 from pipo.pipeline.stats import PassStats
@@ -47,6 +47,12 @@ def _adapter_text(named: NamedAdapter) -> str:
     return f"{named.id}: {adapter.rank_text}, scale {named.scale:g}, {parts} matrices, {size}"
 
 
+def start_rows(plan: Plan) -> Iterator[Row]:
+    """What is said before an answer."""
+    yield from plan_rows(plan)
+    yield from prediction_rows(plan)
+
+
 def _kv_bytes(plan: Plan) -> int:
     """Wherever they live; what they pass through on a device is not counted twice."""
     share = plan.device.placement if plan.device else None
@@ -77,7 +83,7 @@ def weights_text(plan: Plan) -> str:
         return f"all {format_size(total)} stay in RAM, nothing streams from disk{_borrowed_text(plan)}"
     resident = total - streamed
     stay = f"{format_size(resident) if resident > 0 else 'none'} stay in RAM"
-    return f"{_of(streamed, total)} stream from disk in every pass, {stay}{_borrowed_text(plan)}"
+    return f"{part_text(streamed, total)} stream from disk in every pass, {stay}{_borrowed_text(plan)}"
 
 
 def _experts_text(plan: Plan) -> str:
@@ -110,7 +116,7 @@ def _weights_with_device_text(plan: Plan, share: DeviceShare) -> str:
     in_ram, there = format_size(plan.in_use.resident_bytes), format_size(share.placement.resident_bytes)
     homes = f"{in_ram} stay in RAM{_borrowed_text(plan)}, {there} on {share.device.name}"
     return (
-        f"{_of(streamed, total)} stream from disk in every pass, {homes}"
+        f"{part_text(streamed, total)} stream from disk in every pass, {homes}"
         if streamed
         else f"{homes}, nothing streams from disk"
     )
@@ -159,7 +165,7 @@ def status_line(plan: Plan, report: Report) -> str:
         parts.append(f"stalled {decode.stall_share:.0%}")
         if decode.experts is not None:
             parts.append(f"{decode.experts.hit_rate:.1%} of experts there or foretold")
-    parts.append(f"peak {_of(report.peak_anonymous_bytes, plan.limit_bytes)}")
+    parts.append(f"peak {part_text(report.peak_anonymous_bytes, plan.limit_bytes)}")
     return " · ".join(parts)
 
 
@@ -168,8 +174,8 @@ def detail_rows(report: Report) -> Iterator[Row]:
     timing = report.timing
     cached = f", {timing.cached_tokens} were in the KV cache" if timing.cached_tokens else ""
     rate = timing.prefill_tokens / report.prefill.wall_s if report.prefill.wall_s else 0.0
-    yield "prefill", f"{timing.prefill_tokens} tokens at {rate_text(rate)} tok/s{cached}; {_stats_text(report.prefill)}"
-    yield "decode", f"{report.num_generated} tokens; {_stats_text(report.decode)}"
+    yield "prefill", f"{timing.prefill_tokens} tokens at {rate_text(rate)} tok/s{cached}; {stats_text(report.prefill)}"
+    yield "decode", f"{report.num_generated} tokens; {stats_text(report.decode)}"
     if report.decode.experts is not None and report.decode.experts.total.num_needed:
         yield "experts", _expert_stats_text(report.decode.experts.total)
 
@@ -239,8 +245,8 @@ def report_dict(plan: Plan, report: Report) -> dict[str, object]:
         "bytes_per_token": bytes_per_token(report),
         "drive_share": drive_share(plan, report),
         "peak_anonymous_bytes": report.peak_anonymous_bytes,
-        "prefill": _stats_dict(report.prefill),
-        "decode": _stats_dict(report.decode),
+        "prefill": stats_dict(report.prefill),
+        "decode": stats_dict(report.decode),
     }
 
 
@@ -254,7 +260,7 @@ def drive_share(plan: Plan, report: Report) -> float:
     return report.decode.bytes_per_s / plan.drive.bytes_per_s
 
 
-def _stats_text(stats: PassStats) -> str:
+def stats_text(stats: PassStats) -> str:
     causes = ", ".join(f"{cause.value} {seconds:.2f} s" for cause, seconds in stats.stall_s.items() if seconds >= 0.005)
     stalls = f"stalled {stats.total_stall_s:.2f} s ({causes})" if causes else "no stalls"
     passes = "1 pass" if stats.num_passes == 1 else f"{stats.num_passes} passes"
@@ -264,7 +270,7 @@ def _stats_text(stats: PassStats) -> str:
     )
 
 
-def _stats_dict(stats: PassStats) -> dict[str, object]:
+def stats_dict(stats: PassStats) -> dict[str, object]:
     return {
         "num_passes": stats.num_passes,
         "num_tokens": stats.num_tokens,
@@ -293,7 +299,7 @@ def _expert_stats_dict(stats: ExpertStats) -> dict[str, object]:
     return block(stats.total) | {"blocks": [block(each) for each in stats.blocks]}
 
 
-def _of(part_bytes: float, whole_bytes: float) -> str:
+def part_text(part_bytes: float, whole_bytes: float) -> str:
     """`"77.0 of 98.1 MiB"`: the unit once where it is the same."""
     part, whole = format_size(part_bytes), format_size(whole_bytes)
     number, unit = part.split()

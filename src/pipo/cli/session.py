@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from pipo.answering import Report
 from pipo.base.config import EngineConfig
 from pipo.base.units import format_size
 from pipo.cli import report
 from pipo.cli.flags import OutputFlags
-from pipo.cli.terminal import print_note, print_rows, print_warning, stderr
-from pipo.engine import Engine, Report
+from pipo.cli.terminal import Row, print_note, print_rows, print_warning, stderr
+from pipo.engine import Engine
 from pipo.hardware.budget import ram_bytes
 from pipo.hardware.memory import available_memory, process_memory
 from pipo.hardware.predictions import Outcome, keep_outcome
@@ -30,12 +31,18 @@ class Session:
     plan: Plan
     output: OutputFlags
 
+    @property
+    def last_report(self) -> Report:
+        """Of a request that was served."""
+        assert self.engine.report is not None
+        return self.engine.report
+
     def print_cost(self, *more: str) -> None:
         """The status line of the last answer and `more` on it, with the causes under --verbose."""
         last = self.engine.report
         if last is None:
             return
-        self._warn_of_excess(last.peak_anonymous_bytes)
+        self.warn_of_excess(last.peak_anonymous_bytes)
         self._keep(last)
         if self.output.quiet:
             return
@@ -64,7 +71,7 @@ class Session:
             )
         )
 
-    def _warn_of_excess(self, peak_bytes: int) -> None:
+    def warn_of_excess(self, peak_bytes: int) -> None:
         """A broken promise is said, quiet or not."""
         if peak_bytes > self.plan.limit_bytes:
             peak, limit = format_size(peak_bytes), format_size(self.plan.limit_bytes)
@@ -74,12 +81,21 @@ class Session:
         """Seconds by cause, and who holds the memory."""
         if self.engine.report is not None:
             print_rows(stderr(), "cost", report.detail_rows(self.engine.report))
+        self.print_memory()
+
+    def print_memory(self) -> None:
+        """Who holds it."""
         print_rows(stderr(), "memory", report.breakdown_rows(self.engine.ledger_breakdown))
 
 
-def open_model(name: str, ram: str | None, *, header_only: bool = False) -> ModelFile:
-    """`ram` is the budget its tokenizer must be built in; None: whatever it takes. Raises ModelError, OverBudget."""
-    return ModelFile(resolve_model(name), None if ram is None else ram_bytes(ram), header_only=header_only)
+def open_model(
+    name: str, ram: str | None, *, header_only: bool = False, vocabulary_of: ModelFile | None = None
+) -> ModelFile:
+    """`ram` is the budget its tokenizer must be built in; None: whatever it takes. Raises ModelError, OverBudget, and
+    UsageError where it has not the vocabulary of another model that it must have.
+    """
+    limit = None if ram is None else ram_bytes(ram)
+    return ModelFile(resolve_model(name), limit, header_only=header_only, vocabulary_of=vocabulary_of)
 
 
 @contextmanager
@@ -92,14 +108,30 @@ def open_session(
     logprobs_bytes: int = 0,
 ) -> Iterator[Session]:
     """Plan, print the plan, start. Raises OverBudget before it takes any memory."""
+
+    def make(engine: Engine, say: Progress) -> Plan:
+        return engine.make_plan(context_tokens, logprobs_bytes, workload, say)
+
+    with started(model, config, output, make, report.start_rows) as session:
+        yield session
+
+
+@contextmanager
+def started(
+    model: ModelFile,
+    config: EngineConfig,
+    output: OutputFlags,
+    make: Callable[[Engine, Progress], Plan],
+    rows: Callable[[Plan], Iterable[Row]],
+) -> Iterator[Session]:
+    """Open, `make` a plan, print `rows` of it, start."""
     with Engine(model, config) as engine:
         with starting(output) as say:
-            plan = engine.make_plan(context_tokens, logprobs_bytes, workload, say)
+            plan = make(engine, say)
             _warn_of_scarcity(plan)
             engine.start(plan)
         if not output.quiet:
-            rows = [*report.plan_rows(plan), *report.prediction_rows(plan)]
-            print_rows(stderr(), model_title(model), rows, style="dim")
+            print_rows(stderr(), model_title(model), rows(plan), style="dim")
             stderr().print()
         yield Session(engine, plan, output)
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipo.generation.request import FinishReason, SamplingParams
+from pipo.generation.request import Completion, FinishReason, SamplingParams, Usage
 from pipo.generation.sampling import Sampled, Sampler
 from pipo.generation.stops import StopMatcher
 
@@ -60,3 +60,11 @@ class Answer:
     def _rest(self) -> str:
         """What was held back for a whole character, and for a stop string that did not come."""
         return self._stops.feed(self._detokenizer.flush()) + self._stops.flush()
+
+
+def completion_of(prompt: Sequence[int], pieces: Sequence[Piece], cached_tokens: int = 0) -> Completion:
+    """The whole of an answer that came in pieces."""
+    tokens = tuple(piece.token for piece in pieces if piece.token is not None)
+    finish = pieces[-1].finish or FinishReason.CANCELLED
+    usage = Usage(len(prompt), len(tokens), cached_tokens)
+    return Completion("".join(piece.text for piece in pieces), tokens, finish, usage)

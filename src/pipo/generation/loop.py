@@ -13,6 +13,8 @@ from pipo.base.clock import Clock
 from pipo.base.errors import ContextOverflow, UsageError
 from pipo.generation.answer import Answer, Detokenizer, Piece
 from pipo.generation.request import SamplingParams
+from pipo.generation.scoring import Scorer
+from pipo.generation.windows import Windows
 from pipo.pipeline.adapters import Weights
 
 
@@ -26,6 +28,14 @@ class ForwardPass(Protocol):
         self, token_ids: Sequence[int], start: int, outputs: Sequence[int] = (), sequence: int = 0
     ) -> npt.NDArray[np.float32]:
         """Tokens of a sequence at positions start, start + 1, …; logits (outputs, vocabulary) of the asked indices."""
+
+    @property
+    def max_outputs(self) -> int: ...
+
+    def run_rows(
+        self, token_ids: Sequence[int], start: int, outputs: Sequence[int]
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """As `run` of the first sequence, logits (vocabulary) one by one."""
 
     def run_batch(self, token_ids: Sequence[int], starts: Sequence[int]) -> npt.NDArray[np.float32]:
         """A token of each of the first sequences; logits (sequences, vocabulary)."""
@@ -75,9 +85,7 @@ class Generator:
         """Tokens the answer may have. Raises UsageError, ContextOverflow: nothing is ever cut."""
         if not prompt:
             raise UsageError("the prompt is empty", hint="give some text")
-        outside = [t for t in prompt if not 0 <= t < self._vocab_size]
-        if outside:
-            raise UsageError(f"token id {outside[0]} is outside the vocabulary of {self._vocab_size}")
+        self._check_vocabulary(prompt)
         room = self.context_tokens - len(prompt)
         wanted = params.max_tokens
         if room < (wanted or 1):
@@ -87,6 +95,11 @@ class Generator:
                 hint=f"-c {len(prompt) + (wanted or 256)} or a shorter prompt",
             )
         return wanted or room
+
+    def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
+        outside = next((t for t in token_ids if not 0 <= t < self._vocab_size), None)
+        if outside is not None:
+            raise UsageError(f"token id {outside} is outside the vocabulary of {self._vocab_size}")
 
     def generate(
         self,
@@ -172,6 +185,22 @@ class Generator:
         for start in range(0, len(token_ids), chunk):
             part = token_ids[start : start + chunk]
             yield self._pass(part, outputs=range(len(part)))
+
+    def score(self, windows: Windows, scorer: Scorer) -> Iterator[int]:
+        """Show `scorer` the logits of each scored position. Yields the tokens of every pass, once it has seen them.
+
+        Raises UsageError for a token that the model does not have, and what the passes raise.
+        """
+        self._check_vocabulary(windows.token_ids)
+        self._stored.clear()
+        for window in range(windows.num_windows):
+            ids = windows.inputs(window)
+            for part in windows.passes(self._forward.max_tokens, self._forward.max_outputs):
+                outputs = [position - part.start for position in part.outputs]
+                rows = self._forward.run_rows(ids[part.start : part.stop], part.start, outputs)
+                for position, logits in zip(part.outputs, rows, strict=True):
+                    scorer.take(windows.next_token(window, position), logits)
+                yield part.num_tokens
 
     def _prefill(self, prompt: Sequence[int], on_prefill: Callable[[int, int], None]) -> npt.NDArray[np.float32]:
         cached = min(_common_prefix(self._stored, prompt), len(prompt) - 1)

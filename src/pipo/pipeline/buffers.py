@@ -168,11 +168,20 @@ class PassBuffers:
         """(outputs, vocabulary). A view for one output; a copy that joins the head's pieces for several."""
         if num_outputs == 1:
             return self._logits[: self.shape.vocab_size].reshape(1, -1)
-        blocks = [
+        return np.concatenate(self._blocks(pieces, num_outputs), axis=1)
+
+    def logit_rows(self, pieces: list[tuple[int, int]], num_outputs: int) -> Iterator[npt.NDArray[np.float32]]:
+        """(vocabulary) of each output: a view where the head is in one piece, else a copy of this row alone."""
+        blocks = self._blocks(pieces, num_outputs)
+        for i in range(num_outputs):
+            yield blocks[0][i] if len(blocks) == 1 else np.concatenate([block[i] for block in blocks])
+
+    def _blocks(self, pieces: list[tuple[int, int]], num_outputs: int) -> list[npt.NDArray[np.float32]]:
+        """(outputs, rows) of each piece of the head, where it put them."""
+        return [
             self._logits[start * num_outputs : stop * num_outputs].reshape(num_outputs, stop - start)
             for start, stop in pieces
         ]
-        return np.concatenate(blocks, axis=1)
 
     @staticmethod
     def logits_offset(first_row: int, num_outputs: int) -> int:

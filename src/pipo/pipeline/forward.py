@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -113,6 +113,7 @@ class Forward:
         self._unit_of_stage = model.unit_of_stage
         self._tied = next((u for u in model.units if _is_plain_table(u) and u.stage_idx not in sides.on_device), None)
         self._pieces = head_pieces(model.stages)
+        self._head_rows = [(piece.start, piece.stop) for piece in self._pieces]
         needs = [self._need(i) for i in range(len(model.stages))]
         self._with_outputs = self._split(needs)
         self._without_outputs = self._split([n for n in needs if not self._is_output(n.stage_idx)])
@@ -150,12 +151,23 @@ class Forward:
         computed. The KV cache then holds these positions and no later ones; after an error it does not.
         Raises TransferError, ComputeError, Cancelled.
         """
-        return self._run(token_ids, PassRows([start], len(token_ids), sequence), outputs)
+        self._run(token_ids, PassRows([start], len(token_ids), sequence), outputs)
+        return self._buffers.logits(self._head_rows, len(outputs)) if outputs else np.empty((0, 0), np.float32)
+
+    def run_rows(
+        self, token_ids: Sequence[int], start: int, outputs: Sequence[int]
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """As `run` of the first sequence, but logits (vocabulary) output by output, each valid until the next is asked
+        for: all at once they would be there twice where the head comes in pieces. The pass itself is over.
+        """
+        self._run(token_ids, PassRows([start], len(token_ids)), outputs)
+        return self._buffers.logit_rows(self._head_rows, len(outputs))
 
     def run_batch(self, token_ids: Sequence[int], starts: Sequence[int]) -> npt.NDArray[np.float32]:
         """One token of each of the first sequences, at its start. Returns logits (sequences, vocabulary), as `run`."""
         assert len(token_ids) == len(starts) <= self.num_sequences
-        return self._run(token_ids, PassRows(starts, 1), range(len(starts)))
+        self._run(token_ids, PassRows(starts, 1), range(len(starts)))
+        return self._buffers.logits(self._head_rows, len(starts))
 
     def use_adapters(self, weights: Sequence[Weights]) -> None:
         """How much of which adapters the first sequences have in passes to come; the others have none. Keys and values
@@ -177,7 +189,7 @@ class Forward:
         """The keys and values of all sequences: the memory they grew into is free for others."""
         self._num_positions = [0] * self.num_sequences
 
-    def _run(self, token_ids: Sequence[int], rows: PassRows, outputs: Sequence[int]) -> npt.NDArray[np.float32]:
+    def _run(self, token_ids: Sequence[int], rows: PassRows, outputs: Sequence[int]) -> None:
         num_outputs = len(outputs)
         needs = self._with_outputs if num_outputs else self._without_outputs
         for sequence, end in rows.ends:
@@ -200,11 +212,8 @@ class Forward:
         if self.experts is not None:
             self.experts.end_pass()
         self._executor.stats.num_tokens += rows.num_tokens
-        if not num_outputs:
-            return np.empty((0, 0), np.float32)
-        if self._sides.device is not None and self._pieces[0].stage_idx in self._sides.on_device:
+        if num_outputs and self._sides.device is not None and self._pieces[0].stage_idx in self._sides.on_device:
             self._sides.device.return_logits()
-        return self._buffers.logits([(p.start, p.stop) for p in self._pieces], num_outputs)
 
     def _steps(self, needs: _Needs) -> list[Step]:
         is_split = (needs.on_cpu and needs.on_device) or self._moves_kv or self.experts is not None

@@ -152,6 +152,15 @@ class Tokenizer:
         ids += self._encode_parts((self._special if parse_special else self._user_defined).split(text))
         return ids + self._id_if(adds_eos, self._special_ids.eos)
 
+    @property
+    def begin_ids(self) -> list[int]:
+        """What `encode` puts before text: the begin token, where the model has been trained with one."""
+        return self._id_if(self._wrapping.adds_bos, self._special_ids.bos)
+
+    def encode_part(self, text: str, *, is_first: bool = False) -> list[int]:
+        """Token ids of a part of a plain text, cut where tokens end; only the first one has its space prefixed."""
+        return self._encode_parts(self._user_defined.split(text), begins=is_first)
+
     def is_longer(self, text: str, num_tokens: int, *, parse_special: bool) -> bool:
         """Whether `text` certainly has more than `num_tokens` tokens, found without the memory to encode all of it.
 
@@ -207,9 +216,9 @@ class Tokenizer:
     def _num_tokens(self, text: str) -> int:
         return len(self._model.encode(text))
 
-    def _encode_parts(self, parts: Iterator[str | int]) -> list[int]:
+    def _encode_parts(self, parts: Iterator[str | int], *, begins: bool = True) -> list[int]:
         ids: list[int] = []
-        is_after_special = True
+        is_after_special = begins
         for part in parts:
             if isinstance(part, int):
                 ids.append(part)
