@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -146,11 +147,16 @@ def test_an_endpoint_that_is_none(endpoint: str, hub: Hub, monkeypatch: pytest.M
 
 
 def test_no_route_and_no_name(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody_knows(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
     for endpoint in ("http://127.0.0.1:9", "http://me:secret@no-such-host.invalid"):
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
         with pytest.raises(DownloadError, match="cannot be reached") as caught:
             pull("org/gguf")
         assert caught.value.hint is not None and "secret" not in str(caught.value)
+        monkeypatch.setattr(socket, "getaddrinfo", nobody_knows)
+    assert "Name or service not known" in caught.value.message
 
 
 def test_a_mirror_behind_a_password(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
