@@ -103,6 +103,17 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_a_mixture_of_types_is_llama_cpps(wide: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "packed.gguf", tmp_path / "other.gguf"
+    pack_file(wide, "q4_k_m", out)
+    write_random_model(other, "smoke", "q4_k_m")
+    found, wanted = stored_types(out), stored_types(other)
+    assert {n: t for n, t in found.items() if n.startswith("blk.")} == {
+        n: t for n, t in wanted.items() if n.startswith("blk.")
+    }
+    assert list(found.values()).count("Q4_K") > 1 and list(found.values()).count("Q6_K") > 3
+
+
 @pytest.mark.parametrize(("name", "table"), TABLES.items())
 def test_tables_that_stay_in_ram_are_as_they_were(name: str, table: str, folder: Path, tmp_path: Path) -> None:
     source, out = _exported(name, GgufType.F32, folder), tmp_path / "packed.gguf"
@@ -123,7 +134,7 @@ def test_llama_cpp_computes_the_same(name: str, type: str, folder: Path, tmp_pat
     _compare(out, prompt, spec.vocab_size, spec.num_layers, GgufType[type.upper()])
 
 
-@pytest.mark.parametrize("type", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"])
+@pytest.mark.parametrize("type", ["q2_k", "q3_k", "q4_k", "q4_k_m", "q5_k", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs"])
 def test_llama_cpp_computes_the_same_with_k_quants(type: str, wide: Path, tmp_path: Path) -> None:
     out = tmp_path / "packed.gguf"
     pack_file(wide, type, out)

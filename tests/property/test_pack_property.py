@@ -16,10 +16,9 @@ from pipo.base.units import PAGE_BYTES
 from pipo.formats.gguf_writer import tensor_offsets
 from pipo.packing.convert import group_rows, groups_of, workspace_sizes
 from pipo.packing.memory import fit_memory
-from pipo.packing.types import FILE_TYPES, TensorPlan, fitting, plan_tensor
+from pipo.packing.types import MIXES, TensorPlan, fitting, plan_tensor
 
-TARGETS = sorted(FILE_TYPES)
-SOURCES = [*TARGETS, TensorType.IQ3_S, TensorType.MXFP4]
+SOURCES = [*dict.fromkeys(mix.type for mix in MIXES.values()), TensorType.IQ3_S, TensorType.MXFP4]
 
 
 @st.composite
@@ -27,8 +26,9 @@ def plans(draw: st.DrawFn) -> TensorPlan:
     source = draw(st.sampled_from(SOURCES))
     row = draw(st.integers(1, 40)) * source.block_elems
     shape = (row, *draw(st.lists(st.integers(1, 60), min_size=0, max_size=2)))
-    spec = TensorSpec("t.weight", source, shape, Extent(FileIdx(0), 0, source.nbytes(shape)))
-    return plan_tensor(spec, draw(st.sampled_from(TARGETS)), moves=draw(st.booleans()))
+    name = draw(st.sampled_from(["blk.7.attn_v.weight", "blk.1.attn_q.weight", "output.weight"]))
+    spec = TensorSpec(name, source, shape, Extent(FileIdx(0), 0, source.nbytes(shape)))
+    return plan_tensor(spec, draw(st.sampled_from([*MIXES.values()])), 8, moves=draw(st.booleans()))
 
 
 @given(plans())

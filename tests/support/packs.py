@@ -16,13 +16,13 @@ from pipo.formats.checkpoint import open_checkpoint
 from pipo.packing.pack import PackReport, pack
 from pipo.packing.part import Pwrite
 from pipo.packing.plan import PackPlan, plan_pack
-from pipo.packing.types import parse_type
+from pipo.packing.types import parse_mix
 
 PLENTY = 1 << 40
 
 
 def plan_of(source: Path, type: str, *, limit_bytes: int = PLENTY, threads: int = 2) -> PackPlan:
-    return plan_pack(open_checkpoint(source), parse_type(type), ggml.load(), limit_bytes, threads)
+    return plan_pack(open_checkpoint(source), parse_mix(type), ggml.load(), limit_bytes, threads)
 
 
 def pack_file(

@@ -9,7 +9,7 @@ from pipo.base.errors import UsageError
 from pipo.base.manifest import Extent, FileIdx, TensorSpec
 from pipo.base.tensor_type import TensorType
 from pipo.compute import ggml
-from pipo.packing.types import FILE_TYPES, TYPE_NAMES, fitting, parse_type, plan_tensor
+from pipo.packing.types import MIXES, Mix, TensorPlan, fitting, parse_mix, plan_tensor
 
 T = TensorType
 
@@ -18,21 +18,25 @@ def spec(name: str, shape: tuple[int, ...], type_: T = T.F16) -> TensorSpec:
     return TensorSpec(name, type_, shape, Extent(FileIdx(0), 0, type_.nbytes(shape)))
 
 
-def type_of(name: str, shape: tuple[int, ...], target: T, source: T = T.F16, *, moves: bool = True) -> T:
-    return plan_tensor(spec(name, shape, source), target, moves=moves).type
+def type_of(name: str, shape: tuple[int, ...], target: T | Mix, source: T = T.F16, *, moves: bool = True) -> T:
+    return plan(spec(name, shape, source), target, moves=moves).type
 
 
-@pytest.mark.parametrize("name", TYPE_NAMES)
+def plan(spec: TensorSpec, target: T | Mix, *, moves: bool = True) -> TensorPlan:
+    return plan_tensor(spec, target if isinstance(target, Mix) else MIXES[target.name.lower()], 32, moves=moves)
+
+
+@pytest.mark.parametrize("name", MIXES)
 def test_every_type_is_one_that_libggml_computes_and_llama_cpp_names(name: str) -> None:
-    type_ = parse_type(name.upper())
-    assert ggml.load().multiplies(type_)
-    named = LlamaFileType(FILE_TYPES[type_]).name
-    assert named.removesuffix("_S") in (f"MOSTLY_{type_.name}", f"ALL_{type_.name}")
+    mix = parse_mix(name.upper())
+    assert ggml.load().multiplies(mix.type)
+    named = LlamaFileType(mix.file_type).name
+    assert named.removesuffix("_S") in (f"MOSTLY_{mix.name}", f"ALL_{mix.name}")
 
 
 def test_unknown_types_are_refused_with_those_there_are() -> None:
     with pytest.raises(UsageError, match="iq1_s") as refused:
-        parse_type("iq1_s")
+        parse_mix("iq1_s")
     assert "q4_k" in str(refused.value.hint)
 
 
@@ -68,14 +72,25 @@ def test_what_stays_in_ram_is_f32() -> None:
 
 
 def test_experts_are_matrices() -> None:
-    plan = plan_tensor(spec("blk.0.ffn_up_exps.weight", (64, 32, 8)), T.Q4_0, moves=True)
-    assert (plan.type, plan.num_rows, plan.num_bytes) == (T.Q4_0, 256, 256 * 36)
+    bank = plan(spec("blk.0.ffn_up_exps.weight", (64, 32, 8)), T.Q4_0)
+    assert (bank.type, bank.num_rows, bank.num_bytes) == (T.Q4_0, 256, 256 * 36)
 
 
 def test_what_has_the_type_already_is_copied_and_not_quantised_twice() -> None:
-    plan = plan_tensor(spec("m.weight", (256, 4), T.Q4_0), T.Q4_0, moves=True)
-    assert plan.is_copied and not plan.is_requantised
-    assert plan_tensor(spec("m.weight", (256, 4), T.Q4_1), T.Q4_0, moves=True).is_requantised
-    assert not plan_tensor(spec("m.weight", (256, 4), T.BF16), T.Q4_0, moves=True).is_requantised
-    # a row that no block of the type divides cannot have it, but this one has it
-    assert plan_tensor(spec("m.weight", (256, 4), T.Q8_0), T.F16, moves=True).is_requantised
+    same = plan(spec("m.weight", (256, 4), T.Q4_0), T.Q4_0)
+    assert same.is_copied and not same.is_requantised
+    assert plan(spec("m.weight", (256, 4), T.Q4_1), T.Q4_0).is_requantised
+    assert not plan(spec("m.weight", (256, 4), T.BF16), T.Q4_0).is_requantised
+    assert plan(spec("m.weight", (256, 4), T.Q8_0), T.F16).is_requantised
+
+
+def test_mixtures_give_more_bits_where_they_help() -> None:
+    more = [i for i in range(32) if type_of(f"blk.{i}.attn_v.weight", (256, 4), MIXES["q4_k_m"]) is T.Q6_K]
+    assert more == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+    for name in ("ffn_down", "ffn_down_exps"):
+        assert type_of(f"blk.6.{name}.weight", (256, 4), MIXES["q5_k_m"]) is T.Q6_K
+        assert type_of(f"blk.5.{name}.weight", (256, 4), MIXES["q5_k_m"]) is T.Q5_K
+        assert type_of(f"blk.6.{name}.weight", (256, 4), MIXES["q4_k"]) is T.Q4_K
+    assert type_of("blk.5.attn_qkv.weight", (256, 4), MIXES["q4_k_m"]) is T.Q5_K
+    assert type_of("blk.6.ffn_up.weight", (256, 4), MIXES["q4_k_m"]) is T.Q4_K
+    assert type_of("blk.6.attn_v.weight", (288, 4), MIXES["q4_k_m"]) is T.Q8_0  # for want of blocks

@@ -15,7 +15,6 @@ from pipo.cli.prompt import only_model
 
 if TYPE_CHECKING:
     from pipo.base.manifest import Manifest
-    from pipo.base.tensor_type import TensorType
     from pipo.packing.pack import PackReport
     from pipo.packing.plan import PackPlan
 
@@ -30,7 +29,7 @@ def pack(
     model_flag: ModelFlag = None,
     type_: Annotated[
         str | None,
-        typer.Option("--type", metavar="TYPE", help="q4_0, q4_k, q8_0, f16, …: what most weights become."),
+        typer.Option("--type", metavar="TYPE", help="q4_0, q4_k_m, q8_0, f16, …: what most weights become."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -52,12 +51,12 @@ def pack(
     llama.cpp reads it as well. What was interrupted is continued by the same command.
     """
     from pipo.base.errors import UsageError
-    from pipo.packing.types import TYPE_NAMES, parse_type
+    from pipo.packing.types import MIXES, parse_mix
 
     name = only_model(model, model_flag)
     if type_ is None:
-        raise UsageError("which type?", hint=f"--type {'|'.join(TYPE_NAMES)}")
-    target = parse_type(type_)
+        raise UsageError("which type?", hint=f"--type {'|'.join(MIXES)}")
+    mix = parse_mix(type_)
     config = make_config(MemoryFlags(ram=ram), ComputeFlags(threads=threads))
 
     from pipo.cli.bars import byte_bar
@@ -71,12 +70,12 @@ def pack(
     from pipo.store.library import resolve_model
 
     checkpoint = open_checkpoint(resolve_model(name), check_architecture)
-    path = out or Path(default_name(checkpoint.manifest, target))
+    path = out or Path(default_name(checkpoint.manifest, mix.name))
     check_output(path, checkpoint.manifest, overwrite=overwrite)
     lib = ggml.load()
-    plan = plan_pack(checkpoint, target, lib, ram_bytes(config.ram), config.num_threads)
+    plan = plan_pack(checkpoint, mix, lib, ram_bytes(config.ram), config.num_threads)
     _say_what_is_lost(plan, output)
-    with byte_bar(f"packing to {target.name}", output) as advance:
+    with byte_bar(f"packing to {mix.name}", output) as advance:
         report = write_pack(plan, path, lib, on_progress=advance)
     _warn_of_excess(plan, report)
     if json:
@@ -87,11 +86,11 @@ def pack(
         print_note(_closing_line(plan, report))
 
 
-def default_name(manifest: Manifest, target: TensorType) -> str:
+def default_name(manifest: Manifest, type_name: str) -> str:
     """`SmolLM2.Q4_1.gguf` packed to Q8_0 is `SmolLM2.Q8_0.gguf`."""
     first = manifest.files[0]
     stem = first.parent.name if first.suffix != ".gguf" else _SHARD_SUFFIX.sub("", first.stem)
-    return f"{_TYPE_SUFFIX.sub('', stem)}.{target.name}.gguf"
+    return f"{_TYPE_SUFFIX.sub('', stem)}.{type_name}.gguf"
 
 
 def pack_dict(plan: PackPlan, report: PackReport) -> dict[str, object]:

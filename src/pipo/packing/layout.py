@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipo.base.manifest import Manifest, TensorSpec
-from pipo.base.tensor_type import TensorType
 from pipo.base.units import PAGE_BYTES
 from pipo.formats.gguf_writer import (
     TensorEntry,
@@ -26,7 +25,7 @@ from pipo.formats.gguf_writer import (
 )
 from pipo.models.stage import Stage
 from pipo.packing.checksums import ALGORITHM, ALGORITHM_KEY, HEADER_KEY, NO_CHECKSUM, TENSORS_KEY, Hash
-from pipo.packing.types import EMBEDDING_TABLE, FILE_TYPES, QUANTIZATION_VERSION, TensorPlan, plan_tensor
+from pipo.packing.types import EMBEDDING_TABLE, QUANTIZATION_VERSION, Mix, TensorPlan, plan_tensor
 
 ALIGNMENT = PAGE_BYTES
 _VERSION_KEY, _VERSION = "pipo.pack.version", 1
@@ -62,16 +61,17 @@ class PackLayout:
         return header_bytes(_with_checksums(self.entries, checksums, of_header), _table(self.tensors), ALIGNMENT)
 
 
-def lay_out(
-    manifest: Manifest, stages: Sequence[Stage], target: TensorType, copied_entries: Sequence[bytes]
-) -> PackLayout:
+def lay_out(manifest: Manifest, stages: Sequence[Stage], mix: Mix, copied_entries: Sequence[bytes]) -> PackLayout:
     """`copied_entries` are the source's keys but REPLACED_KEYS and those that an earlier pack wrote."""
     moving = {spec.name for stage in stages for spec in stage.specs} | {EMBEDDING_TABLE}
-    tensors = tuple(plan_tensor(spec, target, moves=spec.name in moving) for spec in in_pass_order(manifest, stages))
+    num_layers = manifest.hyper.num_layers
+    tensors = tuple(
+        plan_tensor(spec, mix, num_layers, moves=spec.name in moving) for spec in in_pass_order(manifest, stages)
+    )
     entries = (
         *copied_entries,
         count_entry(_ALIGNMENT_KEY, ALIGNMENT),
-        count_entry(_FILE_TYPE_KEY, FILE_TYPES[target]),
+        count_entry(_FILE_TYPE_KEY, mix.file_type),
         count_entry(_QUANTIZATION_KEY, QUANTIZATION_VERSION),
         count_entry(_VERSION_KEY, _VERSION),
     )

@@ -19,7 +19,7 @@ from pipo.packing.checksums import OWN_PREFIX
 from pipo.packing.journal import Identity
 from pipo.packing.layout import REPLACED_KEYS, PackLayout, lay_out
 from pipo.packing.memory import PackMemory, fit_memory, process_bytes_now
-from pipo.packing.types import TensorPlan, check_readable
+from pipo.packing.types import Mix, TensorPlan, check_readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +54,18 @@ class PackPlan:
         return 8 * sum(tensor.num_bytes for tensor in self.layout.tensors) / max(num_elems, 1)
 
 
-def plan_pack(checkpoint: Checkpoint, target: TensorType, lib: Library, limit_bytes: int, num_workers: int) -> PackPlan:
+def plan_pack(checkpoint: Checkpoint, mix: Mix, lib: Library, limit_bytes: int, num_workers: int) -> PackPlan:
     """Decide everything from headers. Raises ModelError, OverBudget naming the smallest limit that works."""
     manifest = checkpoint.manifest
     if not isinstance(checkpoint.metadata, GgufMetadata):
         raise UnsupportedModel(f"{manifest.name}: is no GGUF file; so far only those can be packed")
     stages = stages_of(manifest)
     spans = spans_to_copy(checkpoint.metadata, without=REPLACED_KEYS, prefix=OWN_PREFIX)
-    bare = lay_out(manifest, stages, target, ())  # without what is copied: that takes memory
+    bare = lay_out(manifest, stages, mix, ())  # without what is copied: that takes memory
     check_readable(manifest, bare.tensors, [type_ for type_ in TensorType if lib.multiplies(type_)])
     header_bytes = bare.data_start + sum(size for _, size in spans)
     memory = fit_memory(bare.tensors, header_bytes, limit_bytes, num_workers, process_bytes_now())
-    layout = lay_out(manifest, stages, target, copy_entries(checkpoint.metadata, spans))
+    layout = lay_out(manifest, stages, mix, copy_entries(checkpoint.metadata, spans))
     return PackPlan(manifest, layout, memory, limit_bytes, _identity(manifest, layout, lib))
 
 

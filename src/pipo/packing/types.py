@@ -6,6 +6,7 @@ biases, routers, rope factors) is F32, as the engine wants it. The table of fall
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -15,29 +16,56 @@ from pipo.base.tensor_type import TensorType
 
 EMBEDDING_TABLE = "token_embd.weight"
 TABLES = frozenset({EMBEDDING_TABLE, "output.weight"})
+_VALUES_AND_DOWN = re.compile(r"blk\.(\d+)\.(?:attn_v|ffn_down(?:_exps|_shexp)?)\.weight")
+_FUSED = re.compile(r"blk\.\d+\.attn_qkv\.weight")
 # Rows of the tables are words: an error in one is seen whole, not averaged over a product. Below this they get Q6_K.
 TABLE_TYPE = TensorType.Q6_K
 
-# `--type` → what llama.cpp calls such a file: `enum llama_ftype` of llama.h. Those that are of use without an
-# importance matrix: libggml refuses IQ1 and most of IQ2 without one, and IQ3 is worse than Q3_K then.
-FILE_TYPES: dict[TensorType, int] = {
-    TensorType.F32: 0,
-    TensorType.F16: 1,
-    TensorType.Q4_0: 2,
-    TensorType.Q4_1: 3,
-    TensorType.Q8_0: 7,
-    TensorType.Q5_0: 8,
-    TensorType.Q5_1: 9,
-    TensorType.Q2_K: 10,
-    TensorType.Q3_K: 11,
-    TensorType.Q4_K: 14,
-    TensorType.Q5_K: 16,
-    TensorType.Q6_K: 18,
-    TensorType.IQ4_NL: 25,
-    TensorType.IQ4_XS: 30,
-    TensorType.BF16: 32,
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What `--type` names. `file_type` is what llama.cpp calls such a file: `enum llama_ftype` of llama.h.
+
+    `more` is for the matrices that gain most from it, values and what leaves the MLP, in the first and the last eighth
+    of the blocks and every third between; `fused` for one that holds queries, keys and values. Source:
+    `llama_tensor_get_type` of llama.cpp, without what it does for single models.
+    """
+
+    type: TensorType
+    file_type: int
+    suffix: str = ""
+    more: TensorType | None = None
+    fused: TensorType | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.type.name}{self.suffix}"
+
+
+# Those that are of use without an importance matrix: libggml refuses IQ1 and most of IQ2 without one, and IQ3 is worse
+# than Q3_K then.
+MIXES: dict[str, Mix] = {
+    mix.name.lower(): mix
+    for mix in (
+        Mix(TensorType.F32, 0),
+        Mix(TensorType.F16, 1),
+        Mix(TensorType.BF16, 32),
+        Mix(TensorType.Q8_0, 7),
+        Mix(TensorType.Q6_K, 18),
+        Mix(TensorType.Q5_K, 17, "_M", more=TensorType.Q6_K, fused=TensorType.Q6_K),
+        Mix(TensorType.Q5_K, 16),
+        Mix(TensorType.Q5_1, 9),
+        Mix(TensorType.Q5_0, 8),
+        Mix(TensorType.Q4_K, 15, "_M", more=TensorType.Q6_K, fused=TensorType.Q5_K),
+        Mix(TensorType.Q4_K, 14),
+        Mix(TensorType.Q4_1, 3),
+        Mix(TensorType.Q4_0, 2),
+        Mix(TensorType.IQ4_NL, 25),
+        Mix(TensorType.IQ4_XS, 30),
+        Mix(TensorType.Q3_K, 11),
+        Mix(TensorType.Q2_K, 10),
+    )
 }
-TYPE_NAMES = tuple(type_.name.lower() for type_ in FILE_TYPES)
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h
 
 _NEXT_TYPE = {
@@ -102,16 +130,17 @@ class TensorPlan:
         return self.type.nbytes(self.source.shape)
 
 
-def parse_type(text: str) -> TensorType:
+def parse_mix(text: str) -> Mix:
     """`"q4_0"`, whatever its case. Raises UsageError naming those there are."""
-    if text.lower() not in TYPE_NAMES:
-        raise UsageError(f"--type {text!r:.80} is not a type to pack to", hint=f"one of {', '.join(TYPE_NAMES)}")
-    return TensorType[text.upper()]
+    mix = MIXES.get(text.lower())
+    if mix is None:
+        raise UsageError(f"--type {text!r:.80} is not a type to pack to", hint=f"one of {', '.join(MIXES)}")
+    return mix
 
 
-def plan_tensor(spec: TensorSpec, target: TensorType, *, moves: bool) -> TensorPlan:
+def plan_tensor(spec: TensorSpec, mix: Mix, num_layers: int, *, moves: bool) -> TensorPlan:
     """`moves`: it is a matrix of a stage, or the embedding table."""
-    wanted = _wanted(spec, target, moves=moves)
+    wanted = _wanted(spec, mix, num_layers) if moves else _kept(spec)
     if wanted is spec.type:
         return TensorPlan(spec, wanted, wanted)
     return TensorPlan(spec, fitting(wanted, spec.shape[0]), wanted)
@@ -131,12 +160,24 @@ def check_readable(manifest: Manifest, plans: Collection[TensorPlan], decodes: C
             raise UnsupportedModel(f"{manifest.name}: {plan.name} is {plan.source.type.name}, which cannot be decoded")
 
 
-def _wanted(spec: TensorSpec, target: TensorType, *, moves: bool) -> TensorType:
-    if not moves or len(spec.shape) < 2 or not spec.name.endswith(_MATRIX):
-        return TensorType.F32 if spec.type in _WIDENED else spec.type
-    if spec.name in TABLES and _bits(target) < _bits(TABLE_TYPE):
+def _wanted(spec: TensorSpec, mix: Mix, num_layers: int) -> TensorType:
+    if len(spec.shape) < 2 or not spec.name.endswith(_MATRIX):
+        return _kept(spec)
+    if spec.name in TABLES and _bits(mix.type) < _bits(TABLE_TYPE):
         return TABLE_TYPE
-    return target
+    found = _VALUES_AND_DOWN.fullmatch(spec.name)
+    if mix.more is not None and found and _gains(int(found[1]), num_layers):
+        return mix.more
+    return mix.fused if mix.fused is not None and _FUSED.fullmatch(spec.name) else mix.type
+
+
+def _kept(spec: TensorSpec) -> TensorType:
+    return TensorType.F32 if spec.type in _WIDENED else spec.type
+
+
+def _gains(block_idx: int, num_layers: int) -> bool:
+    eighth = num_layers // 8
+    return block_idx < eighth or block_idx >= 7 * num_layers // 8 or (block_idx - eighth) % 3 == 2
 
 
 def _bits(type_: TensorType) -> float:
