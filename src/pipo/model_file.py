@@ -10,12 +10,15 @@ from pipo.base.manifest import Manifest
 from pipo.base.units import MIB, format_size
 from pipo.formats.checkpoint import Checkpoint, open_checkpoint
 from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata
+from pipo.formats.hf_text import HfText
 from pipo.hardware.memory import release_free_memory
 from pipo.models.registry import check_architecture, stages_of
 from pipo.pipeline.blueprint import GROWTH_BYTES
 from pipo.planner.placement import smallest_ram_text
 from pipo.text.byte_pairs import MERGES_KEY
 from pipo.text.chat_template import ChatTemplate, Message
+from pipo.text.contract import ModelTokenizer
+from pipo.text.hf_tokenizer import HfTokenizer
 from pipo.text.tokenizer import Tokenizer
 from pipo.text.vocabulary import TOKENS_KEY
 
@@ -24,6 +27,7 @@ from pipo.text.vocabulary import TOKENS_KEY
 PROCESS_BYTES = 48 * MIB
 IMPORTED_BYTES = 28 * MIB  # before the tokenizer is built; 23 to 26 measured
 LONG_TEXT_TOKENS = 4096
+_JSON_BYTES_PER_BYTE, _JSON_BYTES_PER_VALUE = 4, 250
 _BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own are
 
 
@@ -41,19 +45,21 @@ class ModelFile:
         self.checkpoint: Checkpoint = open_checkpoint(path, check_architecture, header_only=header_only)
         self.stages = stages_of(self.manifest)
         self._check_vocabulary(limit_bytes)
-        self.tokenizer = Tokenizer.from_metadata(self.checkpoint.metadata)
+        self.tokenizer: ModelTokenizer = _tokenizer_of(self.checkpoint)
         release_free_memory()
 
     def _check_vocabulary(self, limit_bytes: int | None) -> None:
         """Before the tokenizer is built: a file of 62 MB can hold one that takes 600 MiB meanwhile."""
-        tokens = self.checkpoint.metadata.get(TOKENS_KEY)
-        num_tokens = tokens.count if isinstance(tokens, ArrayRef) else 0
+        metadata, num_tokens = self.checkpoint.metadata, self.manifest.hyper.vocab_size
+        if isinstance(metadata, GgufMetadata):
+            tokens = metadata.get(TOKENS_KEY)
+            num_tokens = tokens.count if isinstance(tokens, ArrayRef) else 0
         if num_tokens > self.manifest.hyper.vocab_size:
             raise UnsupportedModel(
                 f"{self.manifest.name}: the tokenizer has {num_tokens} tokens, the model "
                 f"{self.manifest.hyper.vocab_size}"
             )
-        needed = IMPORTED_BYTES + tokenizer_build_bytes(self.checkpoint.metadata)
+        needed = IMPORTED_BYTES + tokenizer_build_bytes(metadata)
         # less than any plan needs is left to the plan, which names the smallest budget of all
         if limit_bytes is None or needed <= max(limit_bytes, PROCESS_BYTES + GROWTH_BYTES):
             return
@@ -73,8 +79,8 @@ class ModelFile:
     def has_weights(self) -> bool:
         """The files are as long as they must be, and have no holes: what is read from them tells of a drive."""
         ends = [0] * len(self.manifest.files)
-        for spec in self.manifest.tensors.values():
-            ends[spec.extent.file_idx] = max(ends[spec.extent.file_idx], spec.extent.end)
+        for extent in (extent for spec in self.manifest.tensors.values() for extent in spec.extents):
+            ends[extent.file_idx] = max(ends[extent.file_idx], extent.end)
         facts = [file.stat() for file in self.manifest.files]
         return all(
             fact.st_size >= end and 2 * _BLOCK_BYTES * fact.st_blocks >= end  # half: file systems that compress
@@ -120,12 +126,20 @@ def _after_encoding(ids: list[int]) -> list[int]:
     return ids
 
 
-def tokenizer_build_bytes(metadata: GgufMetadata) -> int:
-    """The most that building a tokenizer takes, from the sizes of its arrays alone.
+def _tokenizer_of(checkpoint: Checkpoint) -> ModelTokenizer:
+    if isinstance(checkpoint.metadata, HfText):
+        return HfTokenizer.from_files(checkpoint.metadata)
+    return Tokenizer.from_metadata(checkpoint.metadata)
+
+
+def tokenizer_build_bytes(metadata: GgufMetadata | HfText) -> int:
+    """The most that building a tokenizer takes, from the sizes of its arrays or of its JSON alone.
 
     Measured 640 to 1030 bytes for a token with its merge (49k to 1M of them, 8 to 70 bytes long), where this says 670
     to 1100; 250 to 330 for a sentence piece, where this says 360 to 560.
     """
+    if isinstance(metadata, HfText):
+        return _JSON_BYTES_PER_BYTE * metadata.tokenizer_bytes + _JSON_BYTES_PER_VALUE * metadata.tokenizer_values
     arrays = [metadata.get(key) for key in (TOKENS_KEY, MERGES_KEY)]
     refs = [ref for ref in arrays if isinstance(ref, ArrayRef)]
     return sum(280 * ref.count + 10 * ref.num_bytes // 3 for ref in refs)
