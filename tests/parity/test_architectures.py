@@ -13,10 +13,12 @@ import pytest
 from gguf import GGMLQuantizationType as GgufType
 from transformers import PreTrainedModel
 
+from pipo.base.config import EngineConfig
 from pipo.base.errors import UsageError
 from pipo.generation.request import SamplingParams
-from tests.support import tiny_models
+from tests.support import tiny_families, tiny_models
 from tests.support.engines import smallest_ram_bytes, start_engine
+from tests.support.rigs import Rig, read_prompts
 from tests.support.rounding import PRODUCT_ERROR, logit_tolerance
 from tests.support.tiny_models import SPECS, FloatArray, make_model, reference_logits, rounded_model, write_gguf
 
@@ -100,6 +102,53 @@ def test_prefill_and_decode_as_a_request_runs_them(name: str, path_of: PathOf) -
     tolerance = 2 * MAX_ERROR * np.abs(logits).max()
     assert np.abs(picked - [token.logprob for token in chosen]).max() < tolerance
     assert (want.max(axis=1) - picked).max() < tolerance
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("is_tight", [True, False])
+def test_two_sequences_in_one_batch(name: str, is_tight: bool, path_of: PathOf) -> None:
+    """Of 70 tokens and of 9: each gets what it would get alone, with weights that stay and weights that stream.
+
+    Phi-3's rotary factors are those of the context, where transformers takes those of the text: longer ones, then.
+    """
+    second = 66 if name == "phi3" else 9
+    prompts, new = [tokens_of(name)[:70], tokens_of(name)[70 : 70 + second]], [[5, 6, 7], [8, 9, 10]]
+    config = EngineConfig(threads=1, prefill_chunk=33, num_sequences=2, **F32_CACHE)
+    with Rig(path_of(name), config) as rig, rig.running(rig.placements(2)[0 if is_tight else 1]) as forward:
+        rows = [read_prompts(forward, prompts, 33)]
+        for i, pair in enumerate(zip(*new, strict=True)):
+            rows.append(forward.run_batch(pair, [len(prompt) + i for prompt in prompts]).copy())
+    for i, (prompt, more) in enumerate(zip(prompts, new, strict=True)):
+        want = reference_logits(model_of(name), [*prompt, *more])[len(prompt) - 1 :]
+        assert relative_error(np.stack(rows)[:, i], want) < MAX_ERROR
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma2", {"WINDOW": 1000}),
+        ("gemma2", {"CAPS": {"attn_logit_softcapping": 1e6, "final_logit_softcapping": 5.0}}),
+        ("gemma2", {"CAPS": {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 1e6}}),
+        ("gemma3", {"WINDOW": 1000}),
+        ("gemma3", {"LOCAL_THETA": 10_000.0}),
+        ("phi3", {"LONG": tiny_families.SHORT}),
+        ("phi3-sliding", {"WINDOW": 1000}),
+        ("smollm3", {"UNROTATED": ()}),
+    ],
+)
+def test_what_a_family_adds_shows(name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the tests above could not see it missing."""
+    truth = truth_of(name)
+    for setting, value in changes.items():
+        monkeypatch.setattr(tiny_families, setting, value)
+    assert relative_error(reference_logits(make_model(SPECS[name]), tokens_of(name)), truth) > 100 * MAX_ERROR
+
+
+def test_a_context_within_the_original_one_takes_the_short_factors(path_of: PathOf) -> None:
+    prompt = tokens_of("phi3")[:60]
+    with start_engine(path_of("phi3"), max_outputs=60, context_tokens=64, **F32_CACHE) as engine:
+        got = engine.logits(prompt)
+    assert relative_error(got, reference_logits(model_of("phi3"), prompt)) < MAX_ERROR
 
 
 @pytest.mark.parametrize("name", ["llama-yarn", "llama-linear", "llama-llama3"])

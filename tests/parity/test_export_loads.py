@@ -6,6 +6,7 @@ share a mistake.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +14,23 @@ import pytest
 from gguf import GGMLQuantizationType as GgufType
 from gguf import GGUFReader
 
-from tests.support import tiny_models
+from tests.support import tiny_families, tiny_models
 from tests.support.llama_cpp import Generated, LlamaCpp
 from tests.support.rounding import PRODUCT_ERROR, logit_tolerance
 from tests.support.tiny_models import SPECS, FloatArray, TinySpec, make_model, reference_logits, write_gguf
 from tests.support.tiny_vocab import Tokenizer
 
+# llama.cpp has no OPT, and lets no layer of a Mistral or Phi-3 slide
+UNLIKE_LLAMA_CPP = {"mistral-sliding", "opt", "phi3-sliding"}
 NOT_TEXT = range(259)  # specials and bytes
 PROMPT_TOKENS, NEW_TOKENS = 100, 8
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", sorted(SPECS.keys() - UNLIKE_LLAMA_CPP))
 def test_every_variant_computes_the_same(name: str, tmp_path: Path) -> None:
     got, want = _both(SPECS[name], tmp_path)
-    _assert_same(got, want, logit_tolerance(SPECS[name].num_layers, GgufType.F32, want))
+    tolerance = logit_tolerance(SPECS[name].num_layers, GgufType.F32, want)
+    _assert_same(got, want, tolerance + 1.5 * _error_of_gelu(SPECS[name], got.token_ids))
 
 
 @pytest.mark.parametrize("type", PRODUCT_ERROR)
@@ -84,6 +88,14 @@ def _both(spec: TinySpec, tmp_path: Path, type: GgufType = GgufType.F32) -> tupl
     tokens = [*prompt, *got.token_ids]
     want = _logprobs(reference_logits(tiny_models.rounded_model(model, type), tokens))
     return got, want[PROMPT_TOKENS - 1 : -1]
+
+
+def _error_of_gelu(spec: TinySpec, new_tokens: Sequence[int]) -> float:
+    """What a GELU of half precision, as llama.cpp has it, changes in these logits; 0 for families without one."""
+    tokens = [*_prompt(spec), *new_tokens]
+    models = make_model(spec), tiny_families.with_gelu_of_ggml(make_model(spec))
+    exact, rounded = (_logprobs(reference_logits(model, tokens))[PROMPT_TOKENS - 1 : -1] for model in models)
+    return _rms(rounded - exact)
 
 
 def _assert_same(got: Generated, want: FloatArray, tolerance: float) -> None:

@@ -21,13 +21,16 @@ from gguf import GGMLQuantizationType as GgufType
 from gguf.quants import dequantize, quantize
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from tests.support import tiny_mixtures
+from tests.support import tiny_families, tiny_mixtures
 from tests.support.tiny_vocab import Tokenizer, add_vocab
 
 torch.set_num_threads(1)  # on matrices this small more threads only wait for each other
 
 FloatArray = npt.NDArray[np.float32]
-Family = Literal["llama", "mistral", "mixtral", "olmoe", "qwen2moe", "qwen3moe"]
+Family = Literal[
+    "llama", "mistral", "mixtral", "olmoe", "qwen2moe", "qwen3moe", "gemma2", "gemma3", "opt", "phi3", "phi3-sliding",
+    "qwen2", "qwen3", "smollm3",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class TinySpec:
     rope_theta: float = 10000.0
     rope_scaling: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    sliding_window: int | None = None  # of Mistral
     num_experts: int = 8
     num_experts_per_tok: int = 2
 
@@ -72,10 +76,19 @@ SPECS: Mapping[str, TinySpec] = {
         rope_theta=50000.0, rope_scaling={**_LLAMA3, "original_max_position_embeddings": 64}, is_tied=True, seed=8
     ),
     "mistral": TinySpec(family="mistral", head_dim=24, norm_epsilon=1e-6, rope_theta=1e6, seed=9),
+    "mistral-sliding": TinySpec(family="mistral", sliding_window=40, seed=22),
     "mixtral": TinySpec(family="mixtral", num_layers=3, seed=10),
     "olmoe": TinySpec(family="olmoe", num_kv_heads=4, num_experts=16, num_experts_per_tok=4, seed=11),
     "qwen2moe": TinySpec(family="qwen2moe", num_experts=12, num_experts_per_tok=3, has_attention_bias=True, seed=12),
     "qwen3moe": TinySpec(family="qwen3moe", head_dim=32, num_experts=16, num_experts_per_tok=5, seed=13),
+    "gemma2": TinySpec(family="gemma2", num_layers=3, is_tied=True, head_dim=32, seed=14),
+    "gemma3": TinySpec(family="gemma3", num_layers=7, is_tied=True, head_dim=32, seed=15),
+    "opt": TinySpec(family="opt", num_kv_heads=4, is_tied=True, seed=16),
+    "phi3": TinySpec(family="phi3", seed=17),
+    "phi3-sliding": TinySpec(family="phi3-sliding", seed=18),
+    "qwen2": TinySpec(family="qwen2", is_tied=True, rope_theta=1e6, seed=19),
+    "qwen3": TinySpec(family="qwen3", head_dim=32, rope_theta=1e6, seed=20),
+    "smollm3": TinySpec(family="smollm3", num_layers=5, is_tied=True, seed=21),
 }
 MIXTURES = ("mixtral", "olmoe", "qwen2moe", "qwen3moe")
 
@@ -87,6 +100,8 @@ def make_model(spec: TinySpec) -> PreTrainedModel:
         model = MistralForCausalLM(_mistral_config(spec))
     elif spec.family in MIXTURES:
         model = tiny_mixtures.make_model(spec.family, _shared_config(spec), spec.num_experts, spec.num_experts_per_tok)
+    elif spec.family in tiny_families.NAMES:
+        model = tiny_families.make_model(spec.family, _shared_config(spec))
     else:
         model = LlamaForCausalLM(_llama_config(spec))
     _fill(model, spec)
@@ -126,7 +141,7 @@ def rounded_model(model: PreTrainedModel, type: GgufType) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
             weight = parameter.numpy()
-            kind = stored_type("experts" if ".experts." in name else _gguf_name(name), weight, type)
+            kind = stored_type("experts" if ".experts." in name else _gguf_name(name, model.config), weight, type)
             parameter.copy_(torch.from_numpy(dequantize(quantize(weight, kind), kind)))
     return rounded
 
@@ -142,8 +157,9 @@ def stored_type(name: str, weight: FloatArray, type: GgufType) -> GgufType:
 def exported_tensors(model: PreTrainedModel) -> Iterator[tuple[str, FloatArray]]:
     """(GGUF name, values) in file order: the extra tensor, then as a safetensors file lists them."""
     config = model.config
-    if config.rope_parameters["rope_type"] == "llama3":
+    if tiny_families.rope_of(config)["rope_type"] == "llama3":
         yield "rope_freqs.weight", llama3_freq_factors(_head_dim(config), config.rope_parameters)
+    yield from tiny_families.extra_tensors(config)
     state = model.state_dict()
     for name in sorted(state):
         weight = state[name].numpy()
@@ -152,19 +168,23 @@ def exported_tensors(model: PreTrainedModel) -> Iterator[tuple[str, FloatArray]]
         if ".experts." in name:
             yield from tiny_mixtures.expert_tensors(name, weight)
             continue
-        if architecture_of(model) == "llama" and ".q_proj." in name:
+        if architecture_of(model) in PERMUTED and ".q_proj." in name:
             weight = pair_neighbours(weight, config.num_attention_heads)
-        elif architecture_of(model) == "llama" and ".k_proj." in name:
+        elif architecture_of(model) in PERMUTED and ".k_proj." in name:
             weight = pair_neighbours(weight, config.num_key_value_heads)
         elif name.endswith("shared_expert_gate.weight"):
             weight = weight.reshape(-1)
-        yield _gguf_name(name), np.ascontiguousarray(weight)
+        yield _gguf_name(name, config), np.ascontiguousarray(tiny_families.changed(config, name, weight))
+
+
+PERMUTED = ("llama", "smollm3")  # rows of q and k, by the converter
 
 
 def architecture_of(model: PreTrainedModel) -> str:
     """As llama.cpp names it."""
     kind: str = model.config.model_type
-    return {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe"}.get(kind, "llama")
+    known = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", **tiny_families.ARCHITECTURES}
+    return known.get(kind, "llama" if kind in ("mistral", "mixtral") else kind)
 
 
 def pair_neighbours(weight: FloatArray, num_heads: int) -> FloatArray:
@@ -189,7 +209,7 @@ def _llama_config(spec: TinySpec) -> LlamaConfig:
 def _mistral_config(spec: TinySpec) -> MistralConfig:
     if spec.has_attention_bias or spec.has_mlp_bias:
         raise ValueError("Mistral has no biases")
-    return MistralConfig(sliding_window=None, **_shared_config(spec))
+    return MistralConfig(sliding_window=spec.sliding_window, **_shared_config(spec))
 
 
 def _shared_config(spec: TinySpec) -> dict[str, Any]:
@@ -226,7 +246,7 @@ def _mean_and_scale(name: str, shape: tuple[int, ...], *, is_tied: bool) -> tupl
         return 1.0, 0.2
     if name.endswith(".bias"):
         return 0.0, 0.3
-    if "embed_tokens" in name:
+    if "embed_tokens" in name or "embed_positions" in name:
         return 0.0, 0.3 if is_tied else 1.0
     gain = {"q_proj": 1.4, "k_proj": 1.4, "lm_head": 2.0, "gate": 2.0}.get(name.split(".")[-2], 1.0)
     return 0.0, gain / math.sqrt(shape[-1])
@@ -235,22 +255,27 @@ def _mean_and_scale(name: str, shape: tuple[int, ...], *, is_tied: bool) -> tupl
 def _add_metadata(writer: GGUFWriter, model: PreTrainedModel, type: GgufType) -> None:
     config = model.config
     writer.add_type("model")
-    writer.add_name(f"tiny {config.model_type}")
+    # llama.cpp wants the special tokens of a Phi-3 of what is called one
+    writer.add_name("tiny" if config.model_type == "phi3" else f"tiny {config.model_type}")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(config.ffn_dim if config.model_type == "opt" else config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_head_count_kv(getattr(config, "num_key_value_heads", config.num_attention_heads))
     tiny_mixtures.add_metadata(writer, config)
-    _add_rope(writer, config.rope_parameters)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    tiny_families.add_metadata(writer, config)
+    if config.model_type == "opt":
+        writer.add_layer_norm_eps(1e-5)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        _add_rope(writer, tiny_families.rope_of(config))
+        writer.add_rope_dimension_count(tiny_families.num_rotated(config, _head_dim(config)))
     if _head_dim(config) * config.num_attention_heads != config.hidden_size:
         writer.add_key_length(_head_dim(config))
         writer.add_value_length(_head_dim(config))
     writer.add_file_type(_FILE_TYPES[type])
     writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(_head_dim(config))
     if type not in (GgufType.F32, GgufType.F16, GgufType.BF16):
         writer.add_quantization_version(2)
 
@@ -268,13 +293,14 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _gguf_name(name: str) -> str:
+def _gguf_name(name: str, config: Any) -> str:
     """`model.layers.3.self_attn.q_proj.bias` → `blk.3.attn_q.bias`."""
-    module, _, kind = name.removeprefix("model.").rpartition(".")
+    own = tiny_families.names_of(config)
+    module, _, kind = name.removeprefix("model.").removeprefix("decoder.").rpartition(".")
     if not module.startswith("layers."):
-        return f"{_TOP_NAMES[module]}.{kind}"
+        return f"{ {**_TOP_NAMES, **own.top}[module] }.{kind}"
     _, layer, part = module.split(".", 2)
-    return f"blk.{layer}.{_BLOCK_NAMES[part]}.{kind}"
+    return f"blk.{layer}.{ {**_BLOCK_NAMES, **own.block}[part] }.{kind}"
 
 
 _TOP_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}

@@ -37,6 +37,19 @@ def test_each_sequence_sees_its_own_positions() -> None:
         buffers.prepare(PassRows([3, 258], 2), np.array([1, 3], np.int32), 1024)
         assert buffers._positions.tolist() == [3, 4, 258, 259]
         assert buffers._kv_rows.tolist() == [3, 4, 1024 + 258, 1024 + 259]
-        mask = buffers._mask[: 4 * 512].reshape(4, 512)
+        ((_, flat),) = buffers._masks
+        mask = flat[: 4 * 512].reshape(4, 512)
         assert [int((row == 0).sum()) for row in mask] == [4, 5, 259, 260]
         assert all(not np.isinf(row[: int((row == 0).sum())]).any() for row in mask)
+
+
+def test_layers_that_slide_see_the_newest_tokens() -> None:
+    """Three rows that see 2, 3 and 4 of the positions from 0 on, of which 3 are the most."""
+    shape = BufferShape(hidden_size=8, vocab_size=16, max_tokens=4, num_kv_rows=256, max_outputs=1, sliding_window=3)
+    with Arena(shape.num_bytes, name="buffers", ledger=Ledger(1 << 30)) as arena:
+        buffers = PassBuffers(shape, arena.take(shape.num_bytes))
+        buffers.prepare(PassRows([1], 3), np.zeros(1, np.int32))
+        rows = buffers.arrays["local_mask"].view(np.float16)[: 3 * 256].reshape(3, 256)
+        assert [np.flatnonzero(row == 0).tolist() for row in rows] == [[0, 1], [0, 1, 2], [1, 2, 3]]
+        everything = buffers.arrays["mask"].view(np.float16)[: 3 * 256].reshape(3, 256)
+        assert [int((row == 0).sum()) for row in everything] == [2, 3, 4]

@@ -62,7 +62,7 @@ def test_frequency_factors_of_a_block_are_no_tensor_of_llama_cpp(small: Manifest
         stages_of(replace(small, tensors=tensors))
 
 
-@pytest.mark.parametrize(("key", "value"), [("logit_scale", 8), ("attention.sliding_window", 4096), ("new", None)])
+@pytest.mark.parametrize(("key", "value"), [("logit_scale", 8), ("attention.key_length_mla", 64), ("new", None)])
 def test_a_key_that_would_change_the_answer_is_refused(small: Manifest, key: str, value: object) -> None:
     with pytest.raises(UnsupportedModel, match=f"key 'llama.{key}' = {value} asks for something"):
         stages_of(replace(small, extra={key: value}))

@@ -77,7 +77,7 @@ class RopeScaling(Enum):
     LINEAR = "linear"
     YARN = "yarn"
     FREQ_FACTORS = "freq_factors"  # Llama 3: divisors per frequency, kept in the tensor rope_freqs.weight
-    # Phi: divisors for contexts up to the original one and for longer ones, in rope_factors_short.weight and _long
+    # Phi: divisors for contexts up to the original one, in rope_factors_short.weight, and for longer ones, in _long
     LONGROPE = "longrope"
 
 
@@ -102,6 +102,11 @@ class Rope:
     ext_factor: float = 1.0  # YaRN: mix of extrapolation; must reach rope_ext as 0 without YaRN
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    is_for_long: bool = False  # LONGROPE: for a context longer than the original one
+
+    def at(self, context_tokens: int) -> Rope:
+        """For a context of so many tokens."""
+        return replace(self, is_for_long=context_tokens > self.original_context_tokens)
 
 
 @dataclass(frozen=True, slots=True)

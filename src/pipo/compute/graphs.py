@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import c_int64
 from dataclasses import dataclass
+from math import pi, sqrt
 from typing import NoReturn
 
 from pipo.base.errors import ComputeError
@@ -118,10 +119,17 @@ class Builder:
         return self._op("mul", a.type, a.shape, a, b)
 
     def rms_norm(self, a: Tensor, epsilon: float) -> Tensor:
-        self._check_rows("rms_norm", a)
+        return self._norm("rms_norm", a, epsilon)
+
+    def norm(self, a: Tensor, epsilon: float) -> Tensor:
+        """To mean 0 and deviation 1, over the first dimension."""
+        return self._norm("norm", a, epsilon)
+
+    def _norm(self, name: str, a: Tensor, epsilon: float) -> Tensor:
+        self._check_rows(name, a)
         if not epsilon >= 0:
-            self._refuse(f"rms_norm with epsilon {epsilon}")
-        return self._op("rms_norm", a.type, a.shape, a, epsilon)
+            self._refuse(f"{name} with epsilon {epsilon}")
+        return self._op(name, a.type, a.shape, a, epsilon)
 
     def mul_mat(self, weight: Tensor, x: Tensor) -> Tensor:
         """weight (in, out) x (in, tokens) → (out, tokens), F32."""
@@ -138,9 +146,38 @@ class Builder:
             self._refuse(f"swiglu of {gate.shape} and {up.shape}")
         return self._op("swiglu_split", gate.type, gate.shape, gate, up)
 
+    def swiglu_halves(self, a: Tensor) -> Tensor:
+        """silu(first half) * second half, of the first dimension."""
+        self._check_rows("swiglu", a)
+        if a.shape[0] % 2 or not _is_contiguous(a):
+            self._refuse(f"swiglu of the halves of {a.shape}")
+        return self._op("swiglu", a.type, (a.shape[0] // 2, *a.shape[1:]), a)
+
     def sigmoid(self, a: Tensor) -> Tensor:
-        self._check_rows("sigmoid", a)
-        return self._op("sigmoid", a.type, a.shape, a)
+        return self._elementwise("sigmoid", a)
+
+    def tanh(self, a: Tensor) -> Tensor:
+        return self._elementwise("tanh", a)
+
+    def relu(self, a: Tensor) -> Tensor:
+        return self._elementwise("relu", a)
+
+    def scale(self, a: Tensor, factor: float, bias: float = 0.0) -> Tensor:
+        """`a * factor + bias`"""
+        return self._elementwise("scale_bias", a, factor, bias)
+
+    def _elementwise(self, name: str, a: Tensor, *numbers: float) -> Tensor:
+        self._check_rows(name, a)
+        return self._op(name, a.type, a.shape, a, *numbers)
+
+    def gelu(self, a: Tensor) -> Tensor:
+        """0.5 a (1 + tanh(sqrt(2 / pi) (a + 0.044715 a^3))), as a * sigmoid of twice what tanh takes.
+
+        ggml's own looks it up in a table of half precision: its error, 3e-4, shows in logits of F32 weights.
+        """
+        twice = sqrt(8 / pi)
+        inner = self.mul(self.scale(self.mul(a, a), 0.044715 * twice, twice), a)
+        return self.mul(a, self.sigmoid(inner))
 
     def reshape(self, a: Tensor, *shape: int) -> Tensor:
         """To rank 2, 3 or 4, without a copy: `a` must lie in one run."""
@@ -169,6 +206,19 @@ class Builder:
         if not fits or len(a.shape) != 2 or len(b.shape) != 2 or a.type not in _CACHEABLE:
             self._refuse(f"set_rows of {b.shape} into {a.shape} {a.type.name} at {rows.shape} {rows.type.name}")
         return self._op("set_rows", a.type, a.shape, a, b, rows)
+
+    def slice_rows(self, a: Tensor, first: int, num: int) -> Tensor:
+        """Elements first, first + 1, … of every row of `a` (n, tokens), without a copy: (num, tokens)."""
+        if len(a.shape) != 2 or first < 0 or num < 1 or first + num > a.shape[0] or a.type.block_elems != 1:
+            self._refuse(f"elements {first} to {first + num} of the rows of {a.shape} {a.type.name}")
+        size, row_bytes = a.type.row_bytes(1), a.type.row_bytes(a.shape[0])
+        return self._op("view_2d", a.type, (num, a.shape[1]), a, num, a.shape[1], row_bytes, first * size)
+
+    def slice_heads(self, a: Tensor, first: int, head_dim: int, num_heads: int) -> Tensor:
+        """As `slice_rows`, of heads that lie side by side: (head_dim, heads, tokens)."""
+        rows = self.slice_rows(a, first, head_dim * num_heads)
+        size, row_bytes, shape = a.type.row_bytes(1), a.type.row_bytes(a.shape[0]), (head_dim, num_heads, rows.shape[1])
+        return self._op("view_3d", a.type, shape, a, *shape, head_dim * size, row_bytes, first * size)
 
     def every_row(self, a: Tensor, first: int, step: int) -> Tensor:
         """Rows first, first + step, … of `a` (n, any), without a copy."""
@@ -211,10 +261,13 @@ class Builder:
             rope.attn_factor, rope.beta_fast, rope.beta_slow,
         )  # fmt: skip
 
-    def flash_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    def flash_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float = 0.0
+    ) -> Tensor:
         """q (d, tokens, heads), k and v (d, rows, kv heads), mask (rows, tokens) F16 → (d, heads, tokens).
 
-        Of several sequences all have a fourth dimension, before which the mask has a third of 1.
+        `softcap`, where it is not 0: scores become softcap * tanh(score / softcap). Of several sequences all have a
+        fourth dimension, before which the mask has a third of 1.
         """
         self._check_rows("flash_attention", q)
         sequences = q.shape[3:]
@@ -231,7 +284,7 @@ class Builder:
         if not fits:
             self._refuse(f"flash_attention of q {q.shape}, k {k.shape}, v {v.shape}, mask {mask.shape}")
         shape = (q.shape[0], q.shape[2], q.shape[1], *sequences)
-        result = self._op("flash_attn_ext", TensorType.F32, shape, q, k, v, mask, scale, 0.0, 0.0)
+        result = self._op("flash_attn_ext", TensorType.F32, shape, q, k, v, mask, scale, 0.0, softcap)
         self._lib.flash_attn_ext_set_prec(result.address, _PREC_F32)
         return result
 

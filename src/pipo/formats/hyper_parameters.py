@@ -8,123 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isfinite, log
-
-import numpy as np
+from math import log
 
 from pipo.base.errors import MalformedFile, UnsupportedModel
 from pipo.base.manifest import HyperParameters, Rope, RopeLayout, RopeScaling, TensorSpec
 from pipo.base.tensor_type import TensorType
-from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata, ValueType, describe_value
+from pipo.formats.arch_keys import MAX_SIZE, ArchKeys
+from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata
+from pipo.formats.layer_kinds import with_layer_kinds
 
-MAX_SIZE = (1 << 31) - 1
 MAX_LAYERS = 10_000
 MAX_EXPERTS = 4096  # of a block; 512 are the most in files so far
-MAX_EXTRA_BYTES = 1 << 20  # of all arrays without a field together; real ones have an entry per layer or rope section
-ROPE_FREQS = "rope_freqs.weight"
+ROPE_FREQS, ROPE_SHORT, ROPE_LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 
 # As `llama_model_rope_type` of llama.cpp has them; converters of the NORMAL ones permute the rows of q and k.
 ROPE_LAYOUTS = {
+    "gemma2": RopeLayout.NEOX,
+    "gemma3": RopeLayout.NEOX,
     "llama": RopeLayout.NORMAL,
     "olmoe": RopeLayout.NEOX,
+    "opt": RopeLayout.NEOX,  # it rotates nothing
+    "phi3": RopeLayout.NEOX,
+    "qwen2": RopeLayout.NEOX,
     "qwen2moe": RopeLayout.NEOX,
+    "qwen3": RopeLayout.NEOX,
     "qwen3moe": RopeLayout.NEOX,
+    "smollm3": RopeLayout.NORMAL,
 }
-_ROPE_SCALINGS = {"none": RopeScaling.NONE, "linear": RopeScaling.LINEAR, "yarn": RopeScaling.YARN}
-
-
-class ArchKeys:
-    """The keys under `{architecture}.`: takes them one by one, checked, and keeps account of those left over."""
-
-    def __init__(self, metadata: GgufMetadata, architecture: str) -> None:
-        self.metadata = metadata
-        self.architecture = architecture
-        self._taken: set[str] = set()
-        self._extra_bytes = 0
-
-    def full(self, name: str) -> str:
-        return f"{self.architecture}.{name}"
-
-    def size(self, name: str, *, most: int = MAX_SIZE, per_layer: int = 0) -> int:
-        """A required count from 1 to `most`. An array of `per_layer` equal values will do."""
-        value = self.size_or_none(name, most=most, per_layer=per_layer)
-        if value is None:
-            raise self.wrong(name, "missing", f"a count from 1 to {most}")
-        return value
-
-    def size_or_none(self, name: str, *, most: int = MAX_SIZE, per_layer: int = 0) -> int | None:
-        self._taken.add(name)
-        found = self.metadata.get(self.full(name))
-        if per_layer and isinstance(found, ArrayRef):
-            value: int | None = self._same_in_all_layers(name, found, per_layer)
-        else:
-            value = self.metadata.integer(self.full(name))
-        if value is not None and not 1 <= value <= most:
-            raise self.wrong(name, str(value), f"a count from 1 to {most}")
-        return value
-
-    def count(self, name: str, *, most: int = MAX_SIZE) -> int:
-        """From 0 to `most`; 0 where there is none."""
-        self._taken.add(name)
-        value = self.metadata.integer(self.full(name))
-        if value is not None and not 0 <= value <= most:
-            raise self.wrong(name, str(value), f"a count from 0 to {most}")
-        return value or 0
-
-    def number_or_none(self, name: str, least: float, most: float) -> float | None:
-        self._taken.add(name)
-        value = self.metadata.number(self.full(name))
-        if value is not None and not (isfinite(value) and least <= value <= most):
-            raise self.wrong(name, str(value), f"a number from {least:g} to {most:g}")
-        return value
-
-    def number(self, name: str, default: float, least: float, most: float) -> float:
-        value = self.number_or_none(name, least, most)
-        return default if value is None else value
-
-    def text(self, name: str, default: str) -> str:
-        self._taken.add(name)
-        value = self.metadata.text(self.full(name))
-        return default if value is None else value
-
-    def ignore(self, name: str) -> None:
-        """Take a key that changes nothing."""
-        self._taken.add(name)
-
-    def left_over(self) -> dict[str, object]:
-        """What nobody took, without the prefix; arrays as tuples."""
-        prefix = self.full("")
-        names = [key.removeprefix(prefix) for key in self.metadata if key.startswith(prefix)]
-        return {name: self._plain(name) for name in names if name not in self._taken}
-
-    def wrong(self, name: str, found: str, wanted: str) -> MalformedFile:
-        return MalformedFile(f"{self.metadata.path}: key {self.full(name)!r} is {found}, wanted {wanted}")
-
-    def _same_in_all_layers(self, name: str, ref: ArrayRef, per_layer: int) -> int:
-        if ref.count != per_layer or ref.element_type in (ValueType.STRING, ValueType.FLOAT32, ValueType.FLOAT64):
-            raise self.wrong(name, describe_value(ref), f"an integer, or one for each of {per_layer} layers")
-        values = np.unique(self.metadata.array(self.full(name)))
-        if len(values) > 1:
-            raise UnsupportedModel(
-                f"{self.metadata.path}: key {self.full(name)!r} differs between layers ({values.min()} to "
-                f"{values.max()}), which pipo does not implement"
-            )
-        return int(values[0])
-
-    def _plain(self, name: str) -> object:
-        key = self.full(name)
-        value = self.metadata.get(key)
-        if not isinstance(value, ArrayRef):
-            return value
-        self._extra_bytes += value.num_bytes
-        if self._extra_bytes > MAX_EXTRA_BYTES:
-            raise UnsupportedModel(
-                f"{self.metadata.path}: key {key!r:.80} is {describe_value(value)}, which brings arrays that pipo "
-                f"does not know to {self._extra_bytes} bytes, at most {MAX_EXTRA_BYTES} can be"
-            )
-        if value.element_type is ValueType.STRING:
-            return tuple(self.metadata.strings(key))
-        return tuple(self.metadata.array(key).tolist())
+_ROPE_SCALINGS = {
+    "none": RopeScaling.NONE,
+    "linear": RopeScaling.LINEAR,
+    "yarn": RopeScaling.YARN,
+    "longrope": RopeScaling.LONGROPE,
+}
 
 
 def read_hyper_parameters(
@@ -152,13 +68,13 @@ def read_hyper_parameters(
         vocab_size=_vocab_size(keys, tensors),
         context_tokens=context_tokens,
         norm_epsilon=_norm_epsilon(keys),
-        rope=_rope(keys, head_dim, context_tokens, tensors.get(ROPE_FREQS)),
+        rope=_rope(keys, head_dim, context_tokens, tensors),
         num_experts=num_experts,
         num_experts_per_tok=_num_experts_per_tok(keys, num_experts),
         expert_size=keys.count("expert_feed_forward_length"),
         shared_expert_size=keys.count("expert_shared_feed_forward_length"),
     )
-    return hyper, keys.left_over()
+    return with_layer_kinds(hyper, keys), keys.left_over()
 
 
 def _architecture(metadata: GgufMetadata) -> str:
@@ -223,7 +139,7 @@ def _norm_epsilon(keys: ArchKeys) -> float:
     raise keys.wrong("attention.layer_norm_rms_epsilon", "missing", "a number between 0 and 1")
 
 
-def _rope(keys: ArchKeys, head_dim: int, context_tokens: int, freqs: TensorSpec | None) -> Rope:
+def _rope(keys: ArchKeys, head_dim: int, context_tokens: int, tensors: Mapping[str, TensorSpec]) -> Rope:
     num_dims = keys.size_or_none("rope.dimension_count") or head_dim
     if num_dims % 2 or num_dims > head_dim:
         raise keys.wrong("rope.dimension_count", str(num_dims), f"an even count up to the head's {head_dim}")
@@ -231,13 +147,16 @@ def _rope(keys: ArchKeys, head_dim: int, context_tokens: int, freqs: TensorSpec 
     if base == 1.0:
         raise keys.wrong("rope.freq_base", "1", "more than 1")
     scaling, factor = _scaling(keys)
-    if freqs is not None:
-        _check_freqs(keys, freqs, num_dims)
-        if scaling is not RopeScaling.NONE:
+    by_tensors = _scaling_by_tensors(keys, tensors, num_dims)
+    if by_tensors is not None:
+        if scaling not in (RopeScaling.NONE, by_tensors):
             raise UnsupportedModel(
-                f"{keys.metadata.path}: has {ROPE_FREQS!r} and rope scaling {scaling.value!r}: pipo implements either"
+                f"{keys.metadata.path}: has {by_tensors.value!r} tensors and rope scaling {scaling.value!r}: "
+                "pipo implements either"
             )
-        scaling = RopeScaling.FREQ_FACTORS
+        scaling, factor = by_tensors, 1.0
+    elif scaling is RopeScaling.LONGROPE:
+        raise MalformedFile(f"{keys.metadata.path}: rope scaling 'longrope' without {ROPE_SHORT!r} and {ROPE_LONG!r}")
     original_tokens = keys.size_or_none("rope.scaling.original_context_length")
     rope = Rope(
         num_dims=num_dims,
@@ -299,10 +218,27 @@ def _yarn(keys: ArchKeys, rope: Rope) -> Rope:
     )
 
 
-def _check_freqs(keys: ArchKeys, freqs: TensorSpec, num_dims: int) -> None:
-    """ggml ends the process when the divisors are not F32 or too few."""
-    if freqs.type is not TensorType.F32 or freqs.shape != (num_dims // 2,):
+def _scaling_by_tensors(keys: ArchKeys, tensors: Mapping[str, TensorSpec], num_dims: int) -> RopeScaling | None:
+    """Divisors of the frequencies, which some files hold as tensors."""
+    named = [tensors[name] for name in (ROPE_FREQS, ROPE_SHORT, ROPE_LONG) if name in tensors]
+    for factors in named:
+        _check_factors(keys, factors, num_dims)
+    if not named:
+        return None
+    if ROPE_FREQS in tensors and len(named) == 1:
+        return RopeScaling.FREQ_FACTORS
+    if ROPE_FREQS in tensors or len(named) == 1:
         raise MalformedFile(
-            f"{keys.metadata.path}: tensor {ROPE_FREQS!r} is {freqs.type.name} {freqs.shape}, "
+            f"{keys.metadata.path}: has {', '.join(repr(each.name) for each in named)}, wanted {ROPE_FREQS!r} alone, "
+            f"or {ROPE_SHORT!r} and {ROPE_LONG!r}"
+        )
+    return RopeScaling.LONGROPE
+
+
+def _check_factors(keys: ArchKeys, factors: TensorSpec, num_dims: int) -> None:
+    """ggml ends the process when the divisors are not F32 or too few."""
+    if factors.type is not TensorType.F32 or factors.shape != (num_dims // 2,):
+        raise MalformedFile(
+            f"{keys.metadata.path}: tensor {factors.name!r} is {factors.type.name} {factors.shape}, "
             f"wanted F32 {(num_dims // 2,)}"
         )

@@ -1,8 +1,9 @@
 """The stages decoder families share, laid in ggml ops. Shapes are ggml's: fastest dimension first, T tokens.
 
 Leaves the pipeline binds besides weights: `hidden` (hidden_size, T) F32, read and written in place · `positions` (T,)
-I32 · `kv_rows` (T,) I64 · `mask` (kv rows, T) F16 · `k_cache`, `v_cache` (kv heads * head_dim, kv rows) ·
-`out_rows` (outputs,) I32 · `normed` (hidden_size, outputs) F32 · `logits` (rows of the piece, outputs) F32.
+I32 · `kv_rows` (T,) I64 · `mask` and, of layers that slide, `local_mask` (kv rows, T) F16 · `k_cache`, `v_cache`
+(kv heads * head_dim, kv rows) · `out_rows` (outputs,) I32 · `normed` (hidden_size, outputs) F32 · `logits` (rows of the
+piece, outputs) F32.
 The tokens of a sequence lie side by side; the rows of all sequences are those of one cache.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from math import sqrt
 
-from pipo.base.manifest import RopeScaling
+from pipo.base.manifest import Rope, RopeScaling
 from pipo.base.tensor_type import TensorType
 from pipo.compute.graphs import Tensor
 from pipo.models.stage import StageBuilder
@@ -20,24 +21,70 @@ def lay_attention(s: StageBuilder) -> None:
     s.ops.expand(attend(s))
 
 
+def lay_sliding_attention(s: StageBuilder) -> None:
+    """Of a layer that sees the newest tokens only."""
+    s.ops.expand(_add_attention(s, s.hyper.local_rope or s.hyper.rope, "local_mask"))
+
+
+def lay_unrotated_attention(s: StageBuilder) -> None:
+    """Of a layer without rotary embedding. Source: SmolLM 3."""
+    s.ops.expand(_add_attention(s, None, "mask"))
+
+
 def attend(s: StageBuilder) -> Tensor:
     """hidden += attention(norm(hidden)), after storing this pass's keys and values in the cache. Source: Llama."""
-    ops, h, num_tokens = s.ops, s.hyper, s.shape.num_tokens
+    return _add_attention(s, s.hyper.rope, "mask")
+
+
+def _add_attention(s: StageBuilder, rope: Rope | None, mask: str) -> Tensor:
     hidden = _hidden(s)
-    x = s.rms_norm("attn_norm", hidden)
-    positions = ops.leaf("positions", TensorType.I32, num_tokens)
-    factors = s.weight("rope_freqs.weight") if h.rope.scaling is RopeScaling.FREQ_FACTORS else None
-    q = ops.rope(_heads(s, "attn_q", x, h.num_q_heads), positions, h.rope, factors)
-    k = ops.rope(_heads(s, "attn_k", x, h.num_kv_heads), positions, h.rope, factors)
-    keys, values = _store(s, ops.reshape(k, h.head_dim * h.num_kv_heads, num_tokens), s.linear("attn_v", x))
+    q, k, v = _project(s, s.rms_norm("attn_norm", hidden))
+    if rope is not None:
+        q, k = _rotate(s, rope, q, k)
+    y = s.linear("attn_output", mix(s, q, k, v, mask))
+    y = s.rms_norm("post_attention_norm", y) if s.has("post_attention_norm.weight") else y
+    return s.ops.add_inplace(hidden, y)
+
+
+def _project(s: StageBuilder, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys (head_dim, heads, T), values (head_dim * heads, T)."""
+    h = s.hyper
+    if not s.has("attn_qkv.weight"):
+        return _heads(s, "attn_q", x, h.num_q_heads), _heads(s, "attn_k", x, h.num_kv_heads), s.linear("attn_v", x)
+    qkv, num_kv = s.linear("attn_qkv", x), h.head_dim * h.num_kv_heads
+    first_k = h.head_dim * h.num_q_heads
+    return (
+        s.ops.slice_heads(qkv, 0, h.head_dim, h.num_q_heads),
+        s.ops.slice_heads(qkv, first_k, h.head_dim, h.num_kv_heads),
+        s.ops.slice_rows(qkv, first_k + num_kv, num_kv),
+    )
+
+
+def _rotate(s: StageBuilder, rope: Rope, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    positions, factors = s.ops.leaf("positions", TensorType.I32, s.shape.num_tokens), _rope_factors(s, rope)
+    return s.ops.rope(q, positions, rope, factors), s.ops.rope(k, positions, rope, factors)
+
+
+def _rope_factors(s: StageBuilder, rope: Rope) -> Tensor | None:
+    if rope.scaling is RopeScaling.FREQ_FACTORS:
+        return s.weight("rope_freqs.weight")
+    if rope.scaling is RopeScaling.LONGROPE:
+        return s.weight("rope_factors_long.weight" if rope.is_for_long else "rope_factors_short.weight")
+    return None
+
+
+def mix(s: StageBuilder, q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
+    """Attention over this pass's keys and values and those before: (head_dim * heads, T)."""
+    ops, h, num_tokens = s.ops, s.hyper, s.shape.num_tokens
+    keys, values = _store(s, ops.reshape(k, h.head_dim * h.num_kv_heads, num_tokens), v)
     sequences: tuple[int, ...] = ()
     if s.shape.num_sequences > 1:
         sequences = (1, s.shape.num_sequences)
         q = ops.reshape(q, h.head_dim, h.num_q_heads, s.shape.tokens_each, s.shape.num_sequences)
-    mask = ops.leaf("mask", TensorType.F16, s.shape.num_kv_rows, s.shape.tokens_each, *sequences)
-    mixed = ops.flash_attention(ops.permute(q, 0, 2, 1), keys, values, mask, 1.0 / sqrt(h.head_dim))
-    flat = ops.reshape(mixed, h.head_dim * h.num_q_heads, num_tokens)
-    return ops.add_inplace(hidden, s.linear("attn_output", flat))
+    seen = ops.leaf(mask, TensorType.F16, s.shape.num_kv_rows, s.shape.tokens_each, *sequences)
+    scale = 1.0 / sqrt(h.head_dim) if h.attention_scale is None else h.attention_scale
+    mixed = ops.flash_attention(ops.permute(q, 0, 2, 1), keys, values, seen, scale, h.attention_softcap)
+    return ops.reshape(mixed, h.head_dim * h.num_q_heads, num_tokens)
 
 
 def _heads(s: StageBuilder, role: str, x: Tensor, num_heads: int) -> Tensor:
@@ -70,8 +117,26 @@ def lay_gated_mlp(s: StageBuilder) -> None:
     """hidden += down(silu(gate(x)) * up(x)), x = norm(hidden)."""
     hidden = _hidden(s)
     x = s.rms_norm("ffn_norm", hidden)
-    y = s.ops.swiglu(s.linear("ffn_gate", x), s.linear("ffn_up", x))
-    s.ops.expand(s.ops.add_inplace(hidden, s.linear("ffn_down", y)))
+    _add_down(s, hidden, s.ops.swiglu(s.linear("ffn_gate", x), s.linear("ffn_up", x)))
+
+
+def lay_fused_mlp(s: StageBuilder) -> None:
+    """The same, with gate and up in one matrix, one after the other. Source: Phi-3."""
+    hidden = _hidden(s)
+    _add_down(s, hidden, s.ops.swiglu_halves(s.linear("ffn_up", s.rms_norm("ffn_norm", hidden))))
+
+
+def lay_gelu_mlp(s: StageBuilder) -> None:
+    """hidden += norm(down(gelu(gate(x)) * up(x))). Source: Gemma."""
+    hidden = _hidden(s)
+    x = s.rms_norm("ffn_norm", hidden)
+    _add_down(s, hidden, s.ops.mul(s.ops.gelu(s.linear("ffn_gate", x)), s.linear("ffn_up", x)))
+
+
+def _add_down(s: StageBuilder, hidden: Tensor, y: Tensor) -> None:
+    y = s.linear("ffn_down", y)
+    y = s.rms_norm("post_ffw_norm", y) if s.has("post_ffw_norm.weight") else y
+    s.ops.expand(s.ops.add_inplace(hidden, y))
 
 
 def lay_final_norm(s: StageBuilder) -> None:
@@ -83,8 +148,11 @@ def lay_final_norm(s: StageBuilder) -> None:
 
 def lay_head(s: StageBuilder) -> None:
     """logits of the rows this piece of the head holds."""
-    normed = s.ops.leaf("normed", TensorType.F32, s.hyper.hidden_size, s.shape.num_outputs)
-    s.ops.expand(s.ops.output("logits", s.ops.mul_mat(s.weight("output.weight"), normed)))
+    normed, cap = s.ops.leaf("normed", TensorType.F32, s.hyper.hidden_size, s.shape.num_outputs), s.hyper.final_softcap
+    logits = s.ops.mul_mat(s.weight("output.weight"), normed)
+    if cap:
+        logits = s.ops.scale(s.ops.tanh(s.ops.scale(logits, 1 / cap)), cap)
+    s.ops.expand(s.ops.output("logits", logits))
 
 
 def _hidden(s: StageBuilder) -> Tensor:

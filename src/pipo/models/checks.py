@@ -35,10 +35,16 @@ class TensorBook:
         return self.matrix(name, num_in, num_out) if self.has(name) else None
 
     def vector(self, name: str, size: int) -> TensorSpec:
-        spec = self._tensor(name, (size,))
+        return self._in_full(self._tensor(name, (size,)))
+
+    def _in_full(self, spec: TensorSpec) -> TensorSpec:
         if spec.type is not TensorType.F32:
-            raise UnsupportedModel(f"{self._manifest.name}: {name} is {spec.type.name}; vectors must be F32")
+            raise UnsupportedModel(f"{self._manifest.name}: {spec.name} is {spec.type.name}; vectors must be F32")
         return spec
+
+    def table(self, name: str, size: int, num_rows: int) -> TensorSpec:
+        """A matrix of which single rows are looked up: F32, as vectors are, and as resident."""
+        return self._in_full(self._tensor(name, (size, num_rows)))
 
     def experts(self, name: str, num_in: int, num_out: int, num_experts: int) -> TensorSpec:
         """The matrices of all routed experts of a block, as one tensor (in, out, experts)."""

@@ -5,9 +5,7 @@ Mixtral is a Llama whose MLPs are experts. Source: the class `llm_build_llama` o
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from pipo.base.manifest import Manifest, RopeScaling
+from pipo.base.manifest import Manifest
 from pipo.models.checks import TensorBook
 from pipo.models.parts import attention, decoder, gated_mlp, routed_experts
 from pipo.models.stage import Stage
@@ -15,7 +13,6 @@ from pipo.models.stage import Stage
 # keys that change nothing here as long as they say this
 HARMLESS_KEYS: dict[str, object] = {
     "attention.causal": True,
-    "attention.sliding_window": 0,
     "use_parallel_residual": False,
     "tensor_data_layout": "Meta AI original pth",
     "logit_scale": 1.0,
@@ -30,9 +27,6 @@ def llama_stages(manifest: Manifest) -> list[Stage]:
 
     def block(book: TensorBook, i: int) -> list[Stage]:
         first = attention(book, h, i)
-        if h.rope.scaling is RopeScaling.FREQ_FACTORS:
-            factors = book.vector("rope_freqs.weight", h.rope.num_dims // 2)
-            first = replace(first, vectors={**first.vectors, "rope_freqs.weight": factors})
         if not h.num_experts:
             return [first, gated_mlp(book, h, i)]
         return routed_experts(book, h, first, h.expert_size or h.intermediate_size, renormalise=True)

@@ -5,17 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from pipo.base.manifest import HyperParameters, Manifest, TensorSpec
-from pipo.models.blocks import lay_attention, lay_final_norm, lay_gated_mlp, lay_head
+from pipo.base.manifest import HyperParameters, Manifest, RopeScaling, TensorSpec
+from pipo.models.blocks import (
+    lay_attention,
+    lay_final_norm,
+    lay_fused_mlp,
+    lay_gated_mlp,
+    lay_head,
+    lay_sliding_attention,
+    lay_unrotated_attention,
+)
 from pipo.models.checks import TensorBook, refuse_unknown_keys
 from pipo.models.experts import lay_attention_and_router, lay_experts, lay_shared_expert
-from pipo.models.stage import ExpertBank, Stage, StageKind
+from pipo.models.stage import ExpertBank, Stage, StageBuilder, StageKind
 
+# keys that change nothing as long as they say this
+HARMLESS_KEYS: dict[str, object] = {"attention.causal": True, "use_parallel_residual": False}
 # keys of a mixture that change nothing as long as they say this
 MIXTURE_KEYS: dict[str, object] = {
     "attention.causal": True,
     "attention.sliding_window": 0,
     "expert_gating_func": 1,  # softmax, of llama.cpp's `llama_expert_gating_func_type`
+}
+
+
+ROPE_VECTORS = {
+    RopeScaling.FREQ_FACTORS: ("rope_freqs.weight",),
+    RopeScaling.LONGROPE: ("rope_factors_short.weight", "rope_factors_long.weight"),
 }
 
 
@@ -34,21 +50,65 @@ def decoder(
     return stages
 
 
+def llama_like(manifest: Manifest, harmless: Mapping[str, object] = HARMLESS_KEYS, **norms: int) -> list[Stage]:
+    """Attention and a gated MLP in every block. `norms` are those of attention besides `attn_norm`."""
+    h = manifest.hyper
+
+    def block(book: TensorBook, i: int) -> list[Stage]:
+        return [attention(book, h, i, **norms), gated_mlp(book, h, i)]
+
+    return decoder(manifest, harmless, block)
+
+
 def attention(book: TensorBook, hyper: HyperParameters, i: int, **norms: int) -> Stage:
-    """Grouped-query attention. `norms` are the vectors that the family has besides `attn_norm`, with their sizes."""
-    q_size, kv_size = hyper.num_q_heads * hyper.head_dim, hyper.num_kv_heads * hyper.head_dim
-    linears = book.linears(i, attn_q=(hyper.hidden_size, q_size), attn_k=(hyper.hidden_size, kv_size),
-                           attn_v=(hyper.hidden_size, kv_size), attn_output=(q_size, hyper.hidden_size))  # fmt: skip
-    sizes = {"attn_norm": hyper.hidden_size, **norms}
-    vectors = {f"{role}.weight": book.vector(f"blk.{i}.{role}.weight", size) for role, size in sizes.items()}
-    return Stage(StageKind.ATTENTION, i, linears.matrices, vectors | linears.biases, lay_attention)
+    """Grouped-query attention, sliding or without rotary embedding where the layer is. `norms` are the vectors that the
+    family has besides `attn_norm`, with their sizes. Queries, keys and values may come out of one matrix.
+    """
+    hidden, q_size, kv_size = hyper.hidden_size, hyper.num_q_heads * hyper.head_dim, hyper.num_kv_heads * hyper.head_dim
+    inputs = {"attn_q": (hidden, q_size), "attn_k": (hidden, kv_size), "attn_v": (hidden, kv_size)}
+    if book.has(f"blk.{i}.attn_qkv.weight"):
+        inputs = {"attn_qkv": (hidden, q_size + 2 * kv_size)}
+    linears = book.linears(i, **inputs, attn_output=(q_size, hidden))
+    vectors = _vectors(book, i, attn_norm=hidden, **norms) | _rope_vectors(book, hyper)
+    return Stage(StageKind.ATTENTION, i, linears.matrices, vectors | linears.biases, _lay_of(hyper, i))
 
 
-def gated_mlp(book: TensorBook, hyper: HyperParameters, i: int) -> Stage:
+def _lay_of(hyper: HyperParameters, i: int) -> Callable[[StageBuilder], None]:
+    if hyper.unrotated_layers and hyper.unrotated_layers[i]:
+        return lay_unrotated_attention
+    return lay_sliding_attention if hyper.sliding_layers and hyper.sliding_layers[i] else lay_attention
+
+
+def _rope_vectors(book: TensorBook, hyper: HyperParameters) -> dict[str, TensorSpec]:
+    """Divisors of rotary frequencies. Those of long contexts are loaded whichever the context turns out to be."""
+    names = ROPE_VECTORS.get(hyper.rope.scaling, ())
+    return {name: book.vector(name, hyper.rope.num_dims // 2) for name in names}
+
+
+def _vectors(book: TensorBook, i: int, **sizes: int) -> dict[str, TensorSpec]:
+    return {f"{role}.weight": book.vector(f"blk.{i}.{role}.weight", size) for role, size in sizes.items()}
+
+
+def gated_mlp(
+    book: TensorBook,
+    hyper: HyperParameters,
+    i: int,
+    lay: Callable[[StageBuilder], None] = lay_gated_mlp,
+    **norms: int,
+) -> Stage:
+    """`norms` are those besides `ffn_norm`."""
     sizes = hyper.hidden_size, hyper.intermediate_size
     linears = book.linears(i, ffn_gate=sizes, ffn_up=sizes, ffn_down=sizes[::-1])
-    norm = {"ffn_norm.weight": book.vector(f"blk.{i}.ffn_norm.weight", hyper.hidden_size)}
-    return Stage(StageKind.MLP, i, linears.matrices, norm | linears.biases, lay_gated_mlp)
+    vectors = _vectors(book, i, ffn_norm=hyper.hidden_size, **norms)
+    return Stage(StageKind.MLP, i, linears.matrices, vectors | linears.biases, lay)
+
+
+def fused_mlp(book: TensorBook, hyper: HyperParameters, i: int) -> Stage:
+    """Gate and up in one matrix."""
+    hidden, size = hyper.hidden_size, hyper.intermediate_size
+    linears = book.linears(i, ffn_up=(hidden, 2 * size), ffn_down=(size, hidden))
+    vectors = _vectors(book, i, ffn_norm=hidden)
+    return Stage(StageKind.MLP, i, linears.matrices, vectors | linears.biases, lay_fused_mlp)
 
 
 def routed_experts(

@@ -6,17 +6,30 @@ from collections.abc import Callable
 
 from pipo.base.errors import UnsupportedModel
 from pipo.base.manifest import Manifest
+from pipo.models.gemma import gemma2_stages, gemma3_stages
 from pipo.models.llama import llama_stages
 from pipo.models.olmoe import olmoe_stages
+from pipo.models.opt import opt_stages
+from pipo.models.phi3 import phi3_stages
+from pipo.models.qwen2 import qwen2_stages
 from pipo.models.qwen2moe import qwen2moe_stages
+from pipo.models.qwen3 import qwen3_stages
 from pipo.models.qwen3moe import qwen3moe_stages
+from pipo.models.smollm3 import smollm3_stages
 from pipo.models.stage import Stage
 
 FAMILIES: dict[str, Callable[[Manifest], list[Stage]]] = {
+    "gemma2": gemma2_stages,
+    "gemma3": gemma3_stages,
     "llama": llama_stages,
     "olmoe": olmoe_stages,
+    "opt": opt_stages,
+    "phi3": phi3_stages,
+    "qwen2": qwen2_stages,
     "qwen2moe": qwen2moe_stages,
+    "qwen3": qwen3_stages,
     "qwen3moe": qwen3moe_stages,
+    "smollm3": smollm3_stages,
 }
 
 

@@ -150,3 +150,7 @@ class StageBuilder:
 
     def rms_norm(self, role: str, x: Tensor) -> Tensor:
         return self.ops.mul(self.ops.rms_norm(x, self.hyper.norm_epsilon), self.weight(f"{role}.weight"))
+
+    def layer_norm(self, role: str, x: Tensor) -> Tensor:
+        scaled = self.ops.mul(self.ops.norm(x, self.hyper.norm_epsilon), self.weight(f"{role}.weight"))
+        return self.ops.add(scaled, self.weight(f"{role}.bias"))

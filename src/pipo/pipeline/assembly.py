@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 from pipo.base.clock import Clock
 from pipo.base.errors import ComputeError
+from pipo.base.manifest import HyperParameters
 from pipo.base.trace import Tracer
 from pipo.base.units import PAGE_BYTES, round_up
 from pipo.compute.dequantise import Dequantiser
@@ -88,11 +89,11 @@ class Assembly:
         kv_memory = self._kv_memory(kv_in_ram)
         cache = KvCache(kv_in_ram, kv_memory.place if kv_memory else None, blocks)
         in_ram = InRam(self._load_vectors(stages, transfer), buffers, cache)
-        graphs = self._graphs(blueprint, stages, largest)
+        hyper = blueprint.hyper_at(context_tokens)
+        graphs = self._graphs(blueprint, hyper, stages, largest)
         cpu = Side(model, graphs, CpuMemory(in_ram.vectors, buffers, in_ram.cache))
         residency, sides, link = Residency(pool), Sides(cpu), None
         if blueprint.device is not None:
-            hyper = blueprint.manifest.hyper
             device = DeviceEngine(blueprint.device, model, hyper, in_ram, kv, largest, clock=clock, tracer=tracer)
             self._exit.callback(device.close)
             residency = Residency(pool, device.pool, device.units)
@@ -204,8 +205,10 @@ class Assembly:
             place.view[offset : offset + spec.num_bytes] = vector_data(spec, transfer.read_now)
         return {name: place.address + offset for name, offset in offsets.items()}
 
-    def _graphs(self, blueprint: Blueprint, stages: Sequence[Stage], shape: ShapeClass) -> StageGraphs:
-        graphs = StageGraphs(blueprint.compute, blueprint.manifest.hyper, blueprint.layouts)
+    def _graphs(
+        self, blueprint: Blueprint, hyper: HyperParameters, stages: Sequence[Stage], shape: ShapeClass
+    ) -> StageGraphs:
+        graphs = StageGraphs(blueprint.compute, hyper, blueprint.layouts)
         self._exit.callback(graphs.close)
         self._exit.enter_context(self.ledger.reserve("activations", graphs.measure(stages, shape)))
         graphs.reserve(stages, shape)
@@ -215,7 +218,8 @@ class Assembly:
         table = blueprint.manifest.tensors[EMBEDDING_TABLE]
         dequantiser = Dequantiser(blueprint.compute.lib, table.type)
         self._exit.enter_context(self.ledger.reserve("activations", embedding_bytes(table, chunk)))
-        return Embedding(table, transfer, executor.wait_for, dequantiser, chunk)
+        scale = blueprint.manifest.hyper.embedding_scale
+        return Embedding(table, transfer, executor.wait_for, dequantiser, chunk, scale)
 
     def _arena(self, name: str, num_bytes: int) -> Place:
         return self._split(name, [num_bytes])[0]

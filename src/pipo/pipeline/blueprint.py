@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from pipo.base.config import EngineConfig
-from pipo.base.manifest import Manifest
+from pipo.base.manifest import HyperParameters, Manifest
 from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
 from pipo.base.units import MIB, PAGE_BYTES, round_up
 from pipo.compute.devices import CpuBackend
@@ -79,7 +79,12 @@ class Blueprint:
     def buffer_shape(self, context_tokens: int, chunk_tokens: int) -> BufferShape:
         h, rows = self.manifest.hyper, kv_rows_class(context_tokens)
         experts = ExpertCounts(h.num_experts, h.num_experts_per_tok) if h.num_experts else None
-        return BufferShape(h.hidden_size, h.vocab_size, chunk_tokens, rows, self.num_outputs, experts)
+        window = h.sliding_window
+        return BufferShape(h.hidden_size, h.vocab_size, chunk_tokens, rows, self.num_outputs, experts, window)
+
+    def hyper_at(self, context_tokens: int) -> HyperParameters:
+        """For graphs of a context of so many tokens."""
+        return replace(self.manifest.hyper, rope=self.manifest.hyper.rope.at(context_tokens))
 
     @property
     def num_outputs(self) -> int:

@@ -18,8 +18,9 @@ _ALIGNMENT = 128
 FEW_TOKENS = 16
 # leaves of the stages: of all models, of a mixture, and where the head puts its pieces
 INPUTS = ("hidden", "positions", "kv_rows", "mask", "out_rows", "normed")
+LOCAL_MASK = "local_mask"  # of models with layers that slide
 ROUTING = ("ffn_x", "router", "next_router")
-STAGE_ARRAYS = frozenset({*INPUTS, *ROUTING, "logits"})
+STAGE_ARRAYS = frozenset({*INPUTS, LOCAL_MASK, *ROUTING, "logits"})
 
 
 def row_class(num_rows: int) -> int:
@@ -51,7 +52,9 @@ class ExpertCounts:
 
 @dataclass(frozen=True, slots=True)
 class BufferShape:
-    """`max_tokens` per pass, `num_kv_rows` of the whole context, `max_outputs` rows that reach the head."""
+    """`max_tokens` per pass, `num_kv_rows` of the whole context, `max_outputs` rows that reach the head. Layers that
+    slide see the `sliding_window` newest tokens; 0: none slides.
+    """
 
     hidden_size: int
     vocab_size: int
@@ -59,6 +62,7 @@ class BufferShape:
     num_kv_rows: int
     max_outputs: int
     experts: ExpertCounts | None = None
+    sliding_window: int = 0
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -69,6 +73,7 @@ class BufferShape:
             "positions": t * 4,
             "kv_rows": t * 8,
             "mask": t * rows * 2,
+            **({LOCAL_MASK: t * rows * 2} if self.sliding_window else {}),
             "out_rows": out * 4,
             "normed": out * self.hidden_size * 4,
             "logits": out * self.vocab_size * 4,
@@ -128,7 +133,9 @@ class PassBuffers:
             offset += round_up(size, _ALIGNMENT)
         self._positions = arrays["positions"].view(np.int32)
         self._kv_rows = arrays["kv_rows"].view(np.int64)
-        self._mask = arrays["mask"].view(np.float16)
+        self._masks = [(0, arrays["mask"].view(np.float16))]  # with the tokens that a row sees, 0 for all before it
+        if LOCAL_MASK in arrays:
+            self._masks.append((shape.sliding_window, arrays[LOCAL_MASK].view(np.float16)))
         self._out_rows = arrays["out_rows"].view(np.int32)
         self._logits = arrays["logits"].view(np.float32)
         self.used_bytes: dict[str, int] = {}  # of the pass that was prepared last
@@ -136,7 +143,7 @@ class PassBuffers:
         self.arrays = arrays
 
     def prepare(self, rows: PassRows, outputs: npt.NDArray[np.int32], stride_rows: int = 0) -> None:
-        """Positions, KV rows and the causal mask. A sequence's rows begin `stride_rows` after those of the last one."""
+        """Positions, KV rows, causal masks. A sequence's rows begin `stride_rows` after those of the last one."""
         num_tokens, num_rows = rows.num_tokens, kv_rows_class(rows.num_positions)
         assert num_tokens <= self.shape.max_tokens and len(outputs) <= self.shape.max_outputs
         self.used_bytes = self._used(num_tokens, num_rows, len(outputs))
@@ -144,11 +151,14 @@ class PassBuffers:
         self._positions[:num_tokens] = positions.ravel()
         self._kv_rows[:num_tokens] = (positions + np.arange(len(rows.starts))[:, None] * stride_rows).ravel()
         self._out_rows[: len(outputs)] = outputs
-        mask = self._mask[: num_tokens * num_rows].reshape(num_tokens, num_rows)
-        for row, position in zip(mask, positions.ravel().tolist(), strict=True):
-            # in place: an array of conditions would take three times the mask, outside any budget
-            row[: position + 1] = 0
-            row[position + 1 :] = -np.inf
+        for window, flat in self._masks:
+            mask = flat[: num_tokens * num_rows].reshape(num_tokens, num_rows)
+            for row, position in zip(mask, positions.ravel().tolist(), strict=True):
+                # in place: an array of conditions would take three times the mask, outside any budget
+                row[: position + 1] = 0
+                row[position + 1 :] = -np.inf
+                if window and position >= window:
+                    row[: position + 1 - window] = -np.inf
 
     def _used(self, num_tokens: int, num_rows: int, num_outputs: int) -> dict[str, int]:
         s = self.shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from pipo.compute.device import ComputeDevice, DeviceBuffer, DevicePlace
 from pipo.compute.graph import Binding, Graph
 from pipo.kvcache.cache import KvCache, KvShape
 from pipo.models.stage import ShapeClass
-from pipo.pipeline.buffers import ROUTING, PassBuffers, PassRows
+from pipo.pipeline.buffers import LOCAL_MASK, ROUTING, PassBuffers, PassRows
 from pipo.pipeline.device_layout import DeviceLayout
 from pipo.pipeline.executor import Places
 from pipo.pipeline.sides import Side
@@ -74,6 +74,10 @@ class DeviceMemory:
     def matrix(self, unit: Unit, name: str, place: Place | DevicePlace) -> DevicePlace:
         assert isinstance(place, DevicePlace)
         return _beyond(place, self.layouts[unit.unit_id].offsets[name])
+
+    @property
+    def stage_arrays(self) -> Collection[str]:
+        return self.arrays.keys() - {"logits"}
 
     def array(self, name: str) -> DevicePlace:
         return self.arrays[name]
@@ -172,8 +176,9 @@ class DeviceStages:
     def begin_pass(self, rows: PassRows) -> None:
         if self._moving_kv is not None:
             self._moving_kv.rows = rows
-        for name in ("positions", "kv_rows", "mask", "out_rows"):
-            self._move(name, DeviceBuffer.upload)
+        for name in ("positions", "kv_rows", "mask", LOCAL_MASK, "out_rows"):
+            if name in self._memory.arrays:
+                self._move(name, DeviceBuffer.upload)
 
     def bring_hidden(self) -> None:
         self._move("hidden", DeviceBuffer.upload)

@@ -38,8 +38,10 @@ class Embedding:
         wait: Callable[[Handle], None],
         dequantiser: Dequantiser,
         max_tokens: int,
+        scale: float = 1.0,
     ) -> None:
         self._table = table
+        self._scale = np.float32(scale)
         self._reader = reader
         self._wait = wait
         self._last: Handle | None = None  # cancelled while it was read, it may still write to `_raw`
@@ -68,6 +70,9 @@ class Embedding:
         hidden_size, target = self._table.shape[0], out.ctypes.data
         for i, source in enumerate(sources):
             self._dequantiser.convert(source, target + i * hidden_size * 4, hidden_size)
+        if self._scale != 1:
+            rows = out[: len(sources)]
+            np.multiply(rows, self._scale, out=rows)
 
     def _read(self, token_ids: Sequence[int]) -> dict[int, int]:
         """Addresses of the rows of distinct tokens, read one after another into `_raw`."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from pipo.compute.device import DevicePlace
 from pipo.compute.graph import Binding, Graph
 from pipo.kvcache.cache import KvCache
-from pipo.models.stage import ShapeClass, Stage, StageKind, banks_of
-from pipo.pipeline.buffers import INPUTS, ROUTING, PassBuffers
+from pipo.models.stage import ShapeClass, Stage, StageKind
+from pipo.pipeline.buffers import STAGE_ARRAYS, PassBuffers
 from pipo.pipeline.stage_graphs import StageGraphs
 from pipo.pipeline.units import HeadPiece, Unit, head_pieces
 from pipo.tiers.ram import Place
@@ -37,8 +37,11 @@ class Memory(Protocol[A]):
 
     def matrix(self, unit: Unit, name: str, place: Place | DevicePlace) -> A: ...
 
-    def array(self, name: str) -> A:
-        """Of the pass: hidden, mask, …"""
+    @property
+    def stage_arrays(self) -> Collection[str]:
+        """Names of the arrays of a pass that stages may want: hidden, mask, …"""
+
+    def array(self, name: str) -> A: ...
 
     def logits(self, first_row: int, num_outputs: int) -> A: ...
 
@@ -62,6 +65,10 @@ class CpuMemory:
     def matrix(self, unit: Unit, name: str, place: Place | DevicePlace) -> int:
         assert isinstance(place, Place)
         return place.address + unit.layout.offsets[name]
+
+    @property
+    def stage_arrays(self) -> Collection[str]:
+        return STAGE_ARRAYS & self._buffers.addresses.keys() - {"logits"}
 
     def array(self, name: str) -> int:
         return self._buffers.addresses[name]
@@ -97,7 +104,7 @@ class Side(Generic[A]):
         self._bound: dict[int, _Bound] = {}
         self._whole: _Bound | None = None
         self._shape: ShapeClass | None = None
-        self._arrays = INPUTS + (ROUTING if banks_of(model.stages) else ())
+        self._arrays = memory.stage_arrays
         self._stage_idxs: Sequence[int] = ()
         self._sequence = 0
 
