@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipo.base.errors import MalformedFile, UnsupportedModel
 from pipo.base.units import MIB
 from pipo.formats.hf_folder import find_file
-from pipo.formats.json_object import count_values, read_bytes, read_object, read_text
+from pipo.formats.json_object import read_bytes, read_object, read_text
 
 TOKENIZER = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 64 * MIB  # Gemma 3's, the largest so far, takes 33 MB
@@ -19,21 +19,32 @@ _OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "tekken.json", "spiece.mod
 
 
 @dataclass(frozen=True, slots=True)
+class JsonSize:
+    """Of a JSON text, found without parsing it: what building takes depends on how many values there are."""
+
+    num_bytes: int
+    num_commas: int
+    num_lists: int
+
+    @classmethod
+    def of(cls, raw: bytes) -> JsonSize:
+        return cls(len(raw), raw.count(b","), raw.count(b"["))
+
+
+@dataclass(frozen=True, slots=True)
 class HfText:
     """`vocab_size` rows has the embedding table: tokens beyond cannot be passed. Of `ends` each ends a generation.
 
-    `adds_bos` and `adds_eos` are None where the tokenizer's own post-processor decides.
+    `specials` are the texts that tokenizer_config.json names, which makes special tokens of those that are tokens.
     """
 
     tokenizer_path: Path
-    tokenizer_bytes: int
-    tokenizer_values: int  # in its JSON: what building it takes depends on them
+    tokenizer_size: JsonSize
     vocab_size: int
     bos: str | int | None
     eos: str | int | None
     ends: frozenset[int]
-    adds_bos: bool | None
-    adds_eos: bool | None
+    specials: tuple[str, ...]
     chat_template: str | None
 
     def get(self, key: str) -> object | None:
@@ -46,22 +57,17 @@ def read_text_side(folder: Path, config: Path, vocab_size: int) -> HfText:
     path = find_file(folder, TOKENIZER)
     if path is None:
         raise _no_tokenizer(folder)
-    raw = read_bytes(path, MAX_TOKENIZER_BYTES)
+    size = JsonSize.of(read_bytes(path, MAX_TOKENIZER_BYTES))
     model, generation = read_object(config), _object(folder, "generation_config.json")
     settings = _object(folder, "tokenizer_config.json")
-    adds = [_flag(folder, settings, name) for name in ("add_bos_token", "add_eos_token")]
-    if adds != [None, None]:  # who sets one sets both
-        adds = [bool(each) for each in adds]
     return HfText(
         path,
-        len(raw),
-        count_values(raw),
+        size,
         vocab_size,
         bos=_token(folder, settings, model, "bos"),
         eos=_token(folder, settings, model, "eos"),
         ends=_end_ids(folder, generation) | _end_ids(folder, model),
-        adds_bos=adds[0],
-        adds_eos=adds[1],
+        specials=tuple(_specials(settings)),
         chat_template=_chat_template(folder, settings),
     )
 
@@ -80,11 +86,20 @@ def _object(folder: Path, name: str) -> Mapping[str, object]:
     return {} if path is None else read_object(path)
 
 
-def _flag(folder: Path, settings: Mapping[str, object], name: str) -> bool | None:
-    value = settings.get(name)
-    if value is None or isinstance(value, bool):
-        return value
-    raise _wrong(folder, "tokenizer_config.json", name, value, "true or false")
+def _specials(settings: Mapping[str, object]) -> Iterator[str]:
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
+        text = _text_of(settings.get(name))
+        if text:
+            yield text
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        listed = settings.get(name)
+        yield from (text for each in listed if (text := _text_of(each))) if isinstance(listed, list) else ()
+
+
+def _text_of(token: object) -> str | None:
+    """A token stands as a text, or as a table with one."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _token(folder: Path, settings: Mapping[str, object], model: Mapping[str, object], role: str) -> str | int | None:
@@ -95,11 +110,9 @@ def _token(folder: Path, settings: Mapping[str, object], model: Mapping[str, obj
         return value if type(value) is int else None
     name = f"{role}_token"
     value = settings.get(name)
-    if isinstance(value, dict):
-        value = value.get("content")
-    if value is None or isinstance(value, str):
-        return value
-    raise _wrong(folder, "tokenizer_config.json", name, value, "a token")
+    if value is not None and _text_of(value) is None:
+        raise _wrong(folder, "tokenizer_config.json", name, value, "a token")
+    return _text_of(value)
 
 
 def _end_ids(folder: Path, table: Mapping[str, object]) -> frozenset[int]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
 from tokenizers.models import BPE
 
@@ -40,7 +40,6 @@ class HfTokenizer:
         self._lock = threading.Lock()  # of the engine's switch for special tokens
         self._kinds, added = _kinds_of(engine, files.vocab_size)
         self._special_ids = _special_ids(engine, files, self._kinds, added)
-        self._adds = _adds(files, self._special_ids)
         texts = (engine.id_to_token(i) for i in range(files.vocab_size))
         self._longest_token_bytes = max((len(text.encode()) for text in texts if text is not None), default=1)
 
@@ -83,10 +82,7 @@ class HfTokenizer:
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """As `Tokenizer.encode`. Raises UsageError where the text names a token that the model has no row for."""
         refuse_surrogates(text)
-        by_engine = add_special and self._adds is None
-        ids = self._encode(text, parse_special=parse_special, add_special=by_engine)
-        if add_special and self._adds is not None:
-            ids = [*self._adds.before, *ids, *self._adds.after]
+        ids = self._encode(text, parse_special=parse_special, add_special=add_special)
         beyond = next((i for i in ids if i >= len(self._kinds)), None)
         if beyond is not None:
             token = self._engine.id_to_token(beyond)
@@ -133,17 +129,9 @@ class HfTokenizer:
             return list(self._engine.encode(text, add_special_tokens=add_special).ids)
 
 
-@dataclass(frozen=True, slots=True)
-class _Adds:
-    """Ids put around text."""
-
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-
-
 def _build(files: HfText) -> Engine:
     path = files.tokenizer_path
-    raw = read_bytes(path, files.tokenizer_bytes)
+    raw = read_bytes(path, files.tokenizer_size.num_bytes)
     try:
         engine = Engine.from_buffer(raw)
     except BaseException as error:
@@ -154,6 +142,9 @@ def _build(files: HfText) -> Engine:
         if engine.model.dropout:
             raise UnsupportedModel(f"{path}: drops merges at random, which is for training")
         engine.model._resize_cache(_CACHED_WORDS)
+    known = {token.content for token in engine.get_added_tokens_decoder().values() if token.special}
+    named = [text for text in files.specials if text not in known and engine.token_to_id(text) is not None]
+    engine.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in named])
     engine.no_truncation()
     engine.no_padding()
     return engine
@@ -192,15 +183,3 @@ class _Roles:
 
     def get(self, key: str) -> object | None:
         return self._ids.get(key)
-
-
-def _adds(files: HfText, ids: SpecialIds) -> _Adds | None:
-    """None where the tokenizer's post-processor decides."""
-    if files.adds_bos is None:
-        return None
-    for role, adds, token_id in (("bos", files.adds_bos, ids.bos), ("eos", files.adds_eos, ids.eos)):
-        if adds and token_id is None:
-            raise MalformedFile(f"{files.tokenizer_path}: has no {role}_token, which add_{role}_token wants")
-    before = (ids.bos,) if files.adds_bos and ids.bos is not None else ()
-    after = (ids.eos,) if files.adds_eos and ids.eos is not None else ()
-    return _Adds(before, after)
