@@ -70,9 +70,8 @@ def open_weight_files(path: Path) -> WeightFiles:
         types = dict.fromkeys(spec.type for spec in gguf.tensors.values() if len(spec.shape) == 2)
         return WeightFiles(gguf.files, gguf.identities, tuple(types))
     weights = open_weights(folder)
-    stored = [tensor for _, tensor in weights.tensors.values() if len(tensor.shape) == 2 and tensor.ggml_type]
-    types = dict.fromkeys(tensor.ggml_type for tensor in stored if tensor.ggml_type is not None)
-    return WeightFiles(weights.files, weights.identities, tuple(types))
+    stored = dict.fromkeys(tensor.ggml_type for _, tensor in weights.tensors.values() if len(tensor.shape) == 2)
+    return WeightFiles(weights.files, weights.identities, tuple(type_ for type_ in stored if type_ is not None))
 
 
 def _open_folder(folder: Path, check_architecture: CheckArchitecture, *, header_only: bool) -> Checkpoint:

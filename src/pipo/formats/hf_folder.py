@@ -15,7 +15,7 @@ from pipo.base.file_identity import FileIdentity
 from pipo.base.manifest import FileIdx
 from pipo.formats.gguf_header import read_at
 from pipo.formats.json_object import read_object
-from pipo.formats.model_file import PICKLES_HINT, open_model_file, refuse_stranger
+from pipo.formats.model_file import PICKLES_HINT, folder_hint, open_model_file, refuse_stranger
 from pipo.formats.safetensors import Safetensors, StoredTensor, open_safetensors
 
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -90,6 +90,8 @@ def _no_weights(folder: Path) -> ModelNotFound | UnsupportedModel:
             return stranger
     if pickles:
         return UnsupportedModel(f"{folder}: has its weights in {pickles[0].name} only", hint=PICKLES_HINT)
+    if any(folder.glob("*.gguf")):
+        return UnsupportedModel(f"{folder}: has no safetensors", hint=folder_hint(folder))
     others = some_of(p.name for p in sorted(folder.glob(f"*{SUFFIX}")))
     found = f"; what is there: {others}" if others else ""
     return ModelNotFound(f"{folder}: has neither {WHOLE} nor {INDEX}{found}", hint="download the whole folder")

@@ -56,7 +56,7 @@ def open_model_file(path: Path) -> FileIO:
 
 def refuse_folder(path: Path) -> ModelError:
     """The error for a folder that holds no model of Hugging Face's."""
-    return UnsupportedModel(f"{path}: is a folder without a model's config.json", hint=_folder_hint(path))
+    return UnsupportedModel(f"{path}: is a folder without a model's config.json", hint=folder_hint(path))
 
 
 def refuse_not_gguf(path: Path, head: bytes) -> ModelError:
@@ -108,7 +108,8 @@ def _looks_like_safetensors(head: bytes) -> bool:
     return len(head) >= 10 and head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") < 1 << 32
 
 
-def _folder_hint(path: Path) -> str:
+def folder_hint(path: Path) -> str:
+    """What to name instead of a folder that is no model."""
     inside = sorted(p.name for p in path.glob("*.gguf"))
     if inside:
         more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
