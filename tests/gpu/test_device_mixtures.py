@@ -24,7 +24,7 @@ PROMPTS = [TOKENS[40:43], TOKENS[:30], TOKENS[43:]]
 MAX_ERROR = 1e-2  # a device may round what it multiplies to F16: 2^-11, in three blocks
 
 
-@pytest.fixture(scope="module", params=["mixtral", "olmoe", "qwen2moe", "qwen3moe"])
+@pytest.fixture(scope="module", params=["mixtral", "olmoe", "qwen2moe", "gpt-oss"])
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

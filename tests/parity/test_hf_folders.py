@@ -13,16 +13,15 @@ from gguf import GGMLQuantizationType as GgufType
 from transformers import PreTrainedModel
 
 from pipo.generation.request import SamplingParams
-from pipo.models.registry import FAMILIES
 from tests.support.engines import smallest_ram_bytes, start_engine
 from tests.support.hf_folders import save_folder
 from tests.support.rounding import logit_tolerance
-from tests.support.tiny_models import SPECS, FloatArray, architecture_of, make_model, reference_logits, write_gguf
+from tests.support.tiny_models import SPECS, FloatArray, make_model, reference_logits, write_gguf
 
 MAX_ERROR = 1e-4  # largest difference over largest logit, at each position
 NUM_TOKENS, NUM_NEW = 150, 8
 F32_CACHE: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32"}
-NAMES = [name for name in SPECS if architecture_of(make_model(SPECS[name])) in FAMILIES]
+NAMES = [name for name in SPECS if SPECS[name].family != "gpt-oss"]  # whose experts would need a transpose
 SHARDED = ["llama-tied", "mixtral", "qwen3moe"]
 
 

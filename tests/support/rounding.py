@@ -21,6 +21,7 @@ PRODUCT_ERROR = {
     GgufType.Q4_1: _Q8_STEP * _HALF_STEP,
     GgufType.Q5_0: _Q8_STEP * _HALF_STEP,
     GgufType.Q5_1: _Q8_STEP * _HALF_STEP,
+    GgufType.MXFP4: _Q8_STEP * _HALF_STEP,
 }
 
 

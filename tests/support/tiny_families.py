@@ -131,6 +131,7 @@ _NAMES = {
     "gemma2": TensorNames(_GEMMA_BLOCK, {}),
     "gemma3_text": TensorNames(_GEMMA_BLOCK, {}),
     "phi3": TensorNames({"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}, {}),
+    "gpt_oss": TensorNames({"post_attention_layernorm": "post_attention_norm", "self_attn.sinks": "attn_sinks"}, {}),
     "opt": TensorNames(_OPT_BLOCK, {"final_layer_norm": "output_norm", "embed_positions": "position_embd"}),
 }
 
@@ -139,9 +140,12 @@ def names_of(config: Any) -> TensorNames:
     return _NAMES.get(config.model_type, TensorNames({}, {}))
 
 
+SLIDING = ("mistral", "gemma2", "gemma3_text", "phi3", "gpt_oss")
+
+
 def add_metadata(writer: GGUFWriter, config: Any) -> None:
     """The keys that a Llama does not have."""
-    if config.model_type in ("mistral", "gemma2", "gemma3_text", "phi3") and config.sliding_window:
+    if config.model_type in SLIDING and config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
     if config.model_type == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)

@@ -29,7 +29,7 @@ torch.set_num_threads(1)  # on matrices this small more threads only wait for ea
 FloatArray = npt.NDArray[np.float32]
 Family = Literal[
     "llama", "mistral", "mixtral", "olmoe", "qwen2moe", "qwen3moe", "gemma2", "gemma3", "opt", "phi3", "phi3-sliding",
-    "qwen2", "qwen3", "smollm3",
+    "qwen2", "qwen3", "smollm3", "gpt-oss",
 ]  # fmt: skip
 
 
@@ -81,6 +81,7 @@ SPECS: Mapping[str, TinySpec] = {
     "olmoe": TinySpec(family="olmoe", num_kv_heads=4, num_experts=16, num_experts_per_tok=4, seed=11),
     "qwen2moe": TinySpec(family="qwen2moe", num_experts=12, num_experts_per_tok=3, has_attention_bias=True, seed=12),
     "qwen3moe": TinySpec(family="qwen3moe", head_dim=32, num_experts=16, num_experts_per_tok=5, seed=13),
+    "gpt-oss": TinySpec(family="gpt-oss", num_layers=3, head_dim=32, num_experts=12, num_experts_per_tok=3, seed=23),
     "gemma2": TinySpec(family="gemma2", num_layers=3, is_tied=True, head_dim=32, seed=14),
     "gemma3": TinySpec(family="gemma3", num_layers=7, is_tied=True, head_dim=32, seed=15),
     "opt": TinySpec(family="opt", num_kv_heads=4, is_tied=True, seed=16),
@@ -90,7 +91,7 @@ SPECS: Mapping[str, TinySpec] = {
     "qwen3": TinySpec(family="qwen3", head_dim=32, rope_theta=1e6, seed=20),
     "smollm3": TinySpec(family="smollm3", num_layers=5, is_tied=True, seed=21),
 }
-MIXTURES = ("mixtral", "olmoe", "qwen2moe", "qwen3moe")
+MIXTURES = ("mixtral", "olmoe", "qwen2moe", "qwen3moe", "gpt-oss")
 
 
 def make_model(spec: TinySpec) -> PreTrainedModel:
@@ -166,7 +167,7 @@ def exported_tensors(model: PreTrainedModel) -> Iterator[tuple[str, FloatArray]]
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if ".experts." in name:
-            yield from tiny_mixtures.expert_tensors(name, weight)
+            yield from tiny_mixtures.expert_tensors(name, weight, is_gpt_oss=config.model_type == "gpt_oss")
             continue
         if architecture_of(model) in PERMUTED and ".q_proj." in name:
             weight = pair_neighbours(weight, config.num_attention_heads)
@@ -183,7 +184,7 @@ PERMUTED = ("llama", "smollm3")  # rows of q and k, by the converter
 def architecture_of(model: PreTrainedModel) -> str:
     """As llama.cpp names it."""
     kind: str = model.config.model_type
-    known = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", **tiny_families.ARCHITECTURES}
+    known = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", **tiny_families.ARCHITECTURES}
     return known.get(kind, "llama" if kind in ("mistral", "mixtral") else kind)
 
 
@@ -248,7 +249,7 @@ def _mean_and_scale(name: str, shape: tuple[int, ...], *, is_tied: bool) -> tupl
         return 0.0, 0.3
     if "embed_tokens" in name or "embed_positions" in name:
         return 0.0, 0.3 if is_tied else 1.0
-    gain = {"q_proj": 1.4, "k_proj": 1.4, "lm_head": 2.0, "gate": 2.0}.get(name.split(".")[-2], 1.0)
+    gain = {"q_proj": 1.4, "k_proj": 1.4, "lm_head": 2.0, "gate": 2.0, "router": 2.0}.get(name.split(".")[-2], 1.0)
     return 0.0, gain / math.sqrt(shape[-1])
 
 
@@ -295,7 +296,7 @@ def _head_dim(config: Any) -> int:
 
 def _gguf_name(name: str, config: Any) -> str:
     """`model.layers.3.self_attn.q_proj.bias` → `blk.3.attn_q.bias`."""
-    own = tiny_families.names_of(config)
+    own, name = tiny_families.names_of(config), name.replace("self_attn.sinks", "self_attn.sinks.weight")
     module, _, kind = name.removeprefix("model.").removeprefix("decoder.").rpartition(".")
     if not module.startswith("layers."):
         return f"{ {**_TOP_NAMES, **own.top}[module] }.{kind}"
@@ -317,6 +318,7 @@ _BLOCK_NAMES = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "mlp.gate": "ffn_gate_inp",
+    "mlp.router": "ffn_gate_inp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
@@ -331,4 +333,5 @@ _FILE_TYPES = {
     GgufType.Q5_0: LlamaFileType.MOSTLY_Q5_0,
     GgufType.Q5_1: LlamaFileType.MOSTLY_Q5_1,
     GgufType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+    GgufType.MXFP4: LlamaFileType.MOSTLY_MXFP4_MOE,
 }

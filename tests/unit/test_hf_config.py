@@ -39,7 +39,7 @@ def hyper(folder: Path, **changes: Any) -> HyperParameters:
 
 
 def test_every_family_runs() -> None:
-    assert {family.architecture for family in FAMILIES.values()} == set(RUN)
+    assert {family.architecture for family in FAMILIES.values()} == set(RUN) - {"gpt-oss"}  # whose files are MXFP4
 
 
 def test_llama(tmp_path: Path) -> None:
@@ -240,8 +240,7 @@ def test_mixtral(tmp_path: Path) -> None:
     h = hyper(tmp_path, model_type="mixtral", **MIXTURE, output_router_logits=False, router_aux_loss_coef=0.02)
     assert (h.num_experts, h.num_experts_per_tok, h.expert_size) == (8, 2, 0)
     assert hyper(tmp_path, model_type="mixtral", **MIXTURE, rope_theta=...).rope.base == 1e6
-    with pytest.raises(UnsupportedModel, match="'sliding_window' is 64"):
-        read(tmp_path, model_type="mixtral", **MIXTURE, sliding_window=64)
+    assert hyper(tmp_path, model_type="mixtral", **MIXTURE, sliding_window=64).sliding_window == 64
     with pytest.raises(MalformedFile, match="'num_experts_per_tok' is 9"):
         read(tmp_path, model_type="mixtral", num_local_experts=8, num_experts_per_tok=9)
 

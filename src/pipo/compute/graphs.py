@@ -146,6 +146,13 @@ class Builder:
             self._refuse(f"swiglu of {gate.shape} and {up.shape}")
         return self._op("swiglu_split", gate.type, gate.shape, gate, up)
 
+    def swiglu_clamped(self, gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
+        """gate * sigmoid(alpha * gate) * (up + 1), of a gate up to `limit` and an up within it. Source: gpt-oss."""
+        self._check_rows("swiglu_oai", gate, up)
+        if gate.shape != up.shape or not _is_contiguous(gate) or not _is_contiguous(up):
+            self._refuse(f"swiglu_oai of {gate.shape} and {up.shape}")
+        return self._op("swiglu_oai", gate.type, gate.shape, gate, up, alpha, limit)
+
     def swiglu_halves(self, a: Tensor) -> Tensor:
         """silu(first half) * second half, of the first dimension."""
         self._check_rows("swiglu", a)
@@ -262,11 +269,19 @@ class Builder:
         )  # fmt: skip
 
     def flash_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float = 0.0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        scale: float,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """q (d, tokens, heads), k and v (d, rows, kv heads), mask (rows, tokens) F16 → (d, heads, tokens).
 
-        `softcap`, where it is not 0: scores become softcap * tanh(score / softcap). Of several sequences all have a
+        `softcap`, where it is not 0: scores become softcap * tanh(score / softcap). `sinks` (heads,) are scores of
+        nothing: they take their share of attention. Of several sequences all have a
         fourth dimension, before which the mask has a third of 1.
         """
         self._check_rows("flash_attention", q)
@@ -280,12 +295,15 @@ class Builder:
             and mask.shape == (k.shape[1], q.shape[1], *((1, *sequences) if sequences else ()))
             and mask.type is TensorType.F16
             and {k.type, v.type} <= _CACHEABLE
+            and (sinks is None or (sinks.shape == q.shape[2:3] and sinks.type is TensorType.F32))
         )
         if not fits:
             self._refuse(f"flash_attention of q {q.shape}, k {k.shape}, v {v.shape}, mask {mask.shape}")
         shape = (q.shape[0], q.shape[2], q.shape[1], *sequences)
         result = self._op("flash_attn_ext", TensorType.F32, shape, q, k, v, mask, scale, 0.0, softcap)
         self._lib.flash_attn_ext_set_prec(result.address, _PREC_F32)
+        if sinks is not None:
+            self._lib.flash_attn_ext_add_sinks(result.address, sinks.address)
         return result
 
     # finish

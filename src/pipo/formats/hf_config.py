@@ -44,8 +44,8 @@ _QUANTISED = {
 def read_config(path: Path, check_architecture: Callable[[str, str], None]) -> HfModel:
     """Raises UnsupportedModel for what pipo does not run, by name; MalformedFile, ReadFailed."""
     config = HfFields(path, read_object(path, MAX_CONFIG_BYTES))
+    _refuse_quantised(config)  # first: a GGUF of a model that is not implemented as a folder may be
     family = _family_of(config)
-    _refuse_quantised(config)
     check_architecture(str(path.parent), family.architecture)
     model = family.read(config)
     config.ignore(*_REMARKS)

@@ -71,7 +71,8 @@ def _smollm3(config: HfFields, model: HfModel) -> HfModel:
 
 
 def _mixtral(config: HfFields, model: HfModel) -> HfModel:
-    return _experts(config, _no_windows(config, model))
+    window = config.size_or_off("sliding_window", 0)
+    return _experts(config, _sliding(model, window, (True,) * model.hyper.num_layers))
 
 
 def _olmoe(config: HfFields, model: HfModel) -> HfModel:
@@ -113,16 +114,6 @@ def _experts(config: HfFields, model: HfModel) -> HfModel:
     config.expect("num_experts", num)
     used = config.size("num_experts_per_tok", most=num)
     return replace(model, hyper=replace(model.hyper, num_experts=num, num_experts_per_tok=used))
-
-
-def _no_windows(config: HfFields, model: HfModel) -> HfModel:
-    window = config.size("sliding_window", 0, least=0)
-    if 0 < window < model.hyper.context_tokens:
-        raise UnsupportedModel(
-            f"{config.path}: field 'sliding_window' is {window}, less than the context of "
-            f"{model.hyper.context_tokens}: this family's windows are not implemented"
-        )
-    return model
 
 
 def _sliding(model: HfModel, window: int, slides: tuple[bool, ...]) -> HfModel:

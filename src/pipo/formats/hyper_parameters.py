@@ -25,6 +25,7 @@ ROPE_FREQS, ROPE_SHORT, ROPE_LONG = "rope_freqs.weight", "rope_factors_short.wei
 ROPE_LAYOUTS = {
     "gemma2": RopeLayout.NEOX,
     "gemma3": RopeLayout.NEOX,
+    "gpt-oss": RopeLayout.NEOX,
     "llama": RopeLayout.NORMAL,
     "olmoe": RopeLayout.NEOX,
     "opt": RopeLayout.NEOX,  # it rotates nothing

@@ -13,7 +13,7 @@ from pipo.formats.arch_keys import ArchKeys
 from pipo.formats.gguf_metadata import ArrayRef
 
 WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
-_PERIODS = {"gemma2": 2, "gemma3": 6}  # the last layer of so many sees everything
+_PERIODS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2}  # the last layer of so many sees everything
 _DEFAULT_WINDOWS = {"gemma2": 4096}
 _ALL_LAYERS_SLIDE = frozenset({"llama", "phi3"})  # where the file names a window
 _LOCAL_ROPE_BASE = 10_000.0  # Gemma 3's

@@ -22,8 +22,7 @@ def lay_attention(s: StageBuilder) -> None:
 
 
 def lay_sliding_attention(s: StageBuilder) -> None:
-    """Of a layer that sees the newest tokens only."""
-    s.ops.expand(_add_attention(s, s.hyper.local_rope or s.hyper.rope, "local_mask"))
+    s.ops.expand(attend_sliding(s))
 
 
 def lay_unrotated_attention(s: StageBuilder) -> None:
@@ -34,6 +33,11 @@ def lay_unrotated_attention(s: StageBuilder) -> None:
 def attend(s: StageBuilder) -> Tensor:
     """hidden += attention(norm(hidden)), after storing this pass's keys and values in the cache. Source: Llama."""
     return _add_attention(s, s.hyper.rope, "mask")
+
+
+def attend_sliding(s: StageBuilder) -> Tensor:
+    """Of a layer that sees the newest tokens only."""
+    return _add_attention(s, s.hyper.local_rope or s.hyper.rope, "local_mask")
 
 
 def _add_attention(s: StageBuilder, rope: Rope | None, mask: str) -> Tensor:
@@ -83,7 +87,8 @@ def mix(s: StageBuilder, q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
         q = ops.reshape(q, h.head_dim, h.num_q_heads, s.shape.tokens_each, s.shape.num_sequences)
     seen = ops.leaf(mask, TensorType.F16, s.shape.num_kv_rows, s.shape.tokens_each, *sequences)
     scale = 1.0 / sqrt(h.head_dim) if h.attention_scale is None else h.attention_scale
-    mixed = ops.flash_attention(ops.permute(q, 0, 2, 1), keys, values, seen, scale, h.attention_softcap)
+    sinks = s.weight("attn_sinks.weight") if s.has("attn_sinks.weight") else None
+    mixed = ops.flash_attention(ops.permute(q, 0, 2, 1), keys, values, seen, scale, h.attention_softcap, sinks)
     return ops.reshape(mixed, h.head_dim * h.num_q_heads, num_tokens)
 
 

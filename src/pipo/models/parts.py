@@ -16,8 +16,13 @@ from pipo.models.blocks import (
     lay_unrotated_attention,
 )
 from pipo.models.checks import TensorBook, refuse_unknown_keys
-from pipo.models.experts import lay_attention_and_router, lay_experts, lay_shared_expert
-from pipo.models.stage import ExpertBank, Stage, StageBuilder, StageKind
+from pipo.models.experts import (
+    lay_attention_and_router,
+    lay_experts,
+    lay_shared_expert,
+    lay_sliding_attention_and_router,
+)
+from pipo.models.stage import ExpertBank, ExpertShape, Stage, StageBuilder, StageKind
 
 # keys that change nothing as long as they say this
 HARMLESS_KEYS: dict[str, object] = {"attention.causal": True, "use_parallel_residual": False}
@@ -112,30 +117,46 @@ def fused_mlp(book: TensorBook, hyper: HyperParameters, i: int) -> Stage:
 
 
 def routed_experts(
-    book: TensorBook, hyper: HyperParameters, attention: Stage, expert_size: int, *, renormalise: bool
+    book: TensorBook,
+    hyper: HyperParameters,
+    attention: Stage,
+    expert_size: int,
+    *,
+    renormalise: bool,
+    lay: Callable[[StageBuilder, ExpertShape], None] = lay_experts,
+    norm: str = "ffn_norm",
 ) -> list[Stage]:
-    """The attention of a block with the routers of this block and the next, and the experts."""
+    """The attention of a block with the routers of this block and the next, and the experts. `norm` is the name of what
+    both read.
+    """
     i = attention.block_idx
     book.refuse_dense()
     hidden, num = hyper.hidden_size, hyper.num_experts
-    bank = ExpertBank(
-        {
-            "ffn_gate_exps.weight": book.experts(f"blk.{i}.ffn_gate_exps.weight", hidden, expert_size, num),
-            "ffn_up_exps.weight": book.experts(f"blk.{i}.ffn_up_exps.weight", hidden, expert_size, num),
-            "ffn_down_exps.weight": book.experts(f"blk.{i}.ffn_down_exps.weight", expert_size, hidden, num),
-        },
-        num,
-        hyper.num_experts_per_tok,
-        renormalise,
-        lay_experts,
-    )
-    vectors = {**attention.vectors, **_router(book, hyper, i)}
+    shapes = {
+        "ffn_gate_exps": (hidden, expert_size),
+        "ffn_up_exps": (hidden, expert_size),
+        "ffn_down_exps": (expert_size, hidden),
+    }
+    matrices = {f"{role}.weight": book.experts(f"blk.{i}.{role}.weight", *shape, num) for role, shape in shapes.items()}
+    biases = {
+        f"{role}.bias": book.table(f"blk.{i}.{role}.bias", shape[1], num)
+        for role, shape in shapes.items()
+        if book.has(f"blk.{i}.{role}.bias")
+    }
+    bank = ExpertBank(matrices, num, hyper.num_experts_per_tok, renormalise, lay, biases)
+    vectors = {**attention.vectors, **_router(book, hyper, i, norm)}
     if i + 1 < hyper.num_layers:
-        vectors |= {f"next_{role}": spec for role, spec in _router(book, hyper, i + 1).items()}
+        vectors |= {f"next_{role}": spec for role, spec in _router(book, hyper, i + 1, norm).items()}
     return [
-        replace(attention, vectors=vectors, lay=lay_attention_and_router),
-        Stage(StageKind.EXPERTS, i, {}, {}, _no_graph, bank),
+        replace(attention, vectors=vectors, lay=_WITH_ROUTER[attention.lay]),
+        Stage(StageKind.EXPERTS, i, {}, biases, _no_graph, bank),
     ]
+
+
+_WITH_ROUTER: dict[Callable[[StageBuilder], None], Callable[[StageBuilder], None]] = {
+    lay_attention: lay_attention_and_router,
+    lay_sliding_attention: lay_sliding_attention_and_router,
+}
 
 
 def share_of_mlp(hyper: HyperParameters) -> int:
@@ -143,10 +164,12 @@ def share_of_mlp(hyper: HyperParameters) -> int:
     return hyper.expert_size or hyper.intermediate_size // max(hyper.num_experts_per_tok, 1)
 
 
-def _router(book: TensorBook, hyper: HyperParameters, i: int) -> dict[str, TensorSpec]:
+def _router(book: TensorBook, hyper: HyperParameters, i: int, norm: str) -> dict[str, TensorSpec]:
+    gate = book.linears(i, ffn_gate_inp=(hyper.hidden_size, hyper.num_experts))
     return {
-        "ffn_norm.weight": book.vector(f"blk.{i}.ffn_norm.weight", hyper.hidden_size),
-        "ffn_gate_inp.weight": book.matrix(f"blk.{i}.ffn_gate_inp.weight", hyper.hidden_size, hyper.num_experts),
+        "ffn_norm.weight": book.vector(f"blk.{i}.{norm}.weight", hyper.hidden_size),
+        **gate.matrices,
+        **gate.biases,
     }
 
 

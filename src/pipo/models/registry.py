@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pipo.base.errors import UnsupportedModel
 from pipo.base.manifest import Manifest
 from pipo.models.gemma import gemma2_stages, gemma3_stages
+from pipo.models.gpt_oss import gpt_oss_stages
 from pipo.models.llama import llama_stages
 from pipo.models.olmoe import olmoe_stages
 from pipo.models.opt import opt_stages
@@ -21,6 +22,7 @@ from pipo.models.stage import Stage
 FAMILIES: dict[str, Callable[[Manifest], list[Stage]]] = {
     "gemma2": gemma2_stages,
     "gemma3": gemma3_stages,
+    "gpt-oss": gpt_oss_stages,
     "llama": llama_stages,
     "olmoe": olmoe_stages,
     "opt": opt_stages,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from pipo.base.manifest import HyperParameters, TensorSpec
@@ -62,13 +62,16 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class ExpertBank:
-    """The routed experts of a block. `matrices` by role: (in, out, experts), side by side in the file or apart."""
+    """The routed experts of a block. `matrices` by role: (in, out, experts), side by side in the file or apart.
+    `biases` where there are any, (out, experts), are vectors of the stage.
+    """
 
     matrices: Mapping[str, TensorSpec]
     num_experts: int
     num_experts_per_tok: int
     renormalise: bool  # the weights of those that a token passes add up to 1
     lay: Callable[[StageBuilder, ExpertShape], None]
+    biases: Mapping[str, TensorSpec] = field(default_factory=dict)
 
     def expert(self, expert_idx: int) -> dict[str, TensorSpec]:
         """One expert's matrices (in, out) by role."""
@@ -80,7 +83,7 @@ class Stage:
     """One step of a pass: its weights by role, and how to lay its ops over them.
 
     `matrices` are the stage's unit: they move. `vectors` (norms, biases, rope factors, routers) are small and always
-    resident. A stage of EXPERTS has a `bank` instead, each of whose experts is a unit, and lays its ops with that.
+    resident. A stage of EXPERTS has a `bank` of units instead of matrices, and lays its ops with that.
     """
 
     kind: StageKind
@@ -134,11 +137,15 @@ class StageBuilder:
         spec = self._stage.vectors[role]
         return self.ops.leaf(role, spec.type, *spec.shape)
 
-    def expert_weight(self, role: str, slot: int) -> Tensor:
-        """A matrix (in, out) of the expert in this place of the graph, as a leaf named `role.slot`."""
-        assert self._stage.bank is not None
-        spec = self._stage.bank.matrices[role]
-        return self.ops.weight(f"{role}.{slot}", self._layout(spec), *spec.shape[:2])
+    def expert_linear(self, role: str, slot: int, x: Tensor) -> Tensor:
+        """As `linear`, with the weights of the expert in this place of the graph: leaves named `role.weight.slot`."""
+        bank = self._stage.bank
+        assert bank is not None
+        spec, bias = bank.matrices[f"{role}.weight"], bank.biases.get(f"{role}.bias")
+        y = self.ops.mul_mat(self.ops.weight(f"{role}.weight.{slot}", self._layout(spec), *spec.shape[:2]), x)
+        if bias is None:
+            return y
+        return self.ops.add(y, self.ops.leaf(f"{role}.bias.{slot}", bias.type, bias.shape[0]))
 
     def _layout(self, spec: TensorSpec) -> WeightType:
         return WeightType(spec.type, self._is_repacked(spec.name))

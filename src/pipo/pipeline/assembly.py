@@ -98,7 +98,7 @@ class Assembly:
             self._exit.callback(device.close)
             residency = Residency(pool, device.pool, device.units)
             sides, link = Sides(cpu, device.stages, device.stage_idxs), device.link
-        experts = self._experts(blueprint, placement, model, graphs, buffers)
+        experts = self._experts(blueprint, placement, model, graphs, in_ram)
         residency.experts = experts.cache if experts else None
         executor = Executor(units, ram, residency, transfer, clock, tracer, blueprint.is_aborted, link, experts)
         embedding = self._embedding(blueprint, transfer, executor, chunk)
@@ -179,7 +179,7 @@ class Assembly:
         placement: Placement,
         model: Model,
         graphs: StageGraphs,
-        buffers: PassBuffers,
+        ram: InRam,
     ) -> ExpertStages | None:
         """None for a dense model."""
         if not placement.expert_slots:
@@ -190,7 +190,8 @@ class Assembly:
         slot_class = [sizes.index(expert_slot_bytes(bank, blueprint.layouts)) for bank in banks]
         cache = ExpertCache(units.ids, slot_class, _ids_of_expert_slots(placement))
         num_ahead = -(-AHEAD_IN_FLIGHTS * blueprint.drive.in_flight_bytes // max(sizes))
-        return ExpertStages(model.stages, units, cache, graphs, buffers, max(num_ahead, banks[0].num_experts_per_tok))
+        num_ahead = max(num_ahead, banks[0].num_experts_per_tok)
+        return ExpertStages(model.stages, units, cache, graphs, ram.buffers, ram.vectors, num_ahead)
 
     def _make_homes(self, resident: Sequence[Unit]) -> dict[UnitId, Place]:
         places = self._split("resident weights", [u.layout.num_bytes for u in resident])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import c_uint64
 from itertools import groupby
 from weakref import WeakKeyDictionary
@@ -28,13 +28,14 @@ NoteRouting = Callable[[int, Routing], None]  # the block, counted among those w
 
 
 class Whereabouts:
-    """Addresses of a unit's matrices, in the order of roles, while it is in `place`."""
+    """Addresses of a unit's matrices, in the order of roles, while it is in `place`, and of its biases."""
 
     __slots__ = ("addresses", "unit_id")
 
-    def __init__(self, place: Place, unit: Unit) -> None:
+    def __init__(self, place: Place, unit: Unit, biases: Sequence[int]) -> None:
         self.unit_id = unit.unit_id
-        self.addresses = tuple(place.address + unit.layout.offsets[name] for name in unit.tensor_bytes)
+        matrices = (place.address + unit.layout.offsets[name] for name in unit.tensor_bytes)
+        self.addresses = (*matrices, *biases)
 
 
 class BoundGraph:
@@ -45,14 +46,15 @@ class BoundGraph:
             name: buffers.addresses[name] for name in ("hidden", "ffn_x", "expert_out") if name in graph.leaf_names
         }
         graph.bind(graph.binding(fixed))
-        self._matrices = [[_field(graph, f"{role}.{slot}") for role in bank.matrices] for slot in range(num_slots)]
+        roles = [*bank.matrices, *bank.biases]
+        self._weights = [[_field(graph, f"{role}.{slot}") for role in roles] for slot in range(num_slots)]
         lists = [name for name in ("rows", "out", "weights") if f"{name}.0" in graph.leaf_names]
         self._lists = [[_field(graph, f"{name}.{slot}") for name in lists] for slot in range(num_slots)]
         self._first_list = 3 - len(lists)
 
-    def point(self, slot: int, matrices: Sequence[int], lists: Sequence[int]) -> None:
-        """The expert in this place of the graph, and its row lists: tokens, rows for results, weights."""
-        for field, address in zip(self._matrices[slot], matrices, strict=True):
+    def point(self, slot: int, weights: Sequence[int], lists: Sequence[int]) -> None:
+        """The expert in this place of the graph, and its row lists: tokens, rows for results, their weights."""
+        for field, address in zip(self._weights[slot], weights, strict=True):
             field.value = address
         for field, address in zip(self._lists[slot], lists[self._first_list :], strict=True):
             field.value = address
@@ -67,7 +69,8 @@ def _field(graph: Graph, name: str) -> c_uint64:
 class ExpertStages:
     """Computes the experts of one pass after another, on the CPU. Threads: one.
 
-    At most `num_ahead` reads are under way for experts that are not computed yet. `on_routing` hears of every choice.
+    At most `num_ahead` reads are under way for experts that are not computed yet. `vectors` are addresses by name.
+    `on_routing` hears of every choice.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class ExpertStages:
         cache: ExpertCache,
         graphs: StageGraphs,
         buffers: PassBuffers,
+        vectors: Mapping[str, int],
         num_ahead: int,
     ) -> None:
         self.on_routing: NoteRouting = lambda block, routing: None
@@ -85,6 +89,7 @@ class ExpertStages:
         self.cache = cache
         self._graphs = graphs
         self._buffers = buffers
+        self._vectors = vectors
         self._schedule = ExpertSchedule(cache, num_ahead, ExpertStats.of(units.ids.num_blocks))
         self._lists = RowLists(buffers)
         self._used: list[tuple[int, IntArray | list[list[int]]]] = []  # of this pass: a block, and its routing
@@ -172,9 +177,13 @@ class ExpertStages:
         for slot, (unit, place) in enumerate(experts):
             where = self._where.get(place.address)
             if where is None or where.unit_id != unit.unit_id:
-                where = self._where[place.address] = Whereabouts(place, unit)
+                biases = self._biases(bank, split(unit.unit_id)[1])
+                where = self._where[place.address] = Whereabouts(place, unit, biases)
             bound.point(slot, where.addresses, self._lists.addresses(split(unit.unit_id)[1]))
         self._graphs.run(graph)
+
+    def _biases(self, bank: ExpertBank, expert: int) -> list[int]:
+        return [self._vectors[spec.name] + expert * spec.type.row_bytes(spec.shape[0]) for spec in bank.biases.values()]
 
     def _shape(self, step: Step, bank: ExpertBank) -> ExpertShape:
         if not step.units:

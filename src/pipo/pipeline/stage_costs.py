@@ -58,8 +58,8 @@ def _experts(bank: ExpertBank, layouts: WeightLayouts) -> ExpertWork:
 
 
 def _work(stage: Stage, layouts: WeightLayouts, hyper: HyperParameters, cached: Sequence[TensorType]) -> StageWork:
-    """Routers are among the vectors, and no vector is multiplied."""
-    routers = [spec for spec in stage.vectors.values() if len(spec.shape) == 2]
+    """Routers are among the vectors, and no other vector is multiplied."""
+    routers = [spec for role, spec in stage.vectors.items() if role.endswith("ffn_gate_inp.weight")]
     work = _work_of([*stage.matrices.values(), *routers], layouts)
     q_size = hyper.num_q_heads * hyper.head_dim
     return replace(work, cache_per_position=tuple((type_, q_size) for type_ in cached))

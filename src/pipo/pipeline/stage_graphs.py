@@ -27,14 +27,15 @@ MAX_GROUP = 8  # experts in a graph, unless all of a token's are
 _NODES_PER_STAGE = 48
 _GRAPH_BYTES = 24 << 10  # what one stage's graph touches of its context
 _WHOLE_STAGE_BYTES = 12 << 10  # the same, per stage of a whole graph
-_NODES_PER_EXPERT = 16
+_NODES_PER_EXPERT = 24
+_EXPERT_BYTES = 8 << 10  # the same as _GRAPH_BYTES, per expert of a graph
 
 
 def graphs_bytes(num_stages: int, num_experts_per_tok: int = 0) -> int:
     """Most that the graphs' own structures take, without the tensors they compute."""
     if num_experts_per_tok:
         group = max(num_experts_per_tok, MAX_GROUP)
-        return MAX_GRAPHS * _GRAPH_BYTES + MAX_EXPERT_GRAPHS * group * _GRAPH_BYTES // 4
+        return MAX_GRAPHS * _GRAPH_BYTES + MAX_EXPERT_GRAPHS * group * _EXPERT_BYTES
     return MAX_GRAPHS * _GRAPH_BYTES + MAX_WHOLE_GRAPHS * num_stages * _WHOLE_STAGE_BYTES
 
 
