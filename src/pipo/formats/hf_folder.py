@@ -36,12 +36,11 @@ class HfWeights:
 
 
 def folder_of(path: Path) -> Path | None:
-    """The folder that `path` names: itself, or that of a safetensors file with a config.json. None for another file."""
+    """The folder that `path` names: itself, or that of a file of its model. None for any other file."""
     if path.is_dir():
         return path
-    if path.suffix == SUFFIX and path.with_name(CONFIG).exists():
-        return path.parent
-    return None
+    is_part = path.name in (CONFIG, INDEX) or path.suffix == SUFFIX
+    return path.parent if is_part and path.with_name(CONFIG).exists() else None
 
 
 def find_file(folder: Path, name: str) -> Path | None:

@@ -22,7 +22,8 @@ def vector_data(spec: TensorSpec, read: Callable[[Extent], bytes]) -> bytes:
 
 
 def _converted(raw: bytes, conversion: Conversion) -> npt.NDArray[np.float32]:
-    return _as_float32(raw, conversion.stored) + np.float32(conversion.added)
+    values = _as_float32(raw, conversion.stored)
+    return values + np.float32(conversion.added) if conversion.added else values
 
 
 def _as_float32(raw: bytes, stored: TensorType) -> npt.NDArray[np.float32]:
