@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.hf_bytes import write_folder
+
 ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(r"```(sh|python)\n(.*?)```", re.DOTALL)
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("guide/*.md"), *(ROOT / "docs").glob("concepts/*.md")])
@@ -39,8 +41,9 @@ def _programs() -> list[tuple[str, str]]:
 
 @pytest.fixture
 def workplace(tmp_path: Path, smollm2_path: Path) -> Path:
-    """A folder in which the documents' `model.gguf` and `notes.txt` are there."""
+    """A folder in which the documents' `model.gguf`, `SmolLM2-135M` and `notes.txt` are there."""
     (tmp_path / "model.gguf").symlink_to(smollm2_path)
+    write_folder(tmp_path / "SmolLM2-135M")
     (tmp_path / "notes.txt").write_text("The tide rises because")
     return tmp_path
 

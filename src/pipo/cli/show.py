@@ -43,7 +43,7 @@ def show(
     output: OutputFlags,
     memory: MemoryFlags,
 ) -> None:
-    """Show what is in a model file. Reads its header only.
+    """Show what is in a model's files. Reads headers only.
 
     With --ram, or another flag of memory: also what would stay in RAM and what would stream.
     """

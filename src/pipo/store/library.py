@@ -98,7 +98,7 @@ def resolve_model(text: str) -> Path:
     """
     if text.lower() in KNOWN_MODELS:
         return _present_path(KNOWN_MODELS[text.lower()])
-    hint = f"give the path of a .gguf file, or a known model: {', '.join(KNOWN_MODELS)}"
+    hint = f"give the path of a .gguf file or of a Hugging Face folder, or a known model: {', '.join(KNOWN_MODELS)}"
     try:
         path = Path(text).expanduser()
         if path.exists() or path.name != text:
