@@ -260,7 +260,7 @@ class PlanMaker:
         """The largest power of two whose keys and values take at most a quarter of the budget, or the least one."""
         blueprint = self._blueprint(False, NARROW_DRIVE, None)
         context = min(LEAST_CONTEXT_TOKENS, trained)
-        while context * 2 <= trained and blueprint.kv_shape(context * 2).num_bytes * KV_SHARE <= limit:
+        while context * 2 <= trained and blueprint.kv_shape(context * 2).used_bytes(context * 2) * KV_SHARE <= limit:
             context *= 2
         return context
 
@@ -289,7 +289,7 @@ class PlanMaker:
     ) -> OverBudget:
         """Say which context would fit, where a shorter one would: the excess in pages of the KV cache."""
         excess = (error.smallest_bytes or limit) - limit
-        pages_too_many = -(-excess // blueprint.kv_shape(context_tokens).page_bytes)
+        pages_too_many = -(-excess // max(blueprint.kv_shape(context_tokens).staying.page_bytes, 1))
         context = round_up(context_tokens, ROWS_PER_PAGE) - pages_too_many * ROWS_PER_PAGE
         if context < LEAST_CONTEXT_TOKENS:
             return error

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipo.base.tensor_type import TensorType
-from pipo.base.units import PAGE_BYTES
+from pipo.base.units import PAGE_BYTES, round_up
 from pipo.kvcache.cache import ROWS_PER_CLASS, ROWS_PER_PAGE, KvCache, KvShape
+from pipo.planner.placement import KvPage
 from pipo.tiers.ram import Place
 
 types = st.sampled_from([TensorType.F16, TensorType.F32, TensorType.Q8_0, TensorType.Q4_0])
@@ -48,6 +50,26 @@ def test_pages_never_take_more_than_is_counted(shape: KvShape, num_pages: int) -
     num_rows = min(num_pages * ROWS_PER_PAGE, shape.num_rows)
     assert shape.used_bytes(num_rows) <= -(-num_rows // ROWS_PER_PAGE) * shape.page_bytes
     assert shape.used_bytes(shape.num_rows) == shape.num_bytes
+
+
+@given(shapes, st.data(), st.integers(1, 6 * ROWS_PER_CLASS))
+def test_layers_that_slide_keep_the_newest_rows(shape: KvShape, data: st.DataObject, num_rows: int) -> None:
+    num_rows, kept = min(num_rows, shape.num_rows), data.draw(st.integers(1, 20)) * ROWS_PER_PAGE
+    flags = data.draw(st.lists(st.booleans(), min_size=shape.num_layers, max_size=shape.num_layers))
+    sliding = replace(shape, num_sequences=1, sliding=tuple(flags), kept_rows=kept)
+    unused = list(sliding.unused_ranges(num_rows))
+    assert sliding.used_bytes(num_rows) == sliding.num_bytes - sum(end - start for start, end in unused)
+    cache, row_bytes = _cache(sliding), sliding.type_k.row_bytes(sliding.kv_size)
+    for block, slides in enumerate(flags):
+        first = max(num_rows - kept, 0) if slides else 0
+        begin, end = (cache.address_k(block) + row * row_bytes for row in (first, num_rows))
+        assert all(stop <= begin or end <= start for start, stop in unused)
+    page = KvPage(
+        ROWS_PER_PAGE, sliding.staying.page_bytes, replace(sliding, num_layers=sum(flags)).page_bytes,
+        kept // ROWS_PER_PAGE + 2,
+    )  # fmt: skip
+    num_rows = round_up(num_rows, ROWS_PER_PAGE)
+    assert sliding.used_bytes(num_rows) <= page.bytes_at(num_rows)
 
 
 @given(shapes)

@@ -132,8 +132,8 @@ def kv_bytes_per_token(model: ModelFile, config: EngineConfig) -> float:
     from pipo.kvcache.cache import CACHE_TYPES, kv_shape
 
     types = CACHE_TYPES[config.cache_type_k], CACHE_TYPES[config.cache_type_v]
-    shape = kv_shape(model.manifest.hyper, model.manifest.hyper.context_tokens, *types)
-    return shape.num_bytes / shape.num_rows
+    shape = kv_shape(model.manifest.hyper, model.manifest.hyper.context_tokens, *types, pass_tokens=1)
+    return shape.used_bytes(shape.num_rows) / shape.num_rows
 
 
 def has_template(model: ModelFile) -> bool:

@@ -29,6 +29,9 @@ class ForwardPass(Protocol):
     def run_batch(self, token_ids: Sequence[int], starts: Sequence[int]) -> npt.NDArray[np.float32]:
         """A token of each of the first sequences; logits (sequences, vocabulary)."""
 
+    def can_resume(self, position: int) -> bool:
+        """What a token there sees of the first sequence's earlier ones is in the KV cache, if it was computed."""
+
     def forget(self) -> None:
         """All keys and values."""
 
@@ -156,6 +159,7 @@ class Generator:
 
     def _prefill(self, prompt: Sequence[int], on_prefill: Callable[[int, int], None]) -> npt.NDArray[np.float32]:
         cached = min(_common_prefix(self._stored, prompt), len(prompt) - 1)
+        cached = cached if self._forward.can_resume(cached) else 0
         del self._stored[cached:]
         todo, logits = prompt[cached:], np.empty((0, 0), np.float32)
         self.timing = Timing(len(todo), cached)

@@ -52,11 +52,14 @@ class Blueprint:
     def kv_shape(self, context_tokens: int) -> KvShape:
         """Of all blocks and sequences."""
         types = CACHE_TYPES[self.config.cache_type_k], CACHE_TYPES[self.config.cache_type_v]
-        return kv_shape(self.manifest.hyper, context_tokens, *types, self.config.num_sequences)
+        pass_tokens = self.config.prefill_chunk or CHUNKS[-1]
+        return kv_shape(self.manifest.hyper, context_tokens, *types, self.config.num_sequences, pass_tokens)
 
     def kv_shape_in_ram(self, context_tokens: int) -> KvShape:
         """Of the blocks whose keys and values live there."""
-        return replace(self.kv_shape(context_tokens), num_layers=len(self.kv_blocks_in_ram))
+        shape, blocks = self.kv_shape(context_tokens), self.kv_blocks_in_ram
+        sliding = tuple(shape.sliding[block] for block in blocks) if shape.sliding else ()
+        return replace(shape, num_layers=len(blocks), sliding=sliding)
 
     @property
     def moves_kv(self) -> bool:
@@ -172,7 +175,8 @@ def demand(
         "process": process_bytes + GROWTH_BYTES,
         **kept_bytes,
     }
-    page = KvPage(ROWS_PER_PAGE, kv.page_bytes)
+    sliding = replace(kv, num_layers=kv.num_sliding)
+    page = KvPage(ROWS_PER_PAGE, kv.staying.page_bytes, sliding.page_bytes, kv.kept_rows // ROWS_PER_PAGE + 2)
     return Demand(
         blueprint.unit_sizes, fixed, chunks, limit_bytes, blueprint.drive.in_flight_bytes, page, blueprint.experts
     )

@@ -99,6 +99,7 @@ class Forward:
         self._kv = kv
         self._schedule = schedule
         self._kv_room = kv_room
+        self._sliding_window = buffers.shape.sliding_window
         self.experts = experts
         self._moves_kv = moves_kv
         self._choose_threads = choose_threads
@@ -148,6 +149,10 @@ class Forward:
         assert len(token_ids) == len(starts) <= self.num_sequences
         return self._run(token_ids, PassRows(starts, 1), range(len(starts)))
 
+    def can_resume(self, position: int) -> bool:
+        """What a token there sees of the first sequence's earlier ones is in the KV cache, if it was computed."""
+        return self._kv_room is None or self._kv_room.has_window(position, self._sliding_window)
+
     def forget(self) -> None:
         """The keys and values of all sequences: the memory they grew into is free for others."""
         self._num_positions = [0] * self.num_sequences
@@ -157,8 +162,11 @@ class Forward:
         needs = self._with_outputs if num_outputs else self._without_outputs
         for sequence, end in rows.ends:
             self._num_positions[sequence] = end
-        if self._kv_room is not None and self._kv_room.hold(max(self._num_positions)):
-            self._sides.cpu.forget_places()
+        if self._kv_room is not None:
+            if rows.starts[0] == 0:
+                self._kv_room.begin()
+            if self._kv_room.hold(max(self._num_positions)):
+                self._sides.cpu.forget_places()
         self._choose_threads(rows.num_tokens)
         self._take_shape(rows, max(num_outputs, 1), needs)
         self._buffers.prepare(rows, np.asarray(outputs, np.int32), self._kv.num_rows)

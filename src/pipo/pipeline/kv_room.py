@@ -37,7 +37,16 @@ class KvRoom:
         self._executor = executor
         self._ledger = ledger
         self._num_rows = 0
+        self._first_row = 0  # that layers which slide have, of the positions stored since the last start
         self._tenants: list[_Tenant] = []
+
+    def begin(self) -> None:
+        """Positions are stored from the first one on again."""
+        self._first_row = 0
+
+    def has_window(self, position: int, sliding_window: int) -> bool:
+        """All that a token at this position sees is there, as far as it was stored."""
+        return self._first_row <= max(position - sliding_window + 1, 0)
 
     def hold(self, num_positions: int) -> bool:
         """Positions beyond these are forgotten. Whether a unit has moved: what computes with it has to look for it.
@@ -52,7 +61,8 @@ class KvRoom:
         staying = self._placement.staying(num_rows)
         while len(self._tenants) > len(staying):
             self._move_out(self._tenants[-1])
-        for start, end in self._shape.unused_ranges(num_rows) if num_rows < self._num_rows else ():
+        self._first_row = max(self._first_row, self._shape.first_row(num_rows))
+        for start, end in self._shape.unused_ranges(num_rows) if num_rows < self._num_rows or self._first_row else ():
             self._memory.drop(start, end - start)
         self._memory.charge(self._shape.used_bytes(num_rows))
         for borrower in staying[len(self._tenants) :]:

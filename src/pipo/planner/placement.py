@@ -81,13 +81,18 @@ class SlotClass:
 
 @dataclass(frozen=True, slots=True)
 class KvPage:
-    """The unit of KV allocation: what so many positions more take in all caches together."""
+    """The unit of KV allocation: what so many positions more take in all caches together, and, up to so many pages, in
+    those of layers that slide.
+    """
 
     num_tokens: int = 1
     num_bytes: int = 0
+    sliding_bytes: int = 0
+    most_sliding: int = 0
 
     def bytes_at(self, num_positions: float) -> int:
-        return ceil(num_positions / self.num_tokens) * self.num_bytes
+        num_pages = ceil(num_positions / self.num_tokens)
+        return num_pages * self.num_bytes + min(num_pages, self.most_sliding) * self.sliding_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +235,8 @@ def _with_borrowers(demand: Demand, placement: Placement) -> Placement:
     order = sorted(range(len(streamed)), key=lambda rank: (rank + 1) * GOLDEN % 1)
     units = [(streamed[rank], demand.units[streamed[rank]]) for rank in order]
     borrowers = [Borrower(i, round_up(unit.place_bytes, PAGE_BYTES), unit.read_bytes) for i, unit in units]
-    room = demand.fixed.get(KV_CACHE, 0) - demand.kv_page.num_bytes if demand.kv_page.num_bytes else 0
+    first_page = demand.kv_page.bytes_at(1)
+    room = demand.fixed.get(KV_CACHE, 0) - first_page if first_page else 0
     ends = accumulate(each.place_bytes for each in borrowers)
     fitting = tuple(each for each, end in zip(borrowers, ends, strict=True) if end <= room)
     return replace(placement, kv_page=demand.kv_page, borrowers=fitting)
