@@ -11,8 +11,11 @@ from transformers import AutoTokenizer
 
 from pipo.formats.gguf import open_gguf
 from pipo.formats.hf_text import read_text_side
+from pipo.model_file import ModelFile
 from pipo.text.hf_tokenizer import HfTokenizer
 from pipo.text.tokenizer import Tokenizer
+from tests.support.hf_bytes import write_folder
+from tests.support.hf_folders import edit_json
 from tests.support.texts import mixed_texts
 from tests.support.tokenizer_files import ENGINES, smollm2_json, write_engine
 
@@ -77,3 +80,20 @@ def test_text_comes_out_as_its_characters_are_whole(name: str, tmp_path: Path) -
         assert "".join(pieces) == whole
         if name != "unigram":  # which has no token for most of these
             assert whole == text and not any("\ufffd" in piece for piece in pieces)
+
+
+_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_conversation_has_the_ids_of_transformers(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", chat_template=_TEMPLATE)
+    messages = [{"role": "user", "content": " hello there "}, {"role": "assistant", "content": "yes"}]
+    want = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    assert ModelFile(tmp_path).encode_chat(messages) == list(want)

@@ -21,7 +21,7 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": HEADS,
     "num_key_value_heads": KV_HEADS,
     "vocab_size": VOCAB,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,

@@ -53,12 +53,7 @@ def _added(token_id: int, text: str) -> dict[str, Any]:
 
 def llama3_like() -> Engine:
     """Byte-level words of a regular expression; a begin token from the post-processor."""
-    engine = Engine(models.BPE(ignore_merges=True))
-    engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_LLAMA3), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
-    engine.decoder = decoders.ByteLevel()
-    _train(engine, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    engine = _byte_level(_LLAMA3, ignore_merges=True)
     bos = engine.token_to_id("<|begin|>")
     template = processors.TemplateProcessing("<|begin|> $A", None, [("<|begin|>", bos)])
     engine.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
@@ -66,10 +61,20 @@ def llama3_like() -> Engine:
 
 
 def qwen_like() -> Engine:
-    """As Llama 3, in NFC, with a token that is found in text but shown."""
-    engine = llama3_like()
+    """Single digits, in NFC, with tokens that are found in text but shown."""
+    engine = _byte_level(_LLAMA3.replace("{1,3}", ""))
     engine.normalizer, engine.post_processor = normalizers.NFC(), processors.ByteLevel(trim_offsets=False)
     engine.add_tokens([AddedToken("<tool_call>", normalized=False), AddedToken("naïve", single_word=True)])
+    return engine
+
+
+def _byte_level(pattern: str, **settings: Any) -> Engine:
+    engine = Engine(models.BPE(**settings))
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    engine.decoder = decoders.ByteLevel()
+    _train(engine, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     return engine
 
 
@@ -121,6 +126,14 @@ ENGINES: Mapping[str, tuple[Callable[[], Engine], dict[str, Any]]] = {
     ),
     "llama3": (llama3_like, {"bos_token": "<|begin|>", "eos_token": "<|endoftext|>"}),
     "qwen": (qwen_like, {"bos_token": None, "eos_token": "<|im_end|>", "add_bos_token": False}),
+    "qwen by its own class": (
+        qwen_like,
+        {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    ),
+    "gpt2 by its own class": (
+        lambda: byte_level_engine(400),
+        {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
+    ),
     "gemma": (gemma_like, {"bos_token": "<|begin|>", "eos_token": "<|endoftext|>"}),
     "phi3": (phi3_like, {"bos_token": "<s>", "eos_token": "<|end|>"}),
     "unigram": (unigram_engine, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),

@@ -46,7 +46,7 @@ def test_llama(tmp_path: Path) -> None:
     model = read(tmp_path)
     h = model.hyper
     assert (h.architecture, h.hidden_size, h.intermediate_size, h.num_layers) == ("llama", 32, 64, 1)
-    assert (h.num_q_heads, h.num_kv_heads, h.head_dim, h.vocab_size, h.context_tokens) == (4, 2, 8, 320, 128)
+    assert (h.num_q_heads, h.num_kv_heads, h.head_dim, h.vocab_size, h.context_tokens) == (4, 2, 8, 320, 256)
     assert (h.rope.layout, h.rope.num_dims, h.rope.base, h.rope.scaling) == (RopeLayout.NEOX, 8, 1e4, RopeScaling.NONE)
     assert not model.is_tied and not model.vectors
 
@@ -229,7 +229,7 @@ def test_rope_that_is_refused(scaling: object, error: type[ModelError], message:
 def test_mistral_windows(tmp_path: Path) -> None:
     sliding = hyper(tmp_path, model_type="mistral", sliding_window=64)
     assert (sliding.sliding_window, sliding.sliding_layers) == (64, (True,))
-    for window in (None, 128, 4096, ...):
+    for window in (None, 256, 4096, ...):
         assert hyper(tmp_path, model_type="mistral", sliding_window=window).sliding_window == 0
     assert (
         hyper(tmp_path, model_type="mistral", sliding_window=..., max_position_embeddings=8192).sliding_window == 4096
