@@ -352,3 +352,77 @@ def test_opt(tmp_path: Path) -> None:
     for field, value in (("do_layer_norm_before", False), ("word_embed_proj_dim", 16), ("activation_function", "gelu")):
         with pytest.raises(UnsupportedModel, match=field):
             read(tmp_path, **{**opt, field: value})
+
+
+# Fields as they stand in published files, sizes aside.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama 3.2": {
+        "head_dim": 8, "mlp_bias": False, "attention_bias": False, "pretraining_tp": 1, "rope_theta": 500000.0,
+        "eos_token_id": [128001, 128008, 128009], "initializer_range": 0.02, "use_cache": True,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3",
+                         "original_max_position_embeddings": 8192},
+    },
+    "Mistral 0.1": {"model_type": "mistral", "sliding_window": 4096, "attention_dropout": 0.0},
+    "Mixtral": {
+        "model_type": "mixtral", **MIXTURE, "output_router_logits": False, "router_aux_loss_coef": 0.02,
+        "sliding_window": None, "rope_theta": 1000000.0,
+    },
+    "Qwen 2.5": {
+        "model_type": "qwen2", "max_window_layers": 21, "sliding_window": 32768, "use_mrope": False,
+        "use_sliding_window": False, "rope_theta": 1000000.0,
+    },
+    "Qwen 1.5 MoE": {
+        "model_type": "qwen2_moe", "decoder_sparse_step": 1, "max_window_layers": 21, "moe_intermediate_size": 24,
+        "norm_topk_prob": False, "num_experts": 6, "num_experts_per_tok": 4, "output_router_logits": False,
+        "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 48, "sliding_window": 32768,
+        "use_sliding_window": False,
+    },
+    "Qwen 3 MoE": {
+        "model_type": "qwen3_moe", "attention_bias": False, "decoder_sparse_step": 1, "head_dim": 16,
+        "max_window_layers": 48, "mlp_only_layers": [], "moe_intermediate_size": 24, "norm_topk_prob": True,
+        "num_experts": 8, "num_experts_per_tok": 2, "output_router_logits": False, "rope_scaling": None,
+        "router_aux_loss_coef": 0.001, "sliding_window": None, "use_sliding_window": False,
+    },
+    "OLMoE": {
+        "model_type": "olmoe", "attention_bias": False, "clip_qkv": None, "norm_topk_prob": False, "num_experts": 8,
+        "num_experts_per_tok": 2, "output_router_logits": False, "router_aux_loss_coef": 0.01, "rope_scaling": None,
+    },
+    "SmolLM 3": {
+        "model_type": "smollm3", "attention_bias": False, "layer_types": ["full_attention"], "max_window_layers": 28,
+        "mlp_bias": False, "no_rope_layer_interval": 4, "no_rope_layers": [1], "pretraining_tp": 2,
+        "sliding_window": None, "use_sliding_window": False, "rope_scaling": None, "rope_theta": 5000000.0,
+    },
+    "Gemma 2": {
+        "model_type": "gemma2", **GEMMA, "hidden_act": "gelu_pytorch_tanh", "attention_bias": False,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "cache_implementation": "hybrid",
+        "sliding_window": 4096, "sliding_window_size": 4096, "tie_word_embeddings": ...,
+    },
+    "Gemma 3": {
+        "model_type": "gemma3_text", **GEMMA, "attention_bias": False, "attn_logit_softcapping": None,
+        "final_logit_softcapping": None, "cache_implementation": "hybrid", "eos_token_id": [1, 106],
+        "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
+        "sliding_window_pattern": 6, "tie_word_embeddings": ...,
+    },
+    "Phi-4-mini": {
+        "model_type": "phi3", "attention_bias": False, "auto_map": {"AutoConfig": "x.Y"}, "embd_pdrop": 0.0,
+        "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False, "resid_pdrop": 0.0,
+        "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75, "sliding_window": 262144,
+        "rope_scaling": {"long_factor": [1.0] * 3, "short_factor": [1.0] * 3, "type": "longrope"},
+    },
+    "Phi-3-mini-4k": {
+        "model_type": "phi3", "original_max_position_embeddings": 4096, "rope_scaling": None, "sliding_window": 2047,
+        "attention_bias": False, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_understood(name: str, tmp_path: Path) -> None:
+    read(tmp_path, **PUBLISHED[name])
+
+
+def test_a_rope_for_layers_that_slide_is_not_for_every_family(tmp_path: Path) -> None:
+    tables = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    assert hyper(tmp_path, rope_theta=..., rope_parameters={"full_attention": {"rope_theta": 1e6}}).rope.base == 1e6
+    with pytest.raises(UnsupportedModel, match=r"'rope_parameters\.sliding_attention' = "):
+        read(tmp_path, rope_theta=..., rope_parameters=tables)

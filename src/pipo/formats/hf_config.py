@@ -28,6 +28,8 @@ _REMARKS = (
     "decoder_start_token_id", "sep_token_id", "transformers.js_config", "unsloth_fixed", "unsloth_version",
     "is_llama_config", "num_labels", "use_return_dict", "gradient_checkpointing", "torch_compile",
 )  # fmt: skip
+# that some families read; in the others a bias is a tensor without a use, and an error
+_BIASES = ("attention_bias", "mlp_bias")
 # that change nothing as long as they say this
 _DEFAULTS: Mapping[str, object] = {
     "is_encoder_decoder": False, "is_decoder": False, "add_cross_attention": False, "cross_attention_hidden_size": None,
@@ -48,7 +50,7 @@ def read_config(path: Path, check_architecture: Callable[[str, str], None]) -> H
     family = _family_of(config)
     check_architecture(str(path.parent), family.architecture)
     model = family.read(config)
-    config.ignore(*_REMARKS)
+    config.ignore(*_REMARKS, *_BIASES)
     for name, value in _DEFAULTS.items():
         config.expect(name, value)
     config.refuse_left_over()

@@ -32,9 +32,7 @@ def _mistral(config: HfFields, model: HfModel) -> HfModel:
 
 
 def _phi3(config: HfFields, model: HfModel) -> HfModel:
-    config.expect("attention_bias", False)
-    config.expect("mlp_bias", False)
-    return _sliding(model, config.size("sliding_window", 0, least=0), (True,) * model.hyper.num_layers)
+    return _sliding(model, config.size_or_off("sliding_window", 0), (True,) * model.hyper.num_layers)
 
 
 def _qwen2(config: HfFields, model: HfModel) -> HfModel:
@@ -155,7 +153,7 @@ def _gemma(config: HfFields, model: HfModel, pattern: int, softcaps: tuple[float
     """Every layer but each `pattern`th slides; scores and logits may be capped."""
     h = model.hyper
     config.expect("use_bidirectional_attention", False)
-    config.ignore("hidden_act")  # Gemma's classes read hidden_activation
+    config.ignore("hidden_act", "sliding_window_size")  # Gemma's classes read hidden_activation, sliding_window
     kinds = config.texts("layer_types", h.num_layers, LAYER_KINDS)
     slides = tuple(k == SLIDING for k in kinds) if kinds else tuple((i + 1) % pattern != 0 for i in range(h.num_layers))
     attention, final = "attn_logit_softcapping", "final_logit_softcapping"
@@ -203,6 +201,7 @@ FAMILIES: Mapping[str, Family] = {
         RopeDefaults(1e6),
         is_tied=True,
         head_dim_required=True,
+        has_local_rope=True,
         activation=_GELU,
     ),
     "phi3": Family("phi3", "Phi3ForCausalLM", _phi3, PHI3, RopeDefaults(is_partial=True, original_tokens=4096)),

@@ -38,6 +38,7 @@ class Family:
     rope: RopeDefaults = PLAIN_ROPE
     is_tied: bool = False
     head_dim_required: bool = False
+    has_local_rope: bool = False  # of layers that slide, which `finish` reads
     activation: tuple[str, str] = ("hidden_act", "silu")
 
     def read(self, config: HfFields) -> HfModel:
@@ -88,11 +89,11 @@ def _num_kv_heads(config: HfFields, num_q_heads: int) -> int:
 def _rope(config: HfFields, head_dim: int, context_tokens: int, family: Family) -> RopeWithFactors:
     """Of all layers, or of those that do not slide where these have another."""
     table = config.table("rope_parameters")
-    is_nested = table is not None and any(kind in table for kind in LAYER_KINDS)
-    if not is_nested or table is None:
+    if table is None or not any(kind in table for kind in LAYER_KINDS):
         return read_rope(config, head_dim, context_tokens, family.rope)
     full = table.table(FULL) or HfFields(config.path, {})
-    table.ignore(SLIDING)
+    if family.has_local_rope:
+        table.ignore(SLIDING)
     table.refuse_left_over()
     return read_rope(config, head_dim, context_tokens, family.rope, full)
 
