@@ -16,7 +16,7 @@ from pipo.hardware.memory import PeakSampler
 from pipo.pipeline.adapters import Weights
 from pipo.pipeline.forward import Forward
 from pipo.pipeline.stats import PassStats
-from pipo.text.tokenizer import Tokenizer
+from pipo.text.contract import ModelTokenizer
 
 TOKENS_PER_SAMPLE = 16  # of the memory in use: between two passes, with caches cold, a sample takes 0.1 ms
 
@@ -42,7 +42,7 @@ class Report:
 class Answering:
     """`report` is that of the last request. Threads: the one that computes."""
 
-    def __init__(self, generator: Generator, forward: Forward, tokenizer: Tokenizer, peak: PeakSampler) -> None:
+    def __init__(self, generator: Generator, forward: Forward, tokenizer: ModelTokenizer, peak: PeakSampler) -> None:
         self.report: Report | None = None
         self.generator = generator
         self._forward = forward

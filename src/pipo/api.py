@@ -27,7 +27,7 @@ __all__ = ["LLM", "Engine", "PipoError", "SamplingParams", "load"]
 
 
 def load(model: str | Path, ram: str | int = "auto", **settings: object) -> Engine:
-    """Open a model (a path, or a name that `pipo list` shows) inside a budget, ready to answer.
+    """Open a model (the path of a file or a folder, or a name that `pipo list` shows) inside a budget, ready to answer.
 
     `ram` is what `--ram` takes, or bytes; `settings` are the other fields of EngineConfig, such as lora=["style:0.5"].
     Raises PipoError's children.

@@ -12,6 +12,7 @@ from pipo.base.units import MIB, format_size
 from pipo.formats.adapter import open_adapter
 from pipo.formats.checkpoint import Checkpoint, open_checkpoint
 from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata
+from pipo.formats.hf_text import HfText
 from pipo.hardware.memory import release_free_memory
 from pipo.models.adapters import check_adapter
 from pipo.models.registry import check_architecture, stages_of
@@ -19,6 +20,9 @@ from pipo.pipeline.blueprint import GROWTH_BYTES
 from pipo.planner.placement import smallest_ram_text
 from pipo.text.byte_pairs import MERGES_KEY
 from pipo.text.chat_template import ChatTemplate, Message
+from pipo.text.contract import ModelTokenizer
+from pipo.text.hf_tokenizer import HfTokenizer
+from pipo.text.same_vocabulary import check_same_vocabulary
 from pipo.text.tokenizer import Tokenizer
 from pipo.text.vocabulary import TOKENS_KEY
 
@@ -51,24 +55,27 @@ class ModelFile:
         self.is_header_only = header_only
         self.checkpoint: Checkpoint = open_checkpoint(path, check_architecture, header_only=header_only)
         self.stages = stages_of(self.manifest)
+        self.tokenizer: ModelTokenizer
         if vocabulary_of is not None:
-            _check_same_vocabulary(self, vocabulary_of)
-            self.tokenizer: Tokenizer = vocabulary_of.tokenizer
+            check_same_vocabulary(self.checkpoint, path, vocabulary_of.checkpoint, vocabulary_of.path)
+            self.tokenizer = vocabulary_of.tokenizer
             return
         self._check_vocabulary(limit_bytes)
-        self.tokenizer = Tokenizer.from_metadata(self.checkpoint.metadata)
+        self.tokenizer = _tokenizer_of(self.checkpoint)
         release_free_memory()
 
     def _check_vocabulary(self, limit_bytes: int | None) -> None:
         """Before the tokenizer is built: a file of 62 MB can hold one that takes 600 MiB meanwhile."""
-        tokens = self.checkpoint.metadata.get(TOKENS_KEY)
-        num_tokens = tokens.count if isinstance(tokens, ArrayRef) else 0
+        metadata, num_tokens = self.checkpoint.metadata, self.manifest.hyper.vocab_size
+        if isinstance(metadata, GgufMetadata):
+            tokens = metadata.get(TOKENS_KEY)
+            num_tokens = tokens.count if isinstance(tokens, ArrayRef) else 0
         if num_tokens > self.manifest.hyper.vocab_size:
             raise UnsupportedModel(
                 f"{self.manifest.name}: the tokenizer has {num_tokens} tokens, the model "
                 f"{self.manifest.hyper.vocab_size}"
             )
-        needed = IMPORTED_BYTES + tokenizer_build_bytes(self.checkpoint.metadata)
+        needed = IMPORTED_BYTES + tokenizer_build_bytes(metadata)
         # less than any plan needs is left to the plan, which names the smallest budget of all
         if limit_bytes is None or needed <= max(limit_bytes, PROCESS_BYTES + GROWTH_BYTES):
             return
@@ -88,8 +95,8 @@ class ModelFile:
     def has_weights(self) -> bool:
         """The files are as long as they must be, and have no holes: what is read from them tells of a drive."""
         ends = [0] * len(self.manifest.files)
-        for spec in self.manifest.tensors.values():
-            ends[spec.extent.file_idx] = max(ends[spec.extent.file_idx], spec.extent.end)
+        for extent in (extent for spec in self.manifest.tensors.values() for extent in spec.extents):
+            ends[extent.file_idx] = max(ends[extent.file_idx], extent.end)
         facts = [file.stat() for file in self.manifest.files]
         return all(
             fact.st_size >= end and 2 * _BLOCK_BYTES * fact.st_blocks >= end  # half: file systems that compress
@@ -144,26 +151,6 @@ class ModelFile:
             )
 
 
-def _check_same_vocabulary(model: ModelFile, other: ModelFile) -> None:
-    """Raises UsageError saying where they part."""
-    found, wanted = (each.manifest.hyper.vocab_size for each in (model, other))
-    what = f"has a vocabulary of {found} tokens, {other.path} one of {wanted}"
-    if found == wanted:
-        tokens, others = (each.checkpoint.metadata.byte_strings(TOKENS_KEY) for each in (model, other))
-        pairs = enumerate(zip(tokens, others, strict=False))
-        first = next((i for i, (token, their) in pairs if token != their), None)
-        if first is None and len(tokens) == len(others):
-            return
-        first = min(len(tokens), len(others)) if first is None else first
-        what = f"has another vocabulary than {other.path}: token {first} is {_spelled(tokens, first)}, wanted "
-        what += _spelled(others, first)
-    raise UsageError(f"{model.path}: {what}", hint="two models can be compared token by token where these are the same")
-
-
-def _spelled(tokens: Sequence[bytes], idx: int) -> str:
-    return repr(tokens[idx].decode(errors="replace"))[:80] if idx < len(tokens) else "missing"
-
-
 def _after_encoding(ids: list[int]) -> list[int]:
     """Token ids as they are; what encoding a long text has taken goes back: 20 MiB after 32k tokens."""
     if len(ids) >= LONG_TEXT_TOKENS:
@@ -171,12 +158,22 @@ def _after_encoding(ids: list[int]) -> list[int]:
     return ids
 
 
-def tokenizer_build_bytes(metadata: GgufMetadata) -> int:
-    """The most that building a tokenizer takes, from the sizes of its arrays alone.
+def _tokenizer_of(checkpoint: Checkpoint) -> ModelTokenizer:
+    if isinstance(checkpoint.metadata, HfText):
+        return HfTokenizer.from_files(checkpoint.metadata)
+    return Tokenizer.from_metadata(checkpoint.metadata)
+
+
+def tokenizer_build_bytes(metadata: GgufMetadata | HfText) -> int:
+    """The most that building a tokenizer takes, from the sizes of its arrays or of its JSON alone.
 
     Measured 640 to 1030 bytes for a token with its merge (49k to 1M of them, 8 to 70 bytes long), where this says 670
-    to 1100; 250 to 330 for a sentence piece, where this says 360 to 560.
+    to 1100; 250 to 330 for a sentence piece, where this says 360 to 560. Of a tokenizer.json 330 to 420 for a
+    token, 210 to 380 for a merge, 510 for a token of Unigram, where this says 380 to 420, 350 to 530 and 540.
     """
+    if isinstance(metadata, HfText):
+        size = metadata.tokenizer_size
+        return 4 * size.num_bytes + 300 * size.num_commas - 110 * size.num_lists
     arrays = [metadata.get(key) for key in (TOKENS_KEY, MERGES_KEY)]
     refs = [ref for ref in arrays if isinstance(ref, ArrayRef)]
     return sum(280 * ref.count + 10 * ref.num_bytes // 3 for ref in refs)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.hf_bytes import write_folder
 from tests.support.random_adapters import write_random_adapter
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,7 @@ def workplace(tmp_path: Path, smollm2_path: Path) -> Path:
     """A folder in which the documents' models and texts are there."""
     (tmp_path / "model.gguf").symlink_to(smollm2_path)
     write_random_adapter(smollm2_path, tmp_path / "style.gguf", strength=0.05)
+    write_folder(tmp_path / "SmolLM2-135M")
     (tmp_path / "notes.txt").write_text("The tide rises because")
     (tmp_path / "original.gguf").symlink_to(smollm2_path)
     (tmp_path / "book.txt").write_text("The tide rises because the moon pulls the sea. " * 110)

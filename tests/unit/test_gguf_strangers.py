@@ -51,7 +51,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_a_folder_hints_at_the_files_in_it(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match=r"is a folder[^$]*safetensors are not supported yet"):
+    with pytest.raises(UnsupportedModel, match=r"is a folder without[^$]*config.json[^$]*with safetensors"):
         open_gguf(tmp_path)
     write(tmp_path, b"", "inside.gguf")
     with pytest.raises(UnsupportedModel, match=r"is a folder[^$]*hint: name a file in it: inside.gguf"):

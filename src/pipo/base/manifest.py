@@ -28,17 +28,48 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
+class Conversion:
+    """How a small tensor that stays in memory as F32 is made from the file: elements of `stored`, each plus `added`."""
+
+    stored: TensorType
+    added: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor on disk. `shape` is in ggml order: fastest dimension first, so (in, out) for a weight matrix."""
+    """One tensor. `shape` is in ggml order: fastest dimension first, so (in, out) for a weight matrix.
+
+    Its bytes are those of `extent`, but for three kinds. A vector may be converted on its way to memory; or be computed
+    from the header, with its `values` here and no bytes in the file. The matrices of a three-dimensional one may lie
+    apart, in `slices`, of which `extent` is the first.
+    """
 
     name: str
     type: TensorType
     shape: tuple[int, ...]
     extent: Extent
+    conversion: Conversion | None = None
+    values: tuple[float, ...] = ()
+    slices: tuple[Extent, ...] = ()
 
     @property
     def num_bytes(self) -> int:
-        return self.extent.num_bytes
+        """In memory."""
+        return self.type.nbytes(self.shape)
+
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        """All its bytes in the files."""
+        return self.slices or (self.extent,)
+
+    def matrix(self, idx: int) -> TensorSpec:
+        """One matrix of a three-dimensional tensor, named `blk.0.ffn_up_exps.weight[3]`."""
+        extent = self.slices[idx] if self.slices else self._slice(idx)
+        return replace(self, name=f"{self.name}[{idx}]", shape=self.shape[:2], extent=extent, slices=())
+
+    def _slice(self, idx: int) -> Extent:
+        size = self.type.nbytes(self.shape[:2])
+        return Extent(self.extent.file_idx, self.extent.offset + idx * size, size)
 
 
 class RopeScaling(Enum):

@@ -207,13 +207,12 @@ def _examine_memory() -> MemoryFacts:
 
 
 def _file_to_read(model: str | None) -> Path | None:
-    from pipo.formats.gguf import open_gguf
+    from pipo.formats.checkpoint import open_weight_files
     from pipo.store.library import list_hub_models, list_models, resolve_model
 
     if model is not None:
-        path = resolve_model(model)
-        open_gguf(path)  # what is no model is no measure of the drive either
-        return path
+        paths = [*open_weight_files(resolve_model(model)).files]  # what is no model is no measure of the drive either
+        return max(paths, key=lambda path: path.stat().st_size)
     pulled = [m.path for m in list_hub_models() if m.path.is_file()]
     paths = [*(m.path for m in list_models()), *pulled] or sorted(Path.cwd().glob("*.gguf"))
     return max(paths, key=lambda path: path.stat().st_size, default=None)

@@ -213,7 +213,10 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on stdou
 ProbeFlag = Annotated[bool, typer.Option("--probe", help="Measure drive, copies, repacking and compute, once.")]
 FreshFlag = Annotated[bool, typer.Option("--fresh", help="With --probe: measure again what is known.")]
 ModelArgument = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="A .gguf file, or a name from `pipo list`.", show_default=False)
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="A .gguf file, a Hugging Face folder, or a name from `pipo list`.", show_default=False
+    ),
 ]
 ModelFlag = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="The model, as a flag.")]
 SystemFlag = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]

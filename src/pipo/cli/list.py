@@ -39,4 +39,7 @@ def list_models(json: JsonFlag = False, *, output: OutputFlags) -> None:
     ]
     print_columns(stdout(), ("model", "size", "where"), lines)
     if not output.quiet:
-        print_note("any .gguf file can be named by its path, too; pipo pull org/name[:quant] fetches from the hub")
+        print_note(
+            "any .gguf file and any Hugging Face folder can be named by its path, too; "
+            "pipo pull org/name[:quant] fetches from the hub"
+        )

@@ -24,20 +24,21 @@ _PREFILL_TOKENS = (128, 512)
 def probe_with_bar(file: Path, *, is_model_named: bool, fresh: bool, output: OutputFlags) -> KnownProfile:
     """The profile for the drive under `file`, with its types where it was named, else the common ones."""
     from pipo.compute import ggml
-    from pipo.formats.gguf import open_gguf
+    from pipo.formats.checkpoint import open_weight_files
     from pipo.hardware.cache import known_profile
     from pipo.hardware.probe import COMMON_TYPES
 
-    lib, gguf = ggml.load(), open_gguf(file)
-    own = dict.fromkeys(spec.type for spec in gguf.tensors.values() if len(spec.shape) == 2)
-    types = [t for t in (own if is_model_named else COMMON_TYPES) if lib.multiplies(t)] or list(COMMON_TYPES)
+    lib, weights = ggml.load(), open_weight_files(file)
+    types = [t for t in (weights.matrix_types if is_model_named else COMMON_TYPES) if lib.multiplies(t)] or list(
+        COMMON_TYPES
+    )
     num_threads = make_config(MemoryFlags(), ComputeFlags()).num_threads
 
     def measure(wanted: Sequence[TensorType]) -> MachineProfile:
         with _bar(output) as on_progress:
-            return _measure(lib, num_threads, gguf.files, wanted, on_progress)
+            return _measure(lib, num_threads, weights.files, wanted, on_progress)
 
-    return known_profile(gguf.files, lib, num_threads, types, measure, fresh=fresh)
+    return known_profile(weights.files, lib, num_threads, types, measure, fresh=fresh)
 
 
 def _measure(

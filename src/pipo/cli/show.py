@@ -43,7 +43,7 @@ def show(
     output: OutputFlags,
     memory: MemoryFlags,
 ) -> None:
-    """Show what is in a model file. Reads its header only.
+    """Show what is in a model's files. Reads headers only.
 
     With --ram, or another flag of memory: also what would stay in RAM and what would stream.
     """
@@ -124,7 +124,7 @@ def _model_rows(model: ModelFile, config: EngineConfig) -> Iterator[Row]:
     types = dict.fromkeys((config.cache_type_k, config.cache_type_v))
     per_token = format_size(kv_bytes_per_token(model, config))
     yield "context", f"{hyper.context_tokens} tokens, {per_token} of KV cache each in {' and '.join(types)}"
-    yield "tokenizer", f"{tokenizer_name(model)}, {model.tokenizer.vocab_size} tokens"
+    yield "tokenizer", f"{model.tokenizer.name}, {model.tokenizer.vocab_size} tokens"
     yield "chat", "has a template" if has_template(model) else "no template: use --raw"
 
 
@@ -134,12 +134,6 @@ def kv_bytes_per_token(model: ModelFile, config: EngineConfig) -> float:
     types = CACHE_TYPES[config.cache_type_k], CACHE_TYPES[config.cache_type_v]
     shape = kv_shape(model.manifest.hyper, model.manifest.hyper.context_tokens, *types, pass_tokens=1)
     return shape.used_bytes(shape.num_rows) / shape.num_rows
-
-
-def tokenizer_name(model: ModelFile) -> str:
-    metadata = model.checkpoint.metadata
-    kind, pre = metadata.text("tokenizer.ggml.model"), metadata.text("tokenizer.ggml.pre")
-    return f"{kind} ({pre:.80})" if pre else str(kind)
 
 
 def has_template(model: ModelFile) -> bool:
@@ -182,7 +176,7 @@ def _model_dict(model: ModelFile) -> dict[str, object]:
         "context_tokens": hyper.context_tokens,
         "bytes_by_type": bytes_by_type(model),
         "parts": {p.name: {"bytes": p.num_bytes, "types": list(p.types), "shares": p.shares} for p in parts_of(model)},
-        "tokenizer": tokenizer_name(model),
+        "tokenizer": model.tokenizer.name,
         "has_chat_template": has_template(model),
     }
 

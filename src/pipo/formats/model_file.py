@@ -11,16 +11,19 @@ from pipo.base.errors import FileChanged, MalformedFile, ModelError, ModelNotFou
 from pipo.base.file_identity import FileIdentity
 
 DOWNLOAD_AGAIN = "the download went wrong: fetch the file again"
-_WHAT_WORKS = "pipo reads GGUF files"
+PICKLES_HINT = "pickled weights are never read: download the model's .safetensors files, or a GGUF of it"
+_WHAT_WORKS = "pipo reads GGUF files, and Hugging Face folders with safetensors"
 _CONVERT = f"{_WHAT_WORKS}; convert the model with llama.cpp's convert_hf_to_gguf.py, or download a GGUF of it"
 
 # How another kind of file begins. The first two columns are its first bytes and its name.
-_UNSUPPORTED = (
+_PICKLES = (
     (b"PK\x03\x04", "a zip archive (PyTorch saves .bin, .pt and .pth this way)"),
     (b"\x80\x02", "a Python pickle"),
     (b"\x80\x03", "a Python pickle"),
     (b"\x80\x04", "a Python pickle"),
     (b"\x80\x05", "a Python pickle"),
+)
+_UNSUPPORTED = (
     (b"tjgg", "a GGJT file, the predecessor of GGUF"),
     (b"fmgg", "a GGMF file, a predecessor of GGUF"),
     (b"lmgg", "a GGML file, a predecessor of GGUF"),
@@ -47,8 +50,13 @@ def open_model_file(path: Path) -> FileIO:
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise ModelNotFound(f"{path}: cannot be opened: {error}") from error
     if stat.S_ISDIR(mode):
-        raise UnsupportedModel(f"{path}: is a folder, wanted a model file", hint=_folder_hint(path))
+        raise refuse_folder(path)
     raise UnsupportedModel(f"{path}: is not a regular file", hint=_WHAT_WORKS)
+
+
+def refuse_folder(path: Path) -> ModelError:
+    """The error for a folder that holds no model of Hugging Face's."""
+    return UnsupportedModel(f"{path}: is a folder without a model's config.json", hint=folder_hint(path))
 
 
 def refuse_not_gguf(path: Path, head: bytes) -> ModelError:
@@ -57,7 +65,10 @@ def refuse_not_gguf(path: Path, head: bytes) -> ModelError:
     if stranger is not None:
         return stranger
     if _looks_like_safetensors(head):
-        return UnsupportedModel(f"{path}: is a safetensors file, which pipo does not read yet", hint=_CONVERT)
+        return UnsupportedModel(
+            f"{path}: is a safetensors file without a model's config.json beside it",
+            hint="name the folder of a whole model",
+        )
     return MalformedFile(f"{path}: is not a GGUF file: wanted the magic b'GGUF', found {head[:4]!r}", hint=_WHAT_WORKS)
 
 
@@ -70,6 +81,9 @@ def refuse_stranger(path: Path, head: bytes) -> ModelError | None:
     for start, what in _BROKEN_DOWNLOADS:
         if head.startswith(start):
             return MalformedFile(f"{path}: is {what}", hint=DOWNLOAD_AGAIN)
+    for start, what in _PICKLES:
+        if head.startswith(start):
+            return UnsupportedModel(f"{path}: is {what}", hint=PICKLES_HINT)
     for start, what in _UNSUPPORTED:
         if head.startswith(start):
             return UnsupportedModel(f"{path}: is {what}", hint=_CONVERT)
@@ -94,9 +108,10 @@ def _looks_like_safetensors(head: bytes) -> bool:
     return len(head) >= 10 and head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") < 1 << 32
 
 
-def _folder_hint(path: Path) -> str:
+def folder_hint(path: Path) -> str:
+    """What to name instead of a folder that is no model."""
     inside = sorted(p.name for p in path.glob("*.gguf"))
     if inside:
         more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
         return f"name a file in it: {', '.join(inside[:3])}{more}"
-    return f"{_WHAT_WORKS}; folders of safetensors are not supported yet"
+    return f"{_WHAT_WORKS}"

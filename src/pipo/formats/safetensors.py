@@ -7,7 +7,6 @@ they are used, so a hostile header costs at most MAX_HEADER_BYTES of reading and
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from io import FileIO
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import NoReturn
 
 from pipo.base.errors import MalformedFile, UnsupportedModel
 from pipo.base.file_identity import FileIdentity
@@ -25,6 +23,7 @@ from pipo.base.page_cache import forget_cached
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import MIB, format_size
 from pipo.formats.gguf_header import read_at
+from pipo.formats.json_object import parse_object
 from pipo.formats.model_file import DOWNLOAD_AGAIN, open_model_file, refuse_stranger
 
 MAX_HEADER_BYTES = 16 * MIB  # 46k tensors, a DeepSeek V3 in one file, take 6 MB; the format allows 100 MB
@@ -85,9 +84,13 @@ class StoredTensor:
     offset: int  # from the start of the file
     num_bytes: int
 
+    @property
+    def ggml_type(self) -> TensorType | None:
+        return _GGML_TYPES.get(self.dtype)
+
     def as_spec(self, path: Path, file_idx: FileIdx, name: str | None = None) -> TensorSpec:
         """In ggml's terms. Raises UnsupportedModel for a type that ggml has not, or an empty or scalar tensor."""
-        type_ = _GGML_TYPES.get(self.dtype)
+        type_ = self.ggml_type
         if type_ is None:
             raise UnsupportedModel(
                 f"{path}: tensor {self.name!r} is {self.dtype.name}, which pipo does not compute with",
@@ -150,40 +153,10 @@ def _header_bytes(path: Path, file: FileIO, file_bytes: int) -> int:
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, object]:
-    num_values = sum(raw.count(sign) for sign in (b",", b"[", b"{"))
-    if num_values > MAX_VALUES:
-        raise _malformed(path, f"has {num_values} values in its header, at most {MAX_VALUES} can be")
     try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _malformed(path, f"has a header that is not UTF-8: byte {error.start}") from None
-    try:
-        table = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
-    except _TwiceError as error:
-        raise _malformed(path, f"has {error.key!r:.80} twice in its header") from None
-    except (ValueError, RecursionError) as error:
-        raise _malformed(path, f"has a header that is not JSON: {error}", DOWNLOAD_AGAIN) from None
-    assert isinstance(table, dict)  # it begins with a brace
-    return table
-
-
-class _TwiceError(Exception):
-    def __init__(self, key: str) -> None:
-        super().__init__(key)
-        self.key = key
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    table: dict[str, object] = {}
-    for key, value in pairs:
-        if key in table:
-            raise _TwiceError(key)
-        table[key] = value
-    return table
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON value")
+        return parse_object(raw, MAX_VALUES)
+    except ValueError as error:
+        raise _malformed(path, f"its header {error}", DOWNLOAD_AGAIN) from None
 
 
 def _metadata(path: Path, found: object) -> dict[str, str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 
-from pipo.base.manifest import Extent, HyperParameters, TensorSpec
+from pipo.base.manifest import HyperParameters, TensorSpec
 from pipo.base.tensor_type import TensorType
 from pipo.compute.graphs import Builder, Tensor, WeightType
 
@@ -62,8 +62,8 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class ExpertBank:
-    """The routed experts of a block. `matrices` by role as the file has them: (in, out, experts). `biases` where there
-    are any, (out, experts), are vectors of the stage.
+    """The routed experts of a block. `matrices` by role: (in, out, experts), side by side in the file or apart.
+    `biases` where there are any, (out, experts), are vectors of the stage.
     """
 
     matrices: Mapping[str, TensorSpec]
@@ -75,14 +75,7 @@ class ExpertBank:
 
     def expert(self, expert_idx: int) -> dict[str, TensorSpec]:
         """One expert's matrices (in, out) by role."""
-        return {role: _slice(spec, expert_idx) for role, spec in self.matrices.items()}
-
-
-def _slice(spec: TensorSpec, expert_idx: int) -> TensorSpec:
-    """Named `blk.0.ffn_up_exps.weight[3]`."""
-    size = spec.num_bytes // spec.shape[2]
-    extent = Extent(spec.extent.file_idx, spec.extent.offset + expert_idx * size, size)
-    return replace(spec, name=f"{spec.name}[{expert_idx}]", shape=spec.shape[:2], extent=extent)
+        return {role: spec.matrix(expert_idx) for role, spec in self.matrices.items()}
 
 
 @dataclass(frozen=True, slots=True)

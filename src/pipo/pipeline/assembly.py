@@ -32,6 +32,7 @@ from pipo.pipeline.kv_room import KvRoom
 from pipo.pipeline.sides import CpuMemory, Model, Side
 from pipo.pipeline.stage_graphs import Compute, StageGraphs
 from pipo.pipeline.units import Unit, cut_head, make_units
+from pipo.pipeline.vectors import vector_data
 from pipo.planner.expert_slots import EXPERT_RECORD_BYTES
 from pipo.planner.placement import EXPERTS, KV_CACHE, Placement
 from pipo.planner.residency import Pool, Residency, SlotId, UnitId, numbered_slots
@@ -232,7 +233,7 @@ class Assembly:
         specs = {spec.name: spec for stage in stages for spec in stage.vectors.values()}
         for name, offset in offsets.items():
             spec = specs[name]
-            place.view[offset : offset + spec.num_bytes] = transfer.read_now(spec.extent)
+            place.view[offset : offset + spec.num_bytes] = vector_data(spec, transfer.read_now)
         return {name: place.address + offset for name, offset in offsets.items()}
 
     def _graphs(self, blueprint: Blueprint, hyper: HyperParameters) -> StageGraphs:

@@ -112,7 +112,8 @@ def resolve_model(text: str) -> Path:
     """
     if text.lower() in KNOWN_MODELS:
         return _present_path(KNOWN_MODELS[text.lower()])
-    hint = f"give the path of a .gguf file, a known model ({', '.join(KNOWN_MODELS)}), or org/name of the hub"
+    known = ", ".join(KNOWN_MODELS)
+    hint = f"give the path of a .gguf file or Hugging Face folder, a known model ({known}), or org/name of the hub"
     try:
         path = Path(text).expanduser()
         if path.exists():

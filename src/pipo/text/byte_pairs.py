@@ -69,12 +69,15 @@ class BytePairs:
 
     def plain_bytes(self, text: str) -> bytes:
         """What a normal token stands for."""
-        if not self._is_byte_level:
-            return text.replace("▁", " ").encode()
-        try:
-            return bytes(_BYTES[letter] for letter in text)
-        except KeyError:  # not spelled in letters for bytes: a token that was added as it is
-            return text.encode()
+        return bytes_of_letters(text) if self._is_byte_level else text.replace("▁", " ").encode()
+
+
+def bytes_of_letters(text: str) -> bytes:
+    """What a token spelled in letters for bytes stands for."""
+    try:
+        return bytes(_BYTES[letter] for letter in text)
+    except KeyError:  # not spelled so: a token that was added as it is
+        return text.encode()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pipo.text.prefix_texts import PrefixTexts
-from pipo.text.vocabulary import TokenizerMetadata, TokenKind, ids_of_kinds, read_token_id
+from pipo.text.vocabulary import Keys, TokenizerMetadata, TokenKind, ids_of_kinds, read_token_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ _FILL_ROLES = (
 
 
 def find_special_ids(
-    metadata: TokenizerMetadata, token_ids: Mapping[str, int], kinds: bytearray, defaults: DefaultIds
+    metadata: Keys, token_ids: Mapping[str, int], kinds: bytearray, defaults: DefaultIds
 ) -> SpecialIds:
     """Roles from the file, completed from the tokens' texts; corrects `kinds` where a text says more than the file."""
     size = len(kinds)
@@ -117,7 +117,7 @@ def _first_present(texts: tuple[str, ...], token_ids: Mapping[str, int]) -> int 
     return next((token_ids[text] for text in texts if text in token_ids), None)
 
 
-def _find_fill_ends(metadata: TokenizerMetadata, token_ids: Mapping[str, int], kinds: bytearray) -> set[int]:
+def _find_fill_ends(metadata: Keys, token_ids: Mapping[str, int], kinds: bytearray) -> set[int]:
     ends: set[int] = set()
     for role in _FILL_ROLES:
         named = [token_id for key in role.keys if (token_id := read_token_id(metadata, key, len(kinds))) is not None]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipo.base.errors import UsageError
-from pipo.text.tokenizer import Tokenizer
+from pipo.text.contract import ModelTokenizer
 
 _READ_BYTES = 1 << 14
 _LEAST_CHARS = 8192  # of a piece that is encoded by itself; the library takes up to 800 bytes a token meanwhile
@@ -19,7 +19,7 @@ _CHECKED_CHARS = 160  # before and after a cut
 _PLACES = re.compile(r"(?<=\S\n)(?=[^\W\d_])|(?<=\S)(?= [^\W\d_])")
 
 
-def encode_file(path: Path, tokenizer: Tokenizer, max_tokens: int) -> array[int]:
+def encode_file(path: Path, tokenizer: ModelTokenizer, max_tokens: int) -> array[int]:
     """The begin token, where the model adds one, and the tokens of a UTF-8 text, up to `max_tokens`.
 
     As llama.cpp's `llama-perplexity -f`: special-token text is plain text, a newline at the end of the file is left
@@ -57,7 +57,7 @@ def _texts(path: Path) -> Iterator[str]:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _pieces(path: Path, texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[str]:
+def _pieces(path: Path, texts: Iterator[str], tokenizer: ModelTokenizer) -> Iterator[str]:
     """Cut where tokens end: the ids of all together are those of the whole text."""
     left = ""
     for text in texts:
@@ -77,7 +77,7 @@ def _pieces(path: Path, texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[
         yield left
 
 
-def _find_cut(text: str, tokenizer: Tokenizer) -> int | None:
+def _find_cut(text: str, tokenizer: ModelTokenizer) -> int | None:
     """The first place from _LEAST_CHARS on at which the tokens around it are the same, cut or whole."""
     for place in _PLACES.finditer(text, _LEAST_CHARS, len(text) - _CHECKED_CHARS):
         cut = place.start()

@@ -45,7 +45,7 @@ _DEFAULT_IDS = {  # by tokenizer model; these are all that are implemented
     "gpt2": DefaultIds(),
     "gemma4": DefaultIds(),
 }
-_PIECE_CHARS = 8192  # of a long text, encoded apart to count its tokens
+PIECE_CHARS = 8192  # of a long text, encoded apart to count its tokens
 _HIDDEN = frozenset({TokenKind.CONTROL, TokenKind.UNKNOWN, TokenKind.UNUSED, TokenKind.UNDEFINED})
 
 
@@ -83,7 +83,9 @@ class Tokenizer:
         special_ids: SpecialIds,
         matchers: tuple[SpecialMatcher, SpecialMatcher],
         wrapping: _Wrapping,
+        name: str = "",
     ) -> None:
+        self.name = name
         self._model = model
         self._kinds = bytes(kinds)
         self._special_ids = special_ids
@@ -112,7 +114,8 @@ class Tokenizer:
             pre_tokenizer = _read_pre_tokenizer(metadata, name)
             wrapping = _read_wrapping(metadata, special_ids, adds_bos=pre_tokenizer.adds_bos, prefixes_space=False)
             model = BytePairs(token_ids, read_merges(metadata), pre_tokenizer)
-        return cls(model, kinds, special_ids, matchers, wrapping)
+        pre = metadata.text(_PRE_TOKENIZER_KEY)
+        return cls(model, kinds, special_ids, matchers, wrapping, f"{name} ({pre:.80})" if pre else name)
 
     @property
     def vocab_size(self) -> int:
@@ -145,7 +148,7 @@ class Tokenizer:
         text. User-defined tokens are found either way. Raises UsageError for a lone surrogate, which is not text.
         Cost: under 1 s for 1 MB; byte pairs leave the interpreter free meanwhile, sentence pieces do not.
         """
-        _refuse_surrogates(text)
+        refuse_surrogates(text)
         adds_bos = add_special and self._wrapping.adds_bos
         adds_eos = add_special and self._wrapping.adds_eos
         ids = self._id_if(adds_bos, self._special_ids.bos)
@@ -167,16 +170,13 @@ class Tokenizer:
         Pieces are counted until there are a quarter too many: a cut changes the tokens beside it, never every fourth.
         False may be wrong by that quarter.
         """
-        if len(text) * 4 <= num_tokens:  # a character is four bytes at most, and a token at least one
-            return False
-        num_found, limit = 0, num_tokens + num_tokens // 4 + 64
+        return too_many(text, num_tokens, self._counts(text, parse_special=parse_special))
+
+    def _counts(self, text: str, *, parse_special: bool) -> Iterator[int]:
         for part in (self._special if parse_special else self._user_defined).split(text):
             size = 1 if isinstance(part, int) else len(part)
-            for start in range(0, size, _PIECE_CHARS):
-                num_found += 1 if isinstance(part, int) else self._num_tokens(part[start : start + _PIECE_CHARS])
-                if num_found > limit:
-                    return True
-        return False
+            for start in range(0, size, PIECE_CHARS):
+                yield 1 if isinstance(part, int) else self._num_tokens(part[start : start + PIECE_CHARS])
 
     def encode_chat(self, rendered: str) -> list[int]:
         """Token ids of a rendered chat template: special tokens are read, the begin token is there exactly once."""
@@ -283,7 +283,19 @@ def _read_wrapping(
     return wrapping
 
 
-def _refuse_surrogates(text: str) -> None:
+def too_many(text: str, num_tokens: int, counts: Iterable[int]) -> bool:
+    """Whether `counts`, of the tokens of the text's pieces, add up to a quarter more than `num_tokens`."""
+    if len(text) * 4 <= num_tokens:  # a character is four bytes at most, and a token at least one
+        return False
+    num_found, limit = 0, num_tokens + num_tokens // 4 + 64
+    for count in counts:
+        num_found += count
+        if num_found > limit:
+            return True
+    return False
+
+
+def refuse_surrogates(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:

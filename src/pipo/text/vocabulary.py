@@ -20,6 +20,12 @@ SCORES_KEY = "tokenizer.ggml.scores"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
+class Keys(Protocol):
+    """Values by key; None exactly where a key is absent."""
+
+    def get(self, key: str) -> object | None: ...
+
+
 class TokenizerMetadata(Protocol):
     """A model file's keys and values.
 
@@ -50,7 +56,7 @@ class TokenKind(IntEnum):
     BYTE = 6  # one byte, spelled <0x0A>
 
 
-def read_token_id(metadata: TokenizerMetadata, key: str, vocab_size: int) -> int | None:
+def read_token_id(metadata: Keys, key: str, vocab_size: int) -> int | None:
     """Raises MalformedFile where the vocabulary has no such token."""
     value = metadata.get(key)
     if value is None:
