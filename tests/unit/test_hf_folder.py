@@ -187,15 +187,16 @@ def test_a_link_to_the_folder(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "link").manifest.name == "link"
 
 
+@pytest.mark.parametrize("blobs", ["../../blobs", "../../../blobs/01"])
 @pytest.mark.parametrize("links_to_links", [False, True])
-def test_a_cache_of_the_hub(links_to_links: bool, tmp_path: Path) -> None:
-    """Files there are links to blobs; nothing else outside is followed."""
+def test_a_cache_of_the_hub(links_to_links: bool, blobs: str, tmp_path: Path) -> None:
+    """Files there are links to blobs, of the repository or of all; nothing else outside is followed."""
     home = tmp_path / "models--some--model"
     folder = write_sharded(home / "snapshots" / "0123abc")
-    (home / "blobs").mkdir()
+    (folder / blobs).mkdir(parents=True)
     for idx, path in enumerate(sorted(folder.iterdir())):
-        path.rename(home / "blobs" / f"blob{idx}")
-        path.symlink_to(f"../../blobs/blob{idx}")
+        path.rename(folder / blobs / f"blob{idx}")
+        path.symlink_to(f"{blobs}/blob{idx}")
     if links_to_links:
         (tmp_path / "here").symlink_to(folder)
         folder = tmp_path / "here"

@@ -74,10 +74,12 @@ def open_weights(folder: Path, *, header_only: bool = False) -> HfWeights:
 
 
 def _blobs_of(folder: Path) -> Iterator[Path]:
-    """Where a hub cache keeps the files that `…/snapshots/REVISION` links to."""
+    """Where a hub cache keeps the files that `…/snapshots/REVISION` links to: those of a repository, or of all."""
     for each in (folder.absolute(), folder.resolve()):
         if each.parent.name == "snapshots":
-            yield (each.parent.parent / "blobs").resolve()
+            repository = each.parent.parent
+            yield (repository / "blobs").resolve()
+            yield (repository.parent / "blobs").resolve()
 
 
 def _no_weights(folder: Path) -> ModelNotFound | UnsupportedModel:
