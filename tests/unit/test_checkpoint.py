@@ -11,7 +11,6 @@ import pytest
 from pipo.base.errors import MalformedFile, ModelError, UnsupportedModel
 from pipo.base.manifest import HyperParameters, Manifest, Rope, RopeLayout, RopeScaling
 from pipo.formats.checkpoint import open_checkpoint
-from pipo.formats.hyper_parameters import ROPE_LAYOUTS
 from pipo.model_file import ModelFile
 from pipo.models.registry import FAMILIES
 from tests.support.gguf_bytes import (
@@ -111,10 +110,6 @@ def test_an_architecture_of_no_family_is_refused_before_its_keys(tmp_path: Path,
     with pytest.raises(UnsupportedModel, match=f"architecture '{architecture[:60]}.* is not implemented") as caught:
         ModelFile(path)
     assert caught.value.hint == f"pipo runs: {', '.join(sorted(FAMILIES))}" and len(caught.value.message) < 200
-
-
-def test_every_family_has_a_rotary_layout() -> None:
-    assert set(ROPE_LAYOUTS) == set(FAMILIES)
 
 
 def test_linear_scaling_and_its_old_name(tmp_path: Path) -> None:
@@ -225,12 +220,6 @@ NAN, INF = float("nan"), float("inf")
     [
         ({"architecture": None}, (), MalformedFile, "'general.architecture' is missing"),
         ({"architecture": text_key("general.architecture", "")}, (), MalformedFile, "'general.architecture'"),
-        (
-            {"architecture": text_key("general.architecture", "rwkv9")},
-            (),
-            UnsupportedModel,
-            "'rwkv9' has no rotary layout",
-        ),
         ({"architecture": count_key("general.architecture", 1)}, (), MalformedFile, "wanted a string"),
         ({}, (text_key("general.type", "adapter"),), UnsupportedModel, "holds 'adapter', wanted a model"),
         ({"block_count": None}, (), MalformedFile, "'llama.block_count' is missing, wanted a count from 1 to 10000"),

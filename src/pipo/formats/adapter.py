@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pipo.base.adapter import Adapter, LowRank, low_rank
 from pipo.base.errors import MalformedFile, UnsupportedModel
-from pipo.base.manifest import RopeLayout, TensorSpec
+from pipo.base.manifest import TensorSpec
 from pipo.formats.gguf import Gguf, open_gguf
 from pipo.formats.gguf_metadata import GgufMetadata
-from pipo.formats.hyper_parameters import ROPE_LAYOUTS
+from pipo.formats.hyper_parameters import rope_layout
 from pipo.formats.peft import CONFIG_NAME, WEIGHTS_NAME, open_peft
 
 _ALPHA_KEY, _TYPE_KEY = "adapter.lora.alpha", "adapter.type"
@@ -44,7 +44,7 @@ def _from_gguf(path: Path, gguf: Gguf) -> Adapter:
         file=path,
         identity=gguf.identities[0],
         architecture=architecture,
-        rows=ROPE_LAYOUTS.get(architecture, RopeLayout.NEOX),
+        rows=rope_layout(architecture),
         parts=_parts(path, gguf.tensors, alpha),
     )
 

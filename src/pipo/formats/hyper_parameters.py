@@ -21,21 +21,9 @@ MAX_LAYERS = 10_000
 MAX_EXPERTS = 4096  # of a block; 512 are the most in files so far
 ROPE_FREQS, ROPE_SHORT, ROPE_LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 
-# As `llama_model_rope_type` of llama.cpp has them; converters of the NORMAL ones permute the rows of q and k.
-ROPE_LAYOUTS = {
-    "gemma2": RopeLayout.NEOX,
-    "gemma3": RopeLayout.NEOX,
-    "gpt-oss": RopeLayout.NEOX,
-    "llama": RopeLayout.NORMAL,
-    "olmoe": RopeLayout.NEOX,
-    "opt": RopeLayout.NEOX,  # it rotates nothing
-    "phi3": RopeLayout.NEOX,
-    "qwen2": RopeLayout.NEOX,
-    "qwen2moe": RopeLayout.NEOX,
-    "qwen3": RopeLayout.NEOX,
-    "qwen3moe": RopeLayout.NEOX,
-    "smollm3": RopeLayout.NORMAL,
-}
+# llama.cpp's converter permutes the rows of q and k of these: their rotated pairs are neighbours, in all others halves.
+# Source: `llama_model_rope_type` of llama.cpp
+PERMUTED = frozenset({"llama", "smollm3"})
 _ROPE_SCALINGS = {
     "none": RopeScaling.NONE,
     "linear": RopeScaling.LINEAR,
@@ -82,9 +70,12 @@ def _architecture(metadata: GgufMetadata) -> str:
     architecture = metadata.text("general.architecture")
     if not architecture:
         raise MalformedFile(f"{metadata.path}: key 'general.architecture' is missing, wanted the model's family")
-    if architecture not in ROPE_LAYOUTS:
-        raise UnsupportedModel(f"{metadata.path}: architecture {architecture!r:.80} has no rotary layout that is known")
     return architecture
+
+
+def rope_layout(architecture: str) -> RopeLayout:
+    """Of the rows of q and k in a GGUF."""
+    return RopeLayout.NORMAL if architecture in PERMUTED else RopeLayout.NEOX
 
 
 def _head_dim(keys: ArchKeys, hidden_size: int, num_q_heads: int) -> int:
@@ -162,7 +153,7 @@ def _rope(keys: ArchKeys, head_dim: int, context_tokens: int, tensors: Mapping[s
     rope = Rope(
         num_dims=num_dims,
         base=base,
-        layout=ROPE_LAYOUTS[keys.architecture],
+        layout=rope_layout(keys.architecture),
         scaling=scaling,
         factor=factor,
         original_context_tokens=original_tokens or context_tokens,
