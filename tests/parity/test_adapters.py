@@ -38,6 +38,7 @@ from tests.support.tiny_models import (
     rounded_model,
     write_gguf,
 )
+from tests.support.truth import relative_error
 
 MAX_ERROR = 1e-4  # largest difference over largest logit, at each position
 NUM_TOKENS, NUM_NEW = 70, 6
@@ -96,11 +97,6 @@ class Files:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(tmp_path_factory.mktemp("adapters"))
-
-
-def relative_error(got: FloatArray, want: FloatArray) -> float:
-    assert got.shape == want.shape
-    return float((np.abs(got - want).max(axis=1) / np.abs(want).max(axis=1)).max())
 
 
 FORMS = [("peft", name) for name in ADAPTERS] + [("gguf", name) for name in GGUF_ABLE]

@@ -11,36 +11,28 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GgufType
-from transformers import PreTrainedModel
 
 from pipo.base.config import EngineConfig
 from pipo.base.errors import UsageError
-from pipo.generation.request import SamplingParams
 from tests.support import tiny_families, tiny_models
 from tests.support.engines import smallest_ram_bytes, start_engine
 from tests.support.rigs import Rig, read_prompts
 from tests.support.rounding import PRODUCT_ERROR, logit_tolerance
-from tests.support.tiny_models import SPECS, FloatArray, make_model, reference_logits, rounded_model, write_gguf
+from tests.support.tiny_models import SPECS, make_model, reference_logits, write_gguf
+from tests.support.truth import (
+    F32_CACHE,
+    MAX_ERROR,
+    NUM_TOKENS,
+    assert_request_is_answered,
+    logits_of,
+    model_of,
+    relative_error,
+    rms,
+    tokens_of,
+    truth_of,
+)
 
-MAX_ERROR = 1e-4  # largest difference over largest logit, at each position; 1e-6 to 4e-6 measured
 CHUNKS = (1, 7, 33, 64, 150)  # decode; remainders of 3, 18 and 22 tokens; tiled attention; all at once
-NUM_TOKENS, NUM_NEW = 150, 8  # more than half of the 256 rows of a context
-F32_CACHE: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32"}
-
-
-@lru_cache
-def model_of(name: str) -> PreTrainedModel:
-    return make_model(SPECS[name])
-
-
-def tokens_of(name: str) -> list[int]:
-    rng = np.random.default_rng(SPECS[name].seed)
-    return [int(token) for token in rng.integers(3, SPECS[name].vocab_size, NUM_TOKENS)]
-
-
-@lru_cache
-def truth_of(name: str, type: GgufType = GgufType.F32) -> FloatArray:
-    return reference_logits(rounded_model(model_of(name), type), tokens_of(name))
 
 
 class PathOf(Protocol):
@@ -61,20 +53,6 @@ def path_of(tmp_path_factory: pytest.TempPathFactory) -> PathOf:
     return path
 
 
-def logits_of(path: Path, name: str, chunk: int = NUM_TOKENS, **settings: Any) -> FloatArray:
-    with start_engine(path, max_outputs=chunk, prefill_chunk=chunk, **{**F32_CACHE, **settings}) as engine:
-        return engine.logits(tokens_of(name))
-
-
-def relative_error(got: FloatArray, want: FloatArray) -> float:
-    assert got.shape == want.shape
-    return float((np.abs(got - want).max(axis=1) / np.abs(want).max(axis=1)).max())
-
-
-def rms(errors: FloatArray) -> float:
-    return float(np.sqrt(np.mean(np.square(errors))))
-
-
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_float32(name: str, chunk: int, path_of: PathOf) -> None:
@@ -90,18 +68,7 @@ def test_float32_streamed(name: str, path_of: PathOf) -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_prefill_and_decode_as_a_request_runs_them(name: str, path_of: PathOf) -> None:
-    """Chunks without outputs, then one token at a time: probabilities of the tokens it chose, and greedy by them."""
-    prompt = tokens_of(name)
-    with start_engine(path_of(name), prefill_chunk=33, **F32_CACHE) as engine:
-        params = SamplingParams(temperature=0, max_tokens=NUM_NEW, logprobs=0, ignore_eos=True)
-        chosen = engine.complete(prompt, params).tokens
-    ids = [token.token_id for token in chosen]
-    logits = reference_logits(model_of(name), [*prompt, *ids]).astype(np.float64)[NUM_TOKENS - 1 : -1]
-    want = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    picked = want[np.arange(NUM_NEW), ids]
-    tolerance = 2 * MAX_ERROR * np.abs(logits).max()
-    assert np.abs(picked - [token.logprob for token in chosen]).max() < tolerance
-    assert (want.max(axis=1) - picked).max() < tolerance
+    assert_request_is_answered(path_of(name), name)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -4,40 +4,31 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as GgufType
-from transformers import PreTrainedModel
 
-from pipo.generation.request import SamplingParams
-from tests.support.engines import smallest_ram_bytes, start_engine
+from tests.support.engines import smallest_ram_bytes
 from tests.support.hf_folders import save_folder
 from tests.support.rounding import logit_tolerance
-from tests.support.tiny_models import SPECS, FloatArray, make_model, reference_logits, write_gguf
+from tests.support.tiny_models import SPECS, make_model, reference_logits, write_gguf
+from tests.support.truth import (
+    F32_CACHE,
+    MAX_ERROR,
+    NUM_TOKENS,
+    assert_request_is_answered,
+    logits_of,
+    model_of,
+    relative_error,
+    tokens_of,
+    truth_of,
+)
 
-MAX_ERROR = 1e-4  # largest difference over largest logit, at each position
-NUM_TOKENS, NUM_NEW = 150, 8
-F32_CACHE: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32"}
 NAMES = [name for name in SPECS if SPECS[name].family != "gpt-oss"]  # whose experts would need a transpose
 SHARDED = ["llama-tied", "mixtral", "qwen3moe"]
-
-
-@lru_cache
-def model_of(name: str) -> PreTrainedModel:
-    return make_model(SPECS[name])
-
-
-def tokens_of(name: str) -> list[int]:
-    rng = np.random.default_rng(SPECS[name].seed)
-    return [int(token) for token in rng.integers(3, SPECS[name].vocab_size, NUM_TOKENS)]
-
-
-@lru_cache
-def truth_of(name: str) -> FloatArray:
-    return reference_logits(model_of(name), tokens_of(name))
 
 
 class FolderOf(Protocol):
@@ -54,16 +45,6 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
         return save_folder(make_model(SPECS[name]), path, dtype, max_shard_size=max_shard_size)
 
     return folder
-
-
-def logits_of(path: Path, name: str, chunk: int = NUM_TOKENS, **settings: Any) -> FloatArray:
-    with start_engine(path, max_outputs=chunk, prefill_chunk=chunk, **{**F32_CACHE, **settings}) as engine:
-        return engine.logits(tokens_of(name))
-
-
-def relative_error(got: FloatArray, want: FloatArray) -> float:
-    assert got.shape == want.shape
-    return float((np.abs(got - want).max(axis=1) / np.abs(want).max(axis=1)).max())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,17 +72,7 @@ def test_shards(name: str, folder_of: FolderOf) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prefill_and_decode_as_a_request_runs_them(name: str, folder_of: FolderOf) -> None:
-    prompt = tokens_of(name)
-    with start_engine(folder_of(name), prefill_chunk=33, **F32_CACHE) as engine:
-        params = SamplingParams(temperature=0, max_tokens=NUM_NEW, logprobs=0, ignore_eos=True)
-        chosen = engine.complete(prompt, params).tokens
-    ids = [token.token_id for token in chosen]
-    logits = reference_logits(model_of(name), [*prompt, *ids]).astype(np.float64)[NUM_TOKENS - 1 : -1]
-    want = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    picked = want[np.arange(NUM_NEW), ids]
-    tolerance = 2 * MAX_ERROR * np.abs(logits).max()
-    assert np.abs(picked - [token.logprob for token in chosen]).max() < tolerance
-    assert (want.max(axis=1) - picked).max() < tolerance
+    assert_request_is_answered(folder_of(name), name)
 
 
 @pytest.mark.parametrize("name", NAMES)

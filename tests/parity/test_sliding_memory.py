@@ -14,10 +14,10 @@ from pipo.engine import Engine
 from pipo.generation.request import SamplingParams
 from pipo.kvcache.cache import kv_shape
 from pipo.pipeline import blueprint
-from tests.parity.test_architectures import F32_CACHE, MAX_ERROR, relative_error
 from tests.support.engines import start_engine
 from tests.support.tiny_families import WINDOW
 from tests.support.tiny_models import SPECS, make_model, reference_logits, write_gguf
+from tests.support.truth import F32_CACHE, MAX_ERROR, relative_error
 
 SPEC = replace(SPECS["gemma3"], context_tokens=1024)
 CHUNK, NUM_TOKENS = 16, 600

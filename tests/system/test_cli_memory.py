@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 import json as jsonlib
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.command_line import CommandLine
+from tests.support.outside_memory import peak_bytes
 
 CONTEXT = ("-c", "300")
 PROMPT = "Tell me a long story about a ship. " * 8
-_SAMPLE_S = 0.005
 
 
 def _smallest(pipo: CommandLine) -> str:
     """The smallest --ram for CONTEXT, as `pipo show` names it."""
     return str(pipo("show", "smollm2", "--ram", "1GB", *CONTEXT, "--json").json["plan"]["smallest_ram"])
-
-
-def _anonymous_bytes(pid: int) -> int:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    sizes = dict(line.split(":", 1) for line in status.splitlines())
-    return sum(int(sizes.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "VmSwap"))
-
-
-def _peak(process: subprocess.Popen[bytes]) -> int:
-    """The most anonymous memory a process ever has, looked at from outside until it ends."""
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, _anonymous_bytes(process.pid))
-        time.sleep(_SAMPLE_S)
-    return peak
 
 
 def test_what_is_too_small_is_refused_at_once_and_the_number_named_works(pipo: CommandLine) -> None:
@@ -60,7 +40,7 @@ def test_the_process_stays_under_its_budget(pipo: CommandLine, ram: str) -> None
     given = _smallest(pipo) if ram == "smallest" else ram
     limit = pipo("show", "smollm2", *CONTEXT, "--ram", given, "--json").json["plan"]["limit_bytes"]
     process = pipo.start("run", "smollm2", PROMPT, *CONTEXT, "-n", "32", "--ignore-eos", "--ram", given)
-    peak = _peak(process)
+    peak = peak_bytes(process)
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert out.strip()
@@ -75,7 +55,7 @@ def test_a_piped_prompt_that_cannot_fit_is_refused_before_it_takes_memory(
     text.write_bytes(b"hey " * int(megabytes * 250_000))
     with text.open("rb") as stdin:
         process = pipo.start("run", "smollm2", "--raw", "--ram", "110MB", stdin=stdin)
-        peak = _peak(process)
+        peak = peak_bytes(process)
     assert process.returncode == 2
     assert process.stderr and b"context" in process.stderr.read()
     assert peak <= 80_000_000
@@ -91,7 +71,7 @@ def test_log_probabilities_stay_in_the_budget(pipo: CommandLine, tmp_path: Path)
     json = ("-c", "620", "-n", "512", "--ignore-eos", "--json", "--logprobs")
     with (tmp_path / "answer.json").open("wb") as stdout:
         process = pipo.start("run", "smollm2", "A ship.", "--ram", "100MB", *json, "20", stdout=stdout)
-        peak = _peak(process)
+        peak = peak_bytes(process)
     assert process.returncode == 0
     plan = jsonlib.loads((tmp_path / "answer.json").read_text())["plan"]
     assert plan["breakdown_bytes"]["log-probabilities"] >= 512 * 21 * 128
@@ -106,7 +86,7 @@ def test_a_trace_stays_in_the_budget(pipo: CommandLine, tmp_path: Path) -> None:
     command = ("run", "smollm2", "A ship.", "--ram", "100MB", "-n", "300", "--ignore-eos", "--json")
     with json.open("wb") as stdout:
         process = pipo.start(*command, "--trace", str(tmp_path / "trace.json"), stdout=stdout)
-        peak = _peak(process)
+        peak = peak_bytes(process)
     assert process.returncode == 0
     assert process.stderr and b"older zones were dropped" in process.stderr.read()
     breakdown = jsonlib.loads(json.read_text())["plan"]["breakdown_bytes"]
@@ -145,5 +125,5 @@ def test_chat_stays_under_its_budget(pipo: CommandLine) -> None:
     assert process.stdin
     process.stdin.write(b"Tell me a story.\nAnd another one.\n")
     process.stdin.close()
-    assert 0 < _peak(process) <= 150_000_000
+    assert 0 < peak_bytes(process) <= 150_000_000
     assert process.returncode == 0

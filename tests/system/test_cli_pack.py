@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,26 +15,9 @@ from pipo.base.page_cache import forget_cached
 from pipo.base.units import MIB
 from tests.support.cgroup import memory_group
 from tests.support.command_line import CommandLine
+from tests.support.outside_memory import peak_bytes
 
-_SAMPLE_S = 0.002
 SLACK_BYTES = 48 * MIB  # the kernel charges page tables and the file pages of libraries too
-
-
-def _anonymous_bytes(pid: int) -> int:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    sizes = dict(line.split(":", 1) for line in status.splitlines())
-    return sum(int(sizes.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "VmSwap"))
-
-
-def _peak(process: subprocess.Popen[bytes]) -> int:
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, _anonymous_bytes(process.pid))
-        time.sleep(_SAMPLE_S)
-    return peak
 
 
 @pytest.mark.parametrize("type", ["q8_0", "q4_0"])
@@ -74,7 +56,7 @@ def test_the_smallest_budget_is_named_and_kept(pipo: CommandLine, smollm2_path: 
     with smollm2_path.open("rb") as stream:
         forget_cached(stream.fileno(), 0, smollm2_path.stat().st_size)
     process = pipo.start("pack", "smollm2", "--type", "q8_0", "-o", out, "--ram", smallest, "--json")
-    peak = _peak(process)
+    peak = peak_bytes(process)
     told, err = process.communicate()
     assert process.returncode == 0, err
     assert 0 < peak <= json.loads(told)["limit_bytes"]
@@ -91,7 +73,7 @@ def test_ended_it_goes_on_with_the_same_command(
     assert pipo(*command, str(whole)).code == 0
     process, journal = pipo.start(*command, str(out)), Path(f"{out}.part.journal")
     while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 40):
-        time.sleep(_SAMPLE_S)
+        time.sleep(0.002)
     process.send_signal(number)
     process.communicate()
     assert process.returncode == code, "it was done before it could be ended"
