@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from pathlib import Path
 
 from pipo.base.errors import MalformedFile, UnsupportedModel
@@ -57,9 +56,9 @@ class HfFields:
         value = self.get(name)
         if value is None:
             return None
-        if type(value) not in (int, float) or not least <= value <= most or not isfinite(value):  # type: ignore[operator,arg-type]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
             raise self.wrong(name, value, f"a number from {least:g} to {most:g}")
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name)
