@@ -24,11 +24,12 @@ class JsonSize:
 
     num_bytes: int
     num_commas: int
+    num_colons: int
     num_lists: int
 
     @classmethod
     def of(cls, raw: bytes) -> JsonSize:
-        return cls(len(raw), raw.count(b","), raw.count(b"["))
+        return cls(len(raw), raw.count(b","), raw.count(b":"), raw.count(b"["))
 
 
 @dataclass(frozen=True, slots=True)
