@@ -135,8 +135,9 @@ def tokenizer_build_bytes(metadata: GgufMetadata | HfText) -> int:
     """The most that building a tokenizer takes, from the sizes of its arrays or of its JSON alone.
 
     Measured 640 to 1030 bytes for a token with its merge (49k to 1M of them, 8 to 70 bytes long), where this says 670
-    to 1100; 250 to 330 for a sentence piece, where this says 360 to 560. Of a tokenizer.json 330 to 420 for a token, 210
-    for a merge, 380 for one that is a pair, 510 to 600 for a token of Unigram; this says 380 to 420, 210, 540, 560 to 620.
+    to 1100; 250 to 330 for a sentence piece, where this says 360 to 560. Of a tokenizer.json 330 to 420 for a token,
+    210 for a merge, 380 for one that is a pair, 510 to 600 for a token of Unigram: this says 380 to 420, 210, 540 and
+    560 to 620.
     """
     if isinstance(metadata, HfText):
         size = metadata.tokenizer_size  # a token of BPE has a colon, a merge none, a pair is a list
