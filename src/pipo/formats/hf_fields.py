@@ -102,10 +102,10 @@ class HfFields:
             raise self.wrong(name, value, "a table")
         return HfFields(self.path, value, f"{self._at}{name}.")
 
-    def expect(self, name: str, wanted: object, *others: object) -> None:
-        """A field that pipo implements with one value only, or `others` that mean the same; that is its default."""
+    def expect(self, name: str, wanted: object) -> None:
+        """A field that pipo implements with one value only, which is its default."""
         value = self.get(name)
-        if value is not None and not any(type(value) is type(each) and value == each for each in (wanted, *others)):
+        if value is not None and (type(value) is not type(wanted) or value != wanted):
             raise UnsupportedModel(
                 f"{self.path}: field {self._at + name!r} is {value!r:.80}, pipo implements {wanted!r} only"
             )
