@@ -130,7 +130,7 @@ def test_quantised_models(method: str, name: str, tmp_path: Path) -> None:
 
 
 def test_mlx_models(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match="quantised by MLX .quantization."):
+    with pytest.raises(UnsupportedModel, match=r"quantised by MLX .quantization."):
         read(tmp_path, quantization={"group_size": 64, "bits": 4})
 
 
