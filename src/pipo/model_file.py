@@ -168,12 +168,14 @@ def tokenizer_build_bytes(metadata: GgufMetadata | HfText) -> int:
     """The most that building a tokenizer takes, from the sizes of its arrays or of its JSON alone.
 
     Measured 640 to 1030 bytes for a token with its merge (49k to 1M of them, 8 to 70 bytes long), where this says 670
-    to 1100; 250 to 330 for a sentence piece, where this says 360 to 560. Of a tokenizer.json 330 to 420 for a
-    token, 210 to 380 for a merge, 510 for a token of Unigram, where this says 380 to 420, 350 to 530 and 540.
+    to 1100; 250 to 330 for a sentence piece, where this says 360 to 560. Of a tokenizer.json 330 to 420 for a token,
+    210 for a merge, 380 for one that is a pair, 510 to 600 for a token of Unigram: this says 380 to 420, 210, 540 and
+    560 to 620.
     """
     if isinstance(metadata, HfText):
-        size = metadata.tokenizer_size
-        return 4 * size.num_bytes + 300 * size.num_commas - 110 * size.num_lists
+        size = metadata.tokenizer_size  # a token of BPE has a colon, a merge none, a pair is a list
+        num_others = max(size.num_commas - size.num_colons, 0)
+        return 4 * size.num_bytes + 300 * size.num_colons + 170 * num_others + 160 * size.num_lists
     arrays = [metadata.get(key) for key in (TOKENS_KEY, MERGES_KEY)]
     refs = [ref for ref in arrays if isinstance(ref, ArrayRef)]
     return sum(280 * ref.count + 10 * ref.num_bytes // 3 for ref in refs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipo.base.errors import MalformedFile, ModelError
 from pipo.formats.checkpoint import open_checkpoint
 from pipo.formats.hf_families import FAMILIES
 from pipo.formats.hf_text import HfText
-from pipo.formats.json_object import MAX_VALUES, parse_object, read_object
+from pipo.formats.json_object import MAX_VALUES, JsonSize, parse_object, read_object
 from pipo.models.registry import stages_of
 from pipo.text.hf_tokenizer import HfTokenizer
 from tests.support.hf_bytes import CONFIG, weight_map_of, write_config, write_index, write_sharded
@@ -194,3 +195,15 @@ def test_a_file_that_is_too_large(tmp_path: Path) -> None:
 def test_what_is_written_is_read(table: dict[str, Any]) -> None:
     raw = json.dumps(table).encode()
     assert parse_object(raw, 1000) == json.loads(raw)
+
+
+def test_a_size_takes_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    raw = b'{"a": [1, 2], "b": "c:d,e"}' + b" " * (20 << 20)
+    path.write_bytes(raw)
+    tracemalloc.start()
+    size = JsonSize.of(path, 32 << 20)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size == JsonSize(len(raw), 3, 3, 1)
+    assert peak_bytes < 4 << 20

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from pipo.formats.gguf import open_gguf
 from tests.support.command_line import CommandLine
-from tests.support.hf_bytes import write_config, write_folder, write_sharded
+from tests.support.hf_bytes import HIDDEN, SHAPES, arrays_of, write_config, write_folder, write_sharded
 from tests.support.hf_folders import edit_json, save_folder
 from tests.support.tiny_models import SPECS, make_model, write_gguf
+from tests.support.tokenizer_files import smollm2_json
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 ASKED = ("a b c", "--raw", "--temp", "0", "-n", "12", "--ignore-eos", "--json")
@@ -52,6 +54,18 @@ def test_the_smallest_budget_gives_the_same_answer(pipo: CommandLine, folder: Pa
     assert tight.code == 0, tight.err
     assert tight.json["text"] == roomy.json["text"]
     assert tight.json["cost"]["peak_anonymous_bytes"] <= tight.json["plan"]["limit_bytes"]
+
+
+def test_a_tokenizer_of_49k_tokens_is_part_of_the_budget(pipo: CommandLine, smollm2_path: Path, tmp_path: Path) -> None:
+    vocab = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (49152, HIDDEN))
+    folder = write_folder(tmp_path / "model", arrays_of(SHAPES | vocab), vocab_size=49152)
+    (folder / "tokenizer.json").write_text(smollm2_json(open_gguf(smollm2_path).metadata))
+    asked = ("run", str(folder), "The tide rises because", "--raw", "-n", "24", "--ignore-eos", "--json")
+    refused = pipo(*asked, "--ram", "20MB")
+    assert refused.code == 2, refused.err
+    tight = pipo(*asked, "--ram", refused.err.split("smallest --ram that works is ")[1].split()[0])
+    assert tight.code == 0, tight.err
+    assert 20 << 20 < tight.json["cost"]["peak_anonymous_bytes"] <= tight.json["plan"]["limit_bytes"]
 
 
 def test_chat_in_the_models_template(pipo: CommandLine, folder: Path) -> None:

@@ -129,6 +129,11 @@ def test_quantised_models(method: str, name: str, tmp_path: Path) -> None:
     assert refused.value.hint and "original precision" in refused.value.hint
 
 
+def test_mlx_models(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"quantised by MLX .quantization."):
+        read(tmp_path, quantization={"group_size": 64, "bits": 4})
+
+
 # Rotary embedding
 
 

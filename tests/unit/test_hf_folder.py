@@ -306,3 +306,28 @@ def test_config_of_another_size(tmp_path: Path) -> None:
     write_config(tmp_path, num_hidden_layers=2)
     with pytest.raises(MalformedFile, match=r"blk\.1\.attn_q\.weight is missing"):
         stages_of(open_checkpoint(tmp_path).manifest)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "absent"])
+def test_paths_that_are_none(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound):
+        open_checkpoint(tmp_path / name)
+
+
+def test_a_folder_that_is_closed_to_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path)
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(ModelNotFound, match=r"config\.json: cannot be opened: .*Permission denied"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_link_in_a_circle(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").symlink_to("model.safetensors")
+    with pytest.raises(ModelNotFound, match="has neither"):
+        open_checkpoint(tmp_path)

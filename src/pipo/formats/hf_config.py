@@ -79,11 +79,11 @@ def _family_of(config: HfFields) -> Family:
 
 
 def _refuse_quantised(config: HfFields) -> None:
-    table = config.table("quantization_config") or config.table("compression_config")
-    if table is None:
-        return
-    method = table.text("quant_method", "an unnamed method")
-    raise UnsupportedModel(
-        f"{config.path}: the weights are quantised by {_QUANTISED.get(method, method):.80} (quantization_config)",
-        hint="download the model in its original precision (BF16, F16, F32), or a GGUF of it",
-    )
+    for name, usual in (("quantization_config", "an unnamed method"), ("quantization", "MLX")):
+        table = config.table(name)
+        if table is not None:
+            method = table.text("quant_method", usual)
+            raise UnsupportedModel(
+                f"{config.path}: the weights are quantised by {_QUANTISED.get(method, method):.80} ({name})",
+                hint="download the model in its original precision (BF16, F16, F32), or a GGUF of it",
+            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from pathlib import Path
 
 from pipo.base.errors import MalformedFile, UnsupportedModel
@@ -57,9 +56,9 @@ class HfFields:
         value = self.get(name)
         if value is None:
             return None
-        if type(value) not in (int, float) or not least <= value <= most or not isfinite(value):  # type: ignore[operator,arg-type]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
             raise self.wrong(name, value, f"a number from {least:g} to {most:g}")
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name)
@@ -103,10 +102,10 @@ class HfFields:
             raise self.wrong(name, value, "a table")
         return HfFields(self.path, value, f"{self._at}{name}.")
 
-    def expect(self, name: str, wanted: object, *others: object) -> None:
-        """A field that pipo implements with one value only, or `others` that mean the same; that is its default."""
+    def expect(self, name: str, wanted: object) -> None:
+        """A field that pipo implements with one value only, which is its default."""
         value = self.get(name)
-        if value is not None and not any(type(value) is type(each) and value == each for each in (wanted, *others)):
+        if value is not None and (type(value) is not type(wanted) or value != wanted):
             raise UnsupportedModel(
                 f"{self.path}: field {self._at + name!r} is {value!r:.80}, pipo implements {wanted!r} only"
             )

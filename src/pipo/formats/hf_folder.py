@@ -37,18 +37,26 @@ class HfWeights:
 
 def folder_of(path: Path) -> Path | None:
     """The folder that `path` names: itself, or that of a file of its model. None for any other file."""
-    if path.is_dir():
-        return path
     is_part = path.name in (CONFIG, INDEX) or path.suffix == SUFFIX
-    return path.parent if is_part and path.with_name(CONFIG).exists() else None
+    try:
+        if path.is_dir():
+            return path
+        return path.parent if is_part and path.with_name(CONFIG).exists() else None
+    except OSError:  # whoever opens the file says what is wrong
+        return None
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """A file of the folder, None where there is none. Raises MalformedFile for a link that leads out of it."""
+    """A file of the folder, None where there is none. Raises MalformedFile for a link that leads out of it,
+    ModelNotFound where the system refuses to look.
+    """
     path = folder / name
-    if not path.exists():
-        return None
-    real, home = path.resolve(), folder.resolve()
+    try:
+        if not path.exists():
+            return None
+        real, home = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ModelNotFound(f"{path}: cannot be opened: {error}") from error
     if not real.is_relative_to(home) and not any(real.is_relative_to(blobs) for blobs in _blobs_of(folder)):
         raise MalformedFile(
             f"{path}: leads out of the folder, to {real}", hint="put the file itself there, or name its own folder"
@@ -83,7 +91,7 @@ def _blobs_of(folder: Path) -> Iterator[Path]:
 
 
 def _no_weights(folder: Path) -> ModelNotFound | UnsupportedModel:
-    pickles = sorted(p for p in folder.iterdir() if p.suffix in _PICKLES)
+    pickles = sorted(p for p in folder.glob("*") if p.suffix in _PICKLES)
     for path in pickles:
         with open_model_file(path) as file:
             stranger = refuse_stranger(path, read_at(file, path, 0, min(32, path.stat().st_size)))

@@ -9,26 +9,14 @@ from pathlib import Path
 from pipo.base.errors import MalformedFile, UnsupportedModel
 from pipo.base.units import MIB
 from pipo.formats.hf_folder import find_file
-from pipo.formats.json_object import read_bytes, read_object, read_text
+from pipo.formats.json_object import JsonSize, read_object, read_text
 
 TOKENIZER = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 64 * MIB  # Gemma 3's, the largest so far, takes 33 MB
+MAX_SETTINGS_BYTES = 4 * MIB  # of tokenizer_config.json; Gemma 3's takes 1.2 MB
 MAX_TEMPLATE_BYTES = MIB
 _TEMPLATE_KEY = "tokenizer.chat_template"  # as the text side asks any format
 _OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
-
-
-@dataclass(frozen=True, slots=True)
-class JsonSize:
-    """Of a JSON text, found without parsing it: what building takes depends on how many values there are."""
-
-    num_bytes: int
-    num_commas: int
-    num_lists: int
-
-    @classmethod
-    def of(cls, raw: bytes) -> JsonSize:
-        return cls(len(raw), raw.count(b","), raw.count(b"["))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +45,8 @@ def read_text_side(folder: Path, config: Path, vocab_size: int) -> HfText:
     path = find_file(folder, TOKENIZER)
     if path is None:
         raise _no_tokenizer(folder)
-    size = JsonSize.of(read_bytes(path, MAX_TOKENIZER_BYTES))
-    model, generation = read_object(config), _object(folder, "generation_config.json")
+    size = JsonSize.of(path, MAX_TOKENIZER_BYTES)
+    model, generation = read_object(config, MAX_SETTINGS_BYTES), _object(folder, "generation_config.json")
     settings = _object(folder, "tokenizer_config.json")
     return HfText(
         path,
@@ -83,7 +71,7 @@ def _no_tokenizer(folder: Path) -> UnsupportedModel:
 
 def _object(folder: Path, name: str) -> Mapping[str, object]:
     path = find_file(folder, name)
-    return {} if path is None else read_object(path)
+    return {} if path is None else read_object(path, MAX_SETTINGS_BYTES)
 
 
 def _specials(settings: Mapping[str, object]) -> Iterator[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +16,7 @@ from pipo.formats.gguf_header import read_at
 from pipo.formats.model_file import DOWNLOAD_AGAIN, open_model_file, refuse_stranger
 
 MAX_FILE_BYTES = 16 << 20
+_PART_BYTES = 1 << 20
 MAX_VALUES = 1 << 19  # of one file: a shard index of 46k tensors has as many
 
 
@@ -38,17 +41,48 @@ def read_text(path: Path, most_bytes: int = MAX_FILE_BYTES) -> str:
 
 
 def read_bytes(path: Path, most_bytes: int) -> bytes:
-    """A whole file, which is not left in the page cache."""
+    """A whole file. Raises as `read_object`."""
+    return b"".join(_read_parts(path, most_bytes, most_bytes))
+
+
+@dataclass(frozen=True, slots=True)
+class JsonSize:
+    """Of a JSON text: what reading it takes depends on how many values it has."""
+
+    num_bytes: int
+    num_commas: int
+    num_colons: int
+    num_lists: int
+
+    @classmethod
+    def of(cls, path: Path, most_bytes: int) -> JsonSize:
+        """Found without parsing, and without the memory of the whole. Raises as `read_object`."""
+        size = cls(0, 0, 0, 0)
+        for raw in _read_parts(path, most_bytes, _PART_BYTES):
+            size = size + cls(len(raw), raw.count(b","), raw.count(b":"), raw.count(b"["))
+        return size
+
+    def __add__(self, other: JsonSize) -> JsonSize:
+        return JsonSize(
+            self.num_bytes + other.num_bytes,
+            self.num_commas + other.num_commas,
+            self.num_colons + other.num_colons,
+            self.num_lists + other.num_lists,
+        )
+
+
+def _read_parts(path: Path, most_bytes: int, part_bytes: int) -> Iterator[bytes]:
+    """A file part by part, which is not left in the page cache; nothing of one that is no JSON at first sight."""
     with open_model_file(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size
         if num_bytes > most_bytes:
             raise MalformedFile(f"{path}: takes {format_size(num_bytes)}, at most {format_size(most_bytes)} can be")
-        raw = read_at(file, path, 0, num_bytes)
+        stranger = refuse_stranger(path, read_at(file, path, 0, min(32, num_bytes)))
+        if stranger is not None:
+            raise stranger
+        for start in range(0, num_bytes, part_bytes):
+            yield read_at(file, path, start, min(part_bytes, num_bytes - start))
         forget_cached(file.fileno(), 0, num_bytes)
-    stranger = refuse_stranger(path, raw[:32])
-    if stranger is not None:
-        raise stranger
-    return raw
 
 
 def parse_object(raw: bytes, most_values: int) -> dict[str, object]:

@@ -29,7 +29,7 @@ from pipo.formats.model_file import DOWNLOAD_AGAIN, open_model_file, refuse_stra
 MAX_HEADER_BYTES = 16 * MIB  # 46k tensors, a DeepSeek V3 in one file, take 6 MB; the format allows 100 MB
 MAX_TENSORS = 1 << 16  # of one file
 MAX_VALUES = 10 * MAX_TENSORS  # in the JSON: a tensor of three dimensions has nine
-MAX_NAME_BYTES = 512
+MAX_NAME_CHARS = 512
 MAX_DIMS = 8
 METADATA_KEY = "__metadata__"
 
@@ -41,7 +41,7 @@ _TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
 
 
 class Dtype(Enum):
-    """An element type, as the file names it. The value is its size in bits."""
+    """An element type, as the file names it, with its size in bits."""
 
     BOOL = ("BOOL", 8)
     F4 = ("F4", 4)
@@ -120,16 +120,13 @@ def open_safetensors(path: Path, *, header_only: bool = False) -> Safetensors:
     """
     with open_model_file(path) as file:
         identity = FileIdentity.of(os.fstat(file.fileno()))
-        num_read = _HEAD_BYTES
-        try:
-            header_bytes = _header_bytes(path, file, identity.num_bytes)
-            num_read = _LENGTH_BYTES + header_bytes
-            table = _parse(path, read_at(file, path, _LENGTH_BYTES, header_bytes))
-        finally:
-            forget_cached(file.fileno(), 0, num_read + _READAHEAD_BYTES)
+        header_bytes = _header_bytes(path, file, identity.num_bytes)
+        raw = read_at(file, path, _LENGTH_BYTES, header_bytes)
+        forget_cached(file.fileno(), 0, _LENGTH_BYTES + header_bytes + _READAHEAD_BYTES)
+    table, data_start = _parse(path, raw), _LENGTH_BYTES + header_bytes
     metadata = _metadata(path, table.pop(METADATA_KEY, None))
-    tensors = {name: _tensor(path, name, entry, num_read) for name, entry in table.items()}
-    _check_tiling(path, list(tensors.values()), num_read, None if header_only else identity.num_bytes)
+    tensors = {name: _tensor(path, name, entry, data_start) for name, entry in table.items()}
+    _check_tiling(path, list(tensors.values()), data_start, None if header_only else identity.num_bytes)
     return Safetensors(path, identity, metadata, tensors)
 
 
@@ -168,8 +165,8 @@ def _metadata(path: Path, found: object) -> dict[str, str]:
 
 
 def _tensor(path: Path, name: str, entry: object, data_start: int) -> StoredTensor:
-    if not name or len(name) > MAX_NAME_BYTES or not name.isprintable():
-        raise _malformed(path, f"has a tensor named {name!r:.80}, which is not a name of 1 to {MAX_NAME_BYTES} letters")
+    if not name or len(name) > MAX_NAME_CHARS or not name.isprintable():
+        raise _malformed(path, f"has a tensor named {name!r:.80}, which is not a name of 1 to {MAX_NAME_CHARS} letters")
     if not isinstance(entry, dict) or entry.keys() != _TENSOR_KEYS:
         found = ", ".join(sorted(map(repr, entry))) if isinstance(entry, dict) else type(entry).__name__
         raise _wrong(path, name, f"has {found:.80}, wanted 'data_offsets', 'dtype', 'shape'")
