@@ -1,4 +1,4 @@
-"""What `pipo pack` makes of a Hugging Face folder is what llama.cpp's converter would, bit for bit, and runs the same."""
+"""A Hugging Face folder packed is what llama.cpp's converter would make of it, bit for bit, and runs the same."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pipo.packing import plan as plan_module
 from pipo.text.hf_tokenizer import HfTokenizer
 from pipo.text.tokenizer import Tokenizer
 from tests.support.engines import start_engine
-from tests.support.hf_bytes import SHAPES as BYTES_SHAPES
 from tests.support.hf_bytes import HEADS, HIDDEN, INNER, KV_HEADS, VOCAB, arrays_of, write_folder
+from tests.support.hf_bytes import SHAPES as BYTES_SHAPES
 from tests.support.hf_folders import save_folder
 from tests.support.llama_cpp import LlamaCpp
 from tests.support.llama_cpp_tokens import LlamaCppTokens

@@ -23,8 +23,9 @@ from pipo.formats.hf_text import HfText
 from pipo.text.byte_pairs import MERGES_KEY
 from pipo.text.hf_parts import Spelling, read_spelling
 from pipo.text.hf_tokenizer import HfTokenizer
-from pipo.text.piece_scores import Merge, NoScoresError, scores_of
+from pipo.text.piece_scores import Merge, NoScoresError, doubtful_texts, scores_of
 from pipo.text.probes import probe_texts
+from pipo.text.sentence_pieces import SPACE_MARK
 from pipo.text.tokenizer import Tokenizer
 from pipo.text.vocabulary import KINDS_KEY, SCORES_KEY, TOKENS_KEY, TokenKind
 
@@ -90,13 +91,15 @@ def _read(files: HfText, name: str) -> _Source:
     kinds = _kinds(hf, tokens, state)
     if spelling.pre is None and (ignores_merges or not set(_BYTE_TOKENS) <= set(tokens)):
         raise UnsupportedModel(f"{name}: its tokenizer has marks for spaces, but no token for every byte")
+    merges = [_pair(merge) for merge in state["merges"]]
     shared = _shared_keys(hf, files, name, tokens, kinds)
     unknown = state["unk_token"]
     if unknown is not None and (unknown_id := engine.token_to_id(unknown)) is not None:
         shared["tokenizer.ggml.unknown_token_id"] = unknown_id
     return _Source(
-        name, tokens, kinds, [_pair(merge) for merge in state["merges"]], spelling, shared, hf.end_ids,
-        list(_encoded(hf, tokens, kinds, spelling)), [_text_of(hf, i, kinds) for i in range(len(tokens))],
+        name, tokens, kinds, merges, spelling, shared, hf.end_ids,
+        list(_encoded(hf, _probes(hf, tokens, kinds, spelling, merges))),
+        [_text_of(hf, i, kinds) for i in range(len(tokens))],
     )  # fmt: skip
 
 
@@ -144,14 +147,20 @@ def _around(hf: HfTokenizer, name: str) -> tuple[int | None, int | None]:
     return before[0] if before else None, after[0] if after else None
 
 
-def _encoded(
-    hf: HfTokenizer, tokens: Sequence[str], kinds: bytearray, spelling: Spelling
-) -> Iterator[tuple[str, bool, list[int]]]:
-    """Probes with their ids. One that needs a token without a row is none."""
+def _probes(
+    hf: HfTokenizer, tokens: Sequence[str], kinds: bytearray, spelling: Spelling, merges: Sequence[Merge]
+) -> Iterator[str]:
     special = [t for t, kind in zip(tokens, kinds, strict=True) if kind in (TokenKind.CONTROL, TokenKind.USER_DEFINED)]
     normal = [hf.token_bytes(i).decode(errors="ignore") for i, kind in enumerate(kinds) if kind == TokenKind.NORMAL]
     for text in probe_texts(special, normal):
-        probe = unicodedata.normalize("NFC", text) if spelling.normalises else text
+        yield unicodedata.normalize("NFC", text) if spelling.normalises else text
+    if spelling.pre is None:
+        yield from (text.replace(SPACE_MARK, " ") for text in doubtful_texts(merges))
+
+
+def _encoded(hf: HfTokenizer, probes: Iterable[str]) -> Iterator[tuple[str, bool, list[int]]]:
+    """Probes with their ids. One that needs a token without a row is none."""
+    for probe in probes:
         for parse_special in (False, True):
             try:
                 yield probe, parse_special, hf.encode(probe, add_special=True, parse_special=parse_special)
