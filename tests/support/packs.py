@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pipo.compute import ggml
 from pipo.formats.checkpoint import open_checkpoint
+from pipo.model_file import gguf_text_of_folder
 from pipo.packing.pack import PackReport, pack
 from pipo.packing.part import Pwrite
 from pipo.packing.plan import PackPlan, plan_pack
@@ -22,7 +23,10 @@ PLENTY = 1 << 40
 
 
 def plan_of(source: Path, type: str, *, limit_bytes: int = PLENTY, threads: int = 2) -> PackPlan:
-    return plan_pack(open_checkpoint(source), parse_mix(type), ggml.load(), limit_bytes, threads)
+    checkpoint = open_checkpoint(source)
+    text = gguf_text_of_folder(checkpoint, PLENTY)
+    entries = text.entries if text is not None else ()
+    return plan_pack(checkpoint, parse_mix(type), ggml.load(), limit_bytes, threads, entries)
 
 
 def pack_file(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,7 +48,8 @@ def pack(
 ) -> None:
     """Quantise a model into one GGUF, laid out in the order of a pass and with checksums.
 
-    llama.cpp reads it as well. What was interrupted is continued by the same command.
+    MODEL may be a Hugging Face folder. llama.cpp reads what comes out. What was interrupted is continued by the same
+    command.
     """
     from pipo.base.errors import UsageError
     from pipo.packing.types import MIXES, parse_mix
@@ -64,6 +65,7 @@ def pack(
     from pipo.compute import ggml
     from pipo.formats.checkpoint import open_checkpoint
     from pipo.hardware.budget import ram_bytes
+    from pipo.model_file import gguf_text_of_folder
     from pipo.models.registry import check_architecture
     from pipo.packing.pack import pack as write_pack
     from pipo.packing.plan import check_output, plan_pack
@@ -72,9 +74,11 @@ def pack(
     checkpoint = open_checkpoint(resolve_model(name), check_architecture)
     path = out or Path(default_name(checkpoint.manifest, mix.name))
     check_output(path, checkpoint.manifest, overwrite=overwrite)
-    lib = ggml.load()
-    plan = plan_pack(checkpoint, mix, lib, ram_bytes(config.ram), config.num_threads)
-    _say_what_is_lost(plan, output)
+    lib, limit_bytes = ggml.load(), ram_bytes(config.ram)
+    text = gguf_text_of_folder(checkpoint, limit_bytes)
+    entries, losses = ([], ()) if text is None else (text.entries, text.losses)
+    plan = plan_pack(checkpoint, mix, lib, limit_bytes, config.num_threads, entries)
+    _say_what_is_lost(plan, losses, output)
     with byte_bar(f"packing to {mix.name}", output) as advance:
         report = write_pack(plan, path, lib, on_progress=advance)
     _warn_of_excess(plan, report)
@@ -89,7 +93,8 @@ def pack(
 def default_name(manifest: Manifest, type_name: str) -> str:
     """`SmolLM2.Q4_1.gguf` packed to Q8_0 is `SmolLM2.Q8_0.gguf`."""
     first = manifest.files[0]
-    stem = first.parent.name if first.suffix != ".gguf" else _SHARD_SUFFIX.sub("", first.stem)
+    is_folder = first.suffix != ".gguf"  # in a cache of the hub it is named as a revision, the model as REPO/MODEL
+    stem = manifest.name.rpartition("/")[2] if is_folder else _SHARD_SUFFIX.sub("", first.stem)
     return f"{_TYPE_SUFFIX.sub('', stem)}.{type_name}.gguf"
 
 
@@ -115,11 +120,13 @@ def pack_dict(plan: PackPlan, report: PackReport) -> dict[str, object]:
     }
 
 
-def _say_what_is_lost(plan: PackPlan, output: OutputFlags) -> None:
+def _say_what_is_lost(plan: PackPlan, of_text: Sequence[str], output: OutputFlags) -> None:
     from pipo.cli.terminal import print_note, print_warning
 
     if output.quiet:
         return
+    for line in of_text:
+        print_warning(line)
     if plan.requantised:
         types = " ".join(dict.fromkeys(t.source.type.name for t in plan.requantised))
         print_warning(

@@ -10,15 +10,21 @@ import struct
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from pipo.base.page_cache import forget_cached
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import round_up
 from pipo.formats.gguf import DEFAULT_ALIGNMENT, MAGIC, entry_spans
 from pipo.formats.gguf_header import read_at
-from pipo.formats.gguf_metadata import GgufMetadata, ValueType
+from pipo.formats.gguf_metadata import GgufMetadata, Scalar, ValueType
 from pipo.formats.model_file import check_unchanged, open_model_file
 
+KeyValue = Scalar | Sequence[str] | npt.NDArray[np.generic]
+
 VERSION = 3
+_ELEMENT_TYPES = {"int32": ValueType.INT32, "float32": ValueType.FLOAT32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,26 @@ def text_entry(key: str, value: str) -> bytes:
 def texts_entry(key: str, values: Sequence[str]) -> bytes:
     head = struct.pack("<IIQ", ValueType.ARRAY, ValueType.STRING, len(values))
     return _text(key) + head + b"".join(map(_text, values))
+
+
+def entry(key: str, value: KeyValue) -> bytes:
+    """Of a key whose type in GGUF is that of its value in Python: counts are UINT32, numbers FLOAT32; arrays of texts,
+    or of INT32 and FLOAT32 as their dtype says.
+    """
+    match value:
+        case bool():
+            return _text(key) + struct.pack("<I?", ValueType.BOOL, value)
+        case int():
+            return count_entry(key, value)
+        case float():
+            return _text(key) + struct.pack("<If", ValueType.FLOAT32, value)
+        case str():
+            return text_entry(key, value)
+        case np.ndarray():
+            head = struct.pack("<IIQ", ValueType.ARRAY, _ELEMENT_TYPES[value.dtype.name], len(value))
+            return _text(key) + head + value.astype(value.dtype.newbyteorder("<")).tobytes()
+        case _:
+            return texts_entry(key, value)
 
 
 def spans_to_copy(metadata: GgufMetadata, *, without: Collection[str], prefix: str) -> list[tuple[int, int]]:

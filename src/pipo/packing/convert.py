@@ -27,6 +27,7 @@ Floats = npt.NDArray[np.float32]
 # Scales of blocks are float16, and the first that is infinite makes a block of NaN. No weight of a model is so large.
 MOST = 65504.0
 _WIDE_TYPES = (TensorType.F32, TensorType.BF16)
+_ALIGNMENT = 32  # of what libggml reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +62,16 @@ class WorkspaceSizes:
 def group_rows(tensor: TensorPlan, group_bytes: int) -> int:
     """Rows of a group of at most so many bytes of its widest form; one at least."""
     widest = tensor.source_row_bytes if tensor.is_copied else tensor.row_elems * 4
-    return min(max(group_bytes // widest, 1), tensor.num_rows)
+    num_rows = min(max(group_bytes // widest, 1), tensor.run_rows)
+    return max(round_down(num_rows, 2), 2) if tensor.head_rows else num_rows  # pairs stay together
 
 
 def groups_of(tensor: TensorPlan, group_bytes: int) -> Iterator[RowGroup]:
     step = group_rows(tensor, group_bytes)
-    for start in range(0, tensor.num_rows, step):
-        yield RowGroup(tensor, start, min(step, tensor.num_rows - start))
+    for run in range(0, tensor.num_rows, tensor.run_rows):
+        end = run + tensor.run_rows
+        for start in range(run, end, step):
+            yield RowGroup(tensor, start, min(step, end - start))
 
 
 def workspace_sizes(tensors: Sequence[TensorPlan], group_bytes: int) -> WorkspaceSizes:
@@ -83,7 +87,7 @@ class Converter:
     def __init__(self, lib: Library, files: Sequence[UncachedFile], tensors: Sequence[TensorPlan]) -> None:
         self._lib = lib
         self._files = files
-        types = {tensor.source.type for tensor in tensors if not tensor.is_copied}
+        types = {tensor.stored_type for tensor in tensors if not tensor.is_copied}
         self._dequantisers: Mapping[TensorType, Dequantiser] = {type_: Dequantiser(lib, type_) for type_ in types}
 
     def convert(self, group: RowGroup, workspace: Workspace) -> memoryview:
@@ -94,10 +98,12 @@ class Converter:
         tensor = group.tensor
         if tensor.is_copied:
             return read_rows(self._files, group, workspace.raw)[0]
+        if tensor.is_computed:
+            return _computed(group, workspace.floats)
         address, values = self.decode(group, workspace)
         check_values(group, self._files[tensor.source.extent.file_idx].path, values)
         if tensor.type is TensorType.F32:
-            return workspace.floats.view[: values.nbytes]
+            return values.data.cast("B")
         written = self._lib.quantize_chunk(
             int(tensor.type), address, workspace.out.address, 0, group.num_rows, tensor.row_elems, None
         )
@@ -107,24 +113,74 @@ class Converter:
     def decode(self, group: RowGroup, workspace: Workspace) -> tuple[int, Floats]:
         """The group as float32: its address, and the same as an array. Raises TransferError."""
         raw, skip = read_rows(self._files, group, workspace.raw)
-        source = group.tensor.source.type
-        if source is TensorType.F32:
-            return workspace.raw.address + skip, np.frombuffer(raw, np.float32)
-        num_elems = group.num_rows * group.tensor.row_elems
-        self._dequantisers[source].convert(workspace.raw.address + skip, workspace.floats.address, num_elems)
-        return workspace.floats.address, np.frombuffer(workspace.floats.view[: 4 * num_elems], np.float32)
+        if skip % _ALIGNMENT:  # in safetensors a tensor may begin at any byte
+            raw, skip = _moved_to(workspace.raw, raw), 0
+        address, place = workspace.raw.address + skip, raw
+        if group.tensor.stored_type is not TensorType.F32:
+            num_elems = group.num_rows * group.tensor.row_elems
+            self._dequantisers[group.tensor.stored_type].convert(address, workspace.floats.address, num_elems)
+            address, place = workspace.floats.address, workspace.floats.view[: 4 * num_elems]
+        values = np.frombuffer(place, np.float32)
+        if group.tensor.added:
+            values += np.float32(group.tensor.added)
+        return address, values
 
 
 def read_rows(files: Sequence[UncachedFile], group: RowGroup, place: Place) -> tuple[memoryview, int]:
     """The rows' bytes and where in the place they begin. Raises TransferError."""
-    spec, row_bytes = group.tensor.source, group.tensor.source_row_bytes
-    offset, num_bytes = spec.extent.offset + group.start * row_bytes, group.num_rows * row_bytes
+    if group.tensor.head_rows:
+        return _read_pairs(files, group, place)
+    skip = _read_run(files, group.tensor, group.start, group.num_rows, place.view)
+    return place.view[skip : skip + group.num_rows * group.tensor.source_row_bytes], skip
+
+
+def _read_pairs(files: Sequence[UncachedFile], group: RowGroup, place: Place) -> tuple[memoryview, int]:
+    """Rows of one head: those of its first half and of its second by turns. Rows move whole."""
+    tensor, num_pairs = group.tensor, group.num_rows // 2
+    head = round_down(group.start, tensor.head_rows)
+    first = head + (group.start - head) // 2
+    half_bytes = _half_bytes(tensor, group.num_rows)
+    target = place.view[2 * half_bytes : 2 * half_bytes + group.num_rows * tensor.source_row_bytes]
+    pairs = np.frombuffer(target, np.uint8).reshape(num_pairs, 2, tensor.source_row_bytes)
+    for half in range(2):
+        view = place.view[half * half_bytes : (half + 1) * half_bytes]
+        skip = _read_run(files, tensor, first + half * (tensor.head_rows // 2), num_pairs, view)
+        rows = np.frombuffer(view[skip : skip + num_pairs * tensor.source_row_bytes], np.uint8)
+        pairs[:, half] = rows.reshape(num_pairs, -1)
+    return target, 2 * half_bytes
+
+
+def _half_bytes(tensor: TensorPlan, num_rows: int) -> int:
+    """Room for half of so many rows, wherever they begin."""
+    return round_up(num_rows // 2 * tensor.source_row_bytes, PAGE_BYTES) + PAGE_BYTES
+
+
+def _read_run(files: Sequence[UncachedFile], tensor: TensorPlan, start: int, num_rows: int, view: memoryview) -> int:
+    """Rows that lie side by side, and where in the view they begin. Raises TransferError."""
+    extent, row_bytes = tensor.source.extent, tensor.source_row_bytes
+    if tensor.source.slices:
+        extent, start = tensor.source.slices[start // tensor.run_rows], start % tensor.run_rows
+    offset, num_bytes = extent.offset + start * row_bytes, num_rows * row_bytes
     begin = round_down(offset, PAGE_BYTES)
     skip = offset - begin
-    file = files[spec.extent.file_idx]
+    file = files[extent.file_idx]
     file.check_unchanged()
-    file.read(place.view[: round_up(skip + num_bytes, PAGE_BYTES)], begin, skip + num_bytes)
-    return place.view[skip : skip + num_bytes], skip
+    file.read(view[: round_up(skip + num_bytes, PAGE_BYTES)], begin, skip + num_bytes)
+    return skip
+
+
+def _moved_to(place: Place, raw: memoryview) -> memoryview:
+    """The same bytes at the beginning of the place in which they lie."""
+    place.view[: len(raw)] = raw
+    return place.view[: len(raw)]
+
+
+def _computed(group: RowGroup, place: Place) -> memoryview:
+    start = group.start * group.tensor.row_elems
+    num_elems = group.num_rows * group.tensor.row_elems
+    raw = np.asarray(group.tensor.source.values[start : start + num_elems], np.float32).tobytes()
+    place.view[: len(raw)] = raw
+    return place.view[: len(raw)]
 
 
 def check_values(group: RowGroup, path: Path, values: Floats) -> None:
@@ -158,7 +214,10 @@ def _row_of(group: RowGroup, elem_idx: int) -> int:
 
 def _sizes(tensor: TensorPlan, num_rows: int) -> tuple[int, int, int]:
     raw = num_rows * tensor.source_row_bytes + 2 * PAGE_BYTES
+    if tensor.head_rows:
+        raw += 2 * _half_bytes(tensor, num_rows)
     if tensor.is_copied:
         return raw, 0, 0
-    floats = 0 if tensor.source.type is TensorType.F32 else num_rows * tensor.row_elems * 4
+    is_read_as_it_is = tensor.stored_type is TensorType.F32 and not tensor.is_computed
+    floats = 0 if is_read_as_it_is else num_rows * tensor.row_elems * 4
     return raw, floats, 0 if tensor.type is TensorType.F32 else num_rows * tensor.row_bytes

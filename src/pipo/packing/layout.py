@@ -10,6 +10,7 @@ pages anyway.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from pipo.formats.gguf_writer import (
     text_entry,
     texts_entry,
 )
+from pipo.formats.hyper_parameters import ROPE_LAYOUTS
 from pipo.models.stage import Stage
 from pipo.packing.checksums import ALGORITHM, ALGORITHM_KEY, HEADER_KEY, NO_CHECKSUM, TENSORS_KEY, Hash
 from pipo.packing.types import EMBEDDING_TABLE, QUANTIZATION_VERSION, Mix, TensorPlan, plan_tensor
@@ -31,6 +33,7 @@ ALIGNMENT = PAGE_BYTES
 _VERSION_KEY, _VERSION = "pipo.pack.version", 1
 _ALIGNMENT_KEY, _FILE_TYPE_KEY = "general.alignment", "general.file_type"
 _QUANTIZATION_KEY = "general.quantization_version"
+_ROTATED = re.compile(r"blk\.\d+\.attn_[qk]\.(?:weight|bias)")
 # of the source, which are written anew or mean nothing in a file that holds all
 REPLACED_KEYS = frozenset(
     {_ALIGNMENT_KEY, _FILE_TYPE_KEY, _QUANTIZATION_KEY, "split.no", "split.count", "split.tensors.count"}
@@ -61,15 +64,16 @@ class PackLayout:
         return header_bytes(_with_checksums(self.entries, checksums, of_header), _table(self.tensors), ALIGNMENT)
 
 
-def lay_out(manifest: Manifest, stages: Sequence[Stage], mix: Mix, copied_entries: Sequence[bytes]) -> PackLayout:
-    """`copied_entries` are the source's keys but REPLACED_KEYS and those that an earlier pack wrote."""
+def lay_out(manifest: Manifest, stages: Sequence[Stage], mix: Mix, source_entries: Sequence[bytes]) -> PackLayout:
+    """`source_entries` are the source's keys but REPLACED_KEYS and those that an earlier pack wrote."""
     moving = {spec.name for stage in stages for spec in stage.specs} | {EMBEDDING_TABLE}
     num_layers = manifest.hyper.num_layers
     tensors = tuple(
-        plan_tensor(spec, mix, num_layers, moves=spec.name in moving) for spec in in_pass_order(manifest, stages)
+        plan_tensor(spec, mix, num_layers, moves=spec.name in moving, head_rows=_head_rows(manifest, spec))
+        for spec in in_pass_order(manifest, stages)
     )
     entries = (
-        *copied_entries,
+        *source_entries,
         count_entry(_ALIGNMENT_KEY, ALIGNMENT),
         count_entry(_FILE_TYPE_KEY, mix.file_type),
         count_entry(_QUANTIZATION_KEY, QUANTIZATION_VERSION),
@@ -90,6 +94,13 @@ def in_pass_order(manifest: Manifest, stages: Sequence[Stage]) -> Iterator[Tenso
     yield from vectors.values()
     yield from (spec for name, spec in manifest.tensors.items() if name not in vectors and name not in moving)
     yield from moving.values()
+
+
+def _head_rows(manifest: Manifest, spec: TensorSpec) -> int:
+    """Rows of a head of queries or keys, where a GGUF has rotated pairs side by side and the source has halves."""
+    hyper = manifest.hyper
+    is_in_order = hyper.rope.layout is ROPE_LAYOUTS[hyper.architecture]
+    return 0 if is_in_order or not _ROTATED.fullmatch(spec.name) else hyper.head_dim
 
 
 def _with_checksums(entries: Sequence[bytes], checksums: Sequence[str], of_header: str) -> list[bytes]:

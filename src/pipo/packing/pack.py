@@ -82,7 +82,7 @@ def pack(
                 journal.remove()
                 part.discard()
             raise
-    read_bytes = sum(tensor.source.num_bytes for tensor in plan.layout.tensors[resumed:])
+    read_bytes = sum(tensor.source_bytes for tensor in plan.layout.tensors[resumed:])
     return PackReport(path, plan.layout.num_bytes, clock.now() - begin, read_bytes, resumed, peak.peak_bytes)
 
 
@@ -123,7 +123,7 @@ class _Writer:
         self._num_entered = len(job.checksums)
         self._unsynced_bytes = 0
         self._hash, self._tensor = Hash(), self._begin()
-        sizes = [tensor.source.num_bytes for tensor in job.plan.layout.tensors]
+        sizes = [tensor.source_bytes for tensor in job.plan.layout.tensors]
         self._total, self._done = sum(sizes), sum(sizes[: len(job.checksums)])
 
     def take(self, group: RowGroup, rows: memoryview) -> None:

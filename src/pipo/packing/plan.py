@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import stat
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from pipo.base.errors import UnsupportedModel, UsageError
+from pipo.base.errors import UsageError
 from pipo.base.manifest import Manifest
 from pipo.base.tensor_type import TensorType
 from pipo.compute.ggml import Library
 from pipo.formats.checkpoint import Checkpoint
-from pipo.formats.gguf_metadata import GgufMetadata
-from pipo.formats.gguf_writer import copy_entries, spans_to_copy
+from pipo.formats.gguf_keys import hyper_parameter_keys
+from pipo.formats.gguf_metadata import GgufMetadata, Scalar
+from pipo.formats.gguf_writer import copy_entries, entry, spans_to_copy
 from pipo.models.registry import stages_of
 from pipo.packing.checksums import OWN_PREFIX
 from pipo.packing.journal import Identity
@@ -54,18 +57,26 @@ class PackPlan:
         return 8 * sum(tensor.num_bytes for tensor in self.layout.tensors) / max(num_elems, 1)
 
 
-def plan_pack(checkpoint: Checkpoint, mix: Mix, lib: Library, limit_bytes: int, num_workers: int) -> PackPlan:
-    """Decide everything from headers. Raises ModelError, OverBudget naming the smallest limit that works."""
+def plan_pack(
+    checkpoint: Checkpoint,
+    mix: Mix,
+    lib: Library,
+    limit_bytes: int,
+    num_workers: int,
+    text_entries: Sequence[bytes] = (),
+) -> PackPlan:
+    """Decide everything from headers. `text_entries` are the keys of a folder's tokenizer; a GGUF brings its own.
+
+    Raises ModelError, OverBudget naming the smallest limit that works.
+    """
     manifest = checkpoint.manifest
-    if not isinstance(checkpoint.metadata, GgufMetadata):
-        raise UnsupportedModel(f"{manifest.name}: is no GGUF file; so far only those can be packed")
     stages = stages_of(manifest)
-    spans = spans_to_copy(checkpoint.metadata, without=REPLACED_KEYS, prefix=OWN_PREFIX)
-    bare = lay_out(manifest, stages, mix, ())  # without what is copied: that takes memory
+    bare = lay_out(manifest, stages, mix, ())  # without what the source says: that takes memory
     check_readable(manifest, bare.tensors, [type_ for type_ in TensorType if lib.multiplies(type_)])
-    header_bytes = bare.data_start + sum(size for _, size in spans)
+    source = _entries_of(checkpoint, text_entries)
+    header_bytes = bare.data_start + source.num_bytes
     memory = fit_memory(bare.tensors, header_bytes, limit_bytes, num_workers, process_bytes_now())
-    layout = lay_out(manifest, stages, mix, copy_entries(checkpoint.metadata, spans))
+    layout = lay_out(manifest, stages, mix, source.read())
     return PackPlan(manifest, layout, memory, limit_bytes, _identity(manifest, layout, lib))
 
 
@@ -84,6 +95,25 @@ def check_output(path: Path, manifest: Manifest, *, overwrite: bool) -> None:
         raise UsageError(f"{path} is the model itself", hint="name another file with -o")
     if not overwrite:
         raise UsageError(f"{path} is there already", hint="--overwrite replaces it, -o names another file")
+
+
+@dataclass(frozen=True, slots=True)
+class _SourceEntries:
+    """What the source says besides tensors: how much, and, once there is memory for it, the entries."""
+
+    num_bytes: int
+    read: Callable[[], Sequence[bytes]]
+
+
+def _entries_of(checkpoint: Checkpoint, text_entries: Sequence[bytes]) -> _SourceEntries:
+    metadata = checkpoint.metadata
+    if isinstance(metadata, GgufMetadata):
+        spans = spans_to_copy(metadata, without=REPLACED_KEYS, prefix=OWN_PREFIX)
+        return _SourceEntries(sum(size for _, size in spans), partial(copy_entries, metadata, spans))
+    keys: dict[str, Scalar] = {"general.type": "model", "general.name": checkpoint.manifest.name}
+    keys |= hyper_parameter_keys(checkpoint.manifest)
+    entries = [*(entry(key, value) for key, value in keys.items()), *text_entries]
+    return _SourceEntries(sum(map(len, entries)), lambda: entries)
 
 
 def _identity(manifest: Manifest, layout: PackLayout, lib: Library) -> Identity:

@@ -83,28 +83,54 @@ _PLAIN = (TensorType.F32, TensorType.F16, TensorType.BF16)
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """One tensor on its way. `wanted` differs from `type` where the type's block does not divide the rows."""
+    """One tensor on its way. `wanted` differs from `type` where the type's block does not divide the rows.
+
+    `head_rows`, if not 0: the rows of each head lie as two halves in the source, and become pairs side by side.
+    """
 
     source: TensorSpec
     type: TensorType
     wanted: TensorType
+    head_rows: int = 0
 
     @property
     def name(self) -> str:
         return self.source.name
 
     @property
+    def stored_type(self) -> TensorType:
+        """In the source's file."""
+        conversion = self.source.conversion
+        return conversion.stored if conversion is not None else self.source.type
+
+    @property
+    def added(self) -> float:
+        """To each element."""
+        return self.source.conversion.added if self.source.conversion is not None else 0.0
+
+    @property
+    def is_computed(self) -> bool:
+        """It has no bytes in the source."""
+        return bool(self.source.values)
+
+    @property
     def is_copied(self) -> bool:
-        return self.type is self.source.type
+        return self.type is self.stored_type and not self.added and not self.is_computed
 
     @property
     def is_requantised(self) -> bool:
         """What it loses was decided twice."""
-        return not self.is_copied and self.source.type not in _PLAIN
+        return not self.is_copied and self.stored_type not in _PLAIN
 
     @property
     def row_elems(self) -> int:
-        return self.source.shape[0]
+        """Of what moves as one; of a vector whose elements change places, one."""
+        return 1 if self.head_rows and len(self.source.shape) == 1 else self.source.shape[0]
+
+    @property
+    def run_rows(self) -> int:
+        """Rows from one place of the source, which a group does not leave."""
+        return self.head_rows or (self.source.shape[1] if self.source.slices else self.num_rows)
 
     @property
     def num_rows(self) -> int:
@@ -123,7 +149,12 @@ class TensorPlan:
 
     @property
     def source_row_bytes(self) -> int:
-        return self.source.type.row_bytes(self.row_elems)
+        return 0 if self.is_computed else self.stored_type.row_bytes(self.row_elems)
+
+    @property
+    def source_bytes(self) -> int:
+        """Read for it."""
+        return self.num_rows * self.source_row_bytes
 
     @property
     def num_bytes(self) -> int:
@@ -138,12 +169,12 @@ def parse_mix(text: str) -> Mix:
     return mix
 
 
-def plan_tensor(spec: TensorSpec, mix: Mix, num_layers: int, *, moves: bool) -> TensorPlan:
-    """`moves`: it is a matrix of a stage, or the embedding table."""
+def plan_tensor(spec: TensorSpec, mix: Mix, num_layers: int, *, moves: bool, head_rows: int = 0) -> TensorPlan:
+    """`moves`: it is a matrix of a stage, or the embedding table. `head_rows` as TensorPlan has it."""
     wanted = _wanted(spec, mix, num_layers) if moves else _kept(spec)
     if wanted is spec.type:
-        return TensorPlan(spec, wanted, wanted)
-    return TensorPlan(spec, fitting(wanted, spec.shape[0]), wanted)
+        return TensorPlan(spec, wanted, wanted, head_rows)
+    return TensorPlan(spec, fitting(wanted, spec.shape[0]), wanted, head_rows)
 
 
 def fitting(type_: TensorType, row_elems: int) -> TensorType:
@@ -156,8 +187,8 @@ def fitting(type_: TensorType, row_elems: int) -> TensorType:
 def check_readable(manifest: Manifest, plans: Collection[TensorPlan], decodes: Collection[TensorType]) -> None:
     """Raises UnsupportedModel where a tensor would have to be decoded and this libggml cannot."""
     for plan in plans:
-        if not plan.is_copied and plan.source.type not in decodes:
-            raise UnsupportedModel(f"{manifest.name}: {plan.name} is {plan.source.type.name}, which cannot be decoded")
+        if not plan.is_copied and plan.stored_type not in decodes:
+            raise UnsupportedModel(f"{manifest.name}: {plan.name} is {plan.stored_type.name}, which cannot be decoded")
 
 
 def _wanted(spec: TensorSpec, mix: Mix, num_layers: int) -> TensorType:

@@ -57,6 +57,16 @@ class HfTokenizer:
         return f"tokenizer.json ({type(self._engine.model).__name__})"
 
     @property
+    def engine(self) -> Engine:
+        """The library's own tokenizer, to look at."""
+        return self._engine
+
+    @property
+    def kinds(self) -> bytes:
+        """A TokenKind for each row of the model."""
+        return bytes(self._kinds)
+
+    @property
     def vocab_size(self) -> int:
         return int(self._engine.get_vocab_size(with_added_tokens=True))
 

@@ -51,7 +51,7 @@ _LINES_AND_SPACES = rf"\s*[\r\n]+|{_SPACES}"
 _SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 
-_GPT2 = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|{_SPACES}"
+GPT2_PATTERN = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|{_SPACES}"
 _LLAMA3 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|{_LINES_AND_SPACES}"
 _QWEN2 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_SIGNS}|{_LINES_AND_SPACES}"
 
@@ -119,8 +119,8 @@ _JAIS2_SPACES = "|".join(rf"\s{{{run}}}(?!\S)" for run in ("512", "256", "128", 
 
 _LLAMA3_WORDS = PreTokenizer((_LLAMA3,))
 _LLAMA3_MODELS = replace(_LLAMA3_WORDS, ignores_merges=True, adds_bos=True)
-_GPT2_WORDS = PreTokenizer((_GPT2,))
-_GPT2_DIGITS = PreTokenizer((r"\p{N}", _GPT2))
+_GPT2_WORDS = PreTokenizer((GPT2_PATTERN,))
+_GPT2_DIGITS = PreTokenizer((r"\p{N}", GPT2_PATTERN))
 _QWEN2_WORDS = PreTokenizer((_QWEN2,))
 _GPT4O_WORDS = PreTokenizer((_GPT4O,))
 _BLOOM_WORDS = PreTokenizer((_BLOOM,))
@@ -140,7 +140,7 @@ def _by_name(*rows: tuple[Iterable[str], PreTokenizer]) -> dict[str, PreTokenize
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = _by_name(
     (
         ["default"],
-        PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+        PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2_PATTERN, r"\p{N}+", r"[0-9][0-9][0-9]")),
     ),
     (
         ["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"],
@@ -226,7 +226,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = _by_name(
             (_YOUTU_SCRIPTS, rf"{_CASED_WORDS}|\p{{N}}|{_SIGNS_AND_SLASHES}|{_LINES_AND_SPACES}"), ignores_merges=True
         ),
     ),
-    (["falcon"], PreTokenizer((_FALCON_PUNCTUATION, _GPT2, r"[0-9][0-9][0-9]"))),
+    (["falcon"], PreTokenizer((_FALCON_PUNCTUATION, GPT2_PATTERN, r"[0-9][0-9][0-9]"))),
     (["poro-chat", "bloom", "gpt3-finnish"], _BLOOM_WORDS),
     (["viking"], PreTokenizer((_BLOOM, r"\p{N}"))),
     (["tekken"], PreTokenizer((_TEKKEN,), ignores_merges=True, adds_bos=True)),
@@ -239,7 +239,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = _by_name(
                 r"[\t\n]|    |  ",
                 r"\p{N}",
                 r"[\p{P}!-/:-@\[-`{-~]",
-                _GPT2,
+                GPT2_PATTERN,
             ),
             adds_bos=True,
         ),
