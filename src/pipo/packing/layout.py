@@ -24,7 +24,7 @@ from pipo.formats.gguf_writer import (
     text_entry,
     texts_entry,
 )
-from pipo.formats.hyper_parameters import ROPE_LAYOUTS
+from pipo.formats.hyper_parameters import rope_layout
 from pipo.models.stage import Stage
 from pipo.packing.checksums import ALGORITHM, ALGORITHM_KEY, HEADER_KEY, NO_CHECKSUM, TENSORS_KEY, Hash
 from pipo.packing.types import EMBEDDING_TABLE, QUANTIZATION_VERSION, Mix, TensorPlan, plan_tensor
@@ -99,7 +99,7 @@ def in_pass_order(manifest: Manifest, stages: Sequence[Stage]) -> Iterator[Tenso
 def _head_rows(manifest: Manifest, spec: TensorSpec) -> int:
     """Rows of a head of queries or keys, where a GGUF has rotated pairs side by side and the source has halves."""
     hyper = manifest.hyper
-    is_in_order = hyper.rope.layout is ROPE_LAYOUTS[hyper.architecture]
+    is_in_order = hyper.rope.layout is rope_layout(hyper.architecture)
     return 0 if is_in_order or not _ROTATED.fullmatch(spec.name) else hyper.head_dim
 
 
