@@ -32,7 +32,7 @@ from pipo.text.vocabulary import TOKENS_KEY
 PROCESS_BYTES = 48 * MIB
 IMPORTED_BYTES = 28 * MIB  # before the tokenizer is built; 23 to 26 measured
 LONG_TEXT_TOKENS = 4096
-# A tokenizer.json as a GGUF takes so many times what building it takes; 1.4 to 2.0 measured for Llama 2 and 3, Qwen, Gemma
+# A tokenizer.json as a GGUF takes so many times what building it takes; 1.4 to 2.0 measured for four vocabularies
 _CONVERSION = 2.5
 _BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own are
 
