@@ -61,4 +61,6 @@ def test_texts_in_which_merges_to_one_whole_overlap() -> None:
     first = [("o", "n"), ("on", "i"), ("i", "on")]
     assert list(doubtful_texts([*first, ("on", "ion"), ("oni", "on")])) == ["onionion"]
     assert list(doubtful_texts([*first, ("oni", "on"), ("on", "ion")])) == []  # the leftmost is the first
-    assert set(doubtful_texts([("a", "a"), ("aa", "a"), ("a", "aa")])) == {"a" * 6}
+    assert set(doubtful_texts([("a", "a"), ("aa", "a"), ("a", "aa")])) == {"a" * n for n in (4, 5, 6, 7, 8)}
+    touching = [("b", "aaa"), ("aa", "a"), ("a", "aa")]  # a whole that becomes part of a better one
+    assert {"baaa", "aaaaaa"} <= set(doubtful_texts(touching))

@@ -223,6 +223,7 @@ def marked_engine(*, spans_lines: bool = False) -> Engine:
     engine = Engine.from_str(json.dumps(state))
     engine.normalizer, engine.pre_tokenizer = normalizers.Replace(" ", "▁"), None  # type: ignore[assignment]
     engine.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    engine.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
     return engine
 
 
@@ -230,6 +231,30 @@ def test_merges_that_scores_cannot_say(tmp_path: Path) -> None:
     metadata, _ = convert(marked_engine(), tmp_path)
     assert metadata.text("tokenizer.ggml.model") == "gemma4"
     assert len(metadata.strings("tokenizer.ggml.merges")) > 20
+
+
+def test_such_merges_without_a_begin_token(tmp_path: Path) -> None:
+    """llama.cpp would put one before text."""
+    state = json.loads(marked_engine().to_str()) | {"post_processor": None}
+    assert "cannot be said by scores" in refusal(Engine.from_str(json.dumps(state)), tmp_path)
+
+
+def test_tokens_of_fill_in_the_middle_stay_text(tmp_path: Path) -> None:
+    """A reader makes special tokens of those that no key names."""
+    engine = byte_level_engine(400)
+    engine.add_tokens([AddedToken("<|fim_prefix|>", normalized=False), AddedToken("<|repo_name|>", normalized=False)])
+    metadata, text = convert(engine, tmp_path)
+    assert text.losses == () and metadata.get("tokenizer.ggml.fim_pre_token_id") == 400
+    assert metadata.get("tokenizer.ggml.fim_rep_token_id") == 401
+
+
+def test_text_that_readers_take_for_a_special_token_is_told(tmp_path: Path) -> None:
+    """As `</s>` in Qwen's vocabulary."""
+    engine = byte_level_engine(400)
+    engine.add_tokens([AddedToken("</s>", normalized=False)])
+    metadata, text = convert(engine, tmp_path)
+    assert text.losses == ("readers of a GGUF take '</s>' for special tokens, which are text in the folder",)
+    assert metadata.array("tokenizer.ggml.token_type")[400] == 4
 
 
 def test_merges_that_nothing_can_say(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,12 @@ from pipo.text.hf_tokenizer import HfTokenizer
 from pipo.text.piece_scores import Merge, NoScoresError, doubtful_texts, scores_of
 from pipo.text.probes import probe_texts
 from pipo.text.sentence_pieces import SPACE_MARK
+from pipo.text.special_tokens import fill_keys
 from pipo.text.tokenizer import Tokenizer
 from pipo.text.vocabulary import KINDS_KEY, SCORES_KEY, TOKENS_KEY, TokenKind
 
 _BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
+_TEXT_KINDS = (TokenKind.NORMAL, TokenKind.USER_DEFINED)
 _SHOWN = 6  # of many, in a message
 _AS_IT_IS = "the folder itself runs as it is"
 
@@ -50,6 +53,7 @@ class _Source:
     tokens: list[str]
     kinds: bytearray
     merges: list[Merge]
+    scores: list[float] | NoScoresError  # of sentence pieces; byte pairs have none
     spelling: Spelling
     shared: Mapping[str, KeyValue]  # keys that are the same whatever the model is
     ends: frozenset[int]
@@ -66,11 +70,11 @@ def gguf_text_of(files: HfText, name: str) -> GgufText:
     refusal: UnsupportedModel | None = None
     for keys in _candidates(source):
         try:
-            ends = _check_same(source, keys)
+            tokenizer = _checked(source, keys)
         except UnsupportedModel as error:
             refusal = error
             continue
-        return GgufText(tuple(entry(key, value) for key, value in keys.items()), tuple(_losses(source, ends)))
+        return GgufText(tuple(entry(key, value) for key, value in keys.items()), tuple(_losses(source, tokenizer)))
     assert refusal is not None
     raise refusal
 
@@ -96,11 +100,24 @@ def _read(files: HfText, name: str) -> _Source:
     unknown = state["unk_token"]
     if unknown is not None and (unknown_id := engine.token_to_id(unknown)) is not None:
         shared["tokenizer.ggml.unknown_token_id"] = unknown_id
+    scores = _scores(tokens, kinds, merges, spelling)
+    doubts = (t.replace(SPACE_MARK, " ") for t in doubtful_texts(merges)) if isinstance(scores, list) else ()
     return _Source(
-        name, tokens, kinds, merges, spelling, shared, hf.end_ids,
-        list(_encoded(hf, _probes(hf, tokens, kinds, spelling, merges))),
+        name, tokens, kinds, merges, scores, spelling, shared, hf.end_ids,
+        list(_encoded(hf, chain(_probes(hf, tokens, kinds, spelling), doubts))),
         [_text_of(hf, i, kinds) for i in range(len(tokens))],
     )  # fmt: skip
+
+
+def _scores(
+    tokens: Sequence[str], kinds: bytearray, merges: Sequence[Merge], spelling: Spelling
+) -> list[float] | NoScoresError:
+    if spelling.pre is not None:
+        return NoScoresError("words are byte pairs")
+    try:
+        return scores_of(tokens, kinds, merges)
+    except NoScoresError as error:
+        return error
 
 
 def _pair(merge: str | list[str]) -> Merge:
@@ -109,7 +126,11 @@ def _pair(merge: str | list[str]) -> Merge:
 
 
 def _kinds(hf: HfTokenizer, tokens: Sequence[str], state: Mapping[str, Any]) -> bytearray:
+    """As the file has them, whatever their texts are taken for."""
     kinds = bytearray(hf.kinds)
+    for idx, token in hf.engine.get_added_tokens_decoder().items():
+        if idx < len(kinds):
+            kinds[idx] = TokenKind.CONTROL if token.special else TokenKind.USER_DEFINED
     bytes_ = set(_BYTE_TOKENS) if state["byte_fallback"] else set()
     for idx, text in enumerate(tokens):
         if kinds[idx] == TokenKind.UNDEFINED:
@@ -128,6 +149,7 @@ def _shared_keys(hf: HfTokenizer, files: HfText, name: str, tokens: list[str], k
     roles |= {"eot": special.eot, "eom": special.eom}
     keys: dict[str, KeyValue] = {TOKENS_KEY: tokens, KINDS_KEY: np.frombuffer(kinds, np.uint8).astype(np.int32)}
     keys |= {f"tokenizer.ggml.{role}_token_id": i for role, i in roles.items() if i is not None}
+    keys |= fill_keys({text: i for i, text in enumerate(tokens) if kinds[i] == TokenKind.USER_DEFINED})
     keys |= {"tokenizer.ggml.add_bos_token": begin is not None, "tokenizer.ggml.add_eos_token": end is not None}
     if files.chat_template is not None:
         keys["tokenizer.chat_template"] = files.chat_template
@@ -147,15 +169,11 @@ def _around(hf: HfTokenizer, name: str) -> tuple[int | None, int | None]:
     return before[0] if before else None, after[0] if after else None
 
 
-def _probes(
-    hf: HfTokenizer, tokens: Sequence[str], kinds: bytearray, spelling: Spelling, merges: Sequence[Merge]
-) -> Iterator[str]:
+def _probes(hf: HfTokenizer, tokens: Sequence[str], kinds: bytearray, spelling: Spelling) -> Iterator[str]:
     special = [t for t, kind in zip(tokens, kinds, strict=True) if kind in (TokenKind.CONTROL, TokenKind.USER_DEFINED)]
     normal = [hf.token_bytes(i).decode(errors="ignore") for i, kind in enumerate(kinds) if kind == TokenKind.NORMAL]
     for text in probe_texts(special, normal):
         yield unicodedata.normalize("NFC", text) if spelling.normalises else text
-    if spelling.pre is None:
-        yield from (text.replace(SPACE_MARK, " ") for text in doubtful_texts(merges))
 
 
 def _encoded(hf: HfTokenizer, probes: Iterable[str]) -> Iterator[tuple[str, bool, list[int]]]:
@@ -182,18 +200,18 @@ def _candidates(source: _Source) -> Iterator[dict[str, KeyValue]]:
         yield {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": source.spelling.pre, **source.shared, **merges}
         return
     prefixes, spans_lines = source.spelling.prefixes_space, any(map(_spans_lines, source.merges))
-    try:
-        scores = np.asarray(scores_of(source.tokens, source.kinds, source.merges), np.float32)
-    except NoScoresError as error:
-        if prefixes or spans_lines:
-            raise UnsupportedModel(
-                f"{source.name}: the order of its merges cannot be said by scores of sentence pieces: {error}",
-                hint=_AS_IT_IS,
-            ) from None
-    else:
+    # merges by rank, with text cut at the ends of lines; llama.cpp begins such text with the begin token in any case
+    are_as_gemma4s = not prefixes and not spans_lines and source.shared["tokenizer.ggml.add_bos_token"]
+    if isinstance(source.scores, list):
+        scores = np.asarray(source.scores, np.float32)
         own: dict[str, KeyValue] = {"tokenizer.ggml.add_space_prefix": prefixes, SCORES_KEY: scores}
         yield {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", **source.shared, **own}
-    if not prefixes and not spans_lines:  # merges by rank, with text cut at the ends of lines
+    elif not are_as_gemma4s:
+        raise UnsupportedModel(
+            f"{source.name}: the order of its merges cannot be said by scores of sentence pieces: {source.scores}",
+            hint=_AS_IT_IS,
+        )
+    if are_as_gemma4s:
         yield {"tokenizer.ggml.model": "gemma4", **source.shared, **merges}
 
 
@@ -202,13 +220,16 @@ def _spans_lines(merge: Merge) -> bool:
     return "\n" in whole and bool(whole.strip("\n"))
 
 
-def _check_same(source: _Source, keys: Mapping[str, KeyValue]) -> frozenset[int]:
-    """The ids that end an answer. Raises UnsupportedModel where ids would be others."""
+def _checked(source: _Source, keys: Mapping[str, KeyValue]) -> Tokenizer:
+    """What a reader makes of the keys. Raises UnsupportedModel where ids would be others."""
     try:
         tokenizer = Tokenizer.from_metadata(_Metadata({**keys, "general.name": source.name}))
     except MalformedFile as error:
         raise UnsupportedModel(f"{source.name}: its tokenizer cannot be written: {error}", hint=_AS_IT_IS) from None
+    taken = [source.tokens[i] for i in _taken(source, tokenizer)]
     for text, parse_special, wanted in source.ids:
+        if any(token in text for token in taken):
+            continue
         found = tokenizer.encode(text, add_special=True, parse_special=parse_special)
         if found != wanted:
             raise UnsupportedModel(
@@ -217,16 +238,22 @@ def _check_same(source: _Source, keys: Mapping[str, KeyValue]) -> frozenset[int]
                 hint=_AS_IT_IS,
             )
     for idx, wanted_text in enumerate(source.texts):
-        if wanted_text is not None and wanted_text != tokenizer.token_bytes(idx):
+        if wanted_text is not None and not tokenizer.is_hidden(idx) and wanted_text != tokenizer.token_bytes(idx):
             raise UnsupportedModel(
                 f"{source.name}: in a GGUF token {idx} would stand for {tokenizer.token_bytes(idx)!r:.80}, in "
                 f"tokenizer.json it stands for {wanted_text!r:.80}",
                 hint=_AS_IT_IS,
             )
-    return tokenizer.end_ids
+    return tokenizer
 
 
-def _losses(source: _Source, ends: frozenset[int]) -> Iterator[str]:
+def _taken(source: _Source, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of text that a reader takes for special ones by how they read: `</s>` in Qwen's vocabulary."""
+    return [i for i, kind in enumerate(source.kinds) if kind in _TEXT_KINDS and tokenizer.is_hidden(i)]
+
+
+def _losses(source: _Source, tokenizer: Tokenizer) -> Iterator[str]:
+    taken, ends = frozenset(_taken(source, tokenizer)), tokenizer.end_ids
     if source.spelling.normalises:
         yield (
             "its tokenizer normalises text (NFC), which no GGUF can say: decomposed characters, as e + U+0301, get "
@@ -234,7 +261,9 @@ def _losses(source: _Source, ends: frozenset[int]) -> Iterator[str]:
         )
     if lacking := source.ends - ends:
         yield f"{_named(source, lacking)} end answers of the folder, but not of the file: a GGUF has no key for them"
-    if more := ends - source.ends:
+    if taken:
+        yield f"readers of a GGUF take {_named(source, taken)} for special tokens, which are text in the folder"
+    if more := ends - source.ends - taken:
         yield f"{_named(source, more)} end answers of the file, but not of the folder"
 
 

@@ -131,6 +131,12 @@ def _find_fill_ends(metadata: Keys, token_ids: Mapping[str, int], kinds: bytearr
     return ends
 
 
+def fill_keys(token_ids: Mapping[str, int]) -> dict[str, int]:
+    """Keys for those of these tokens that belong to fill-in-the-middle prompts: one that has a key keeps its kind."""
+    found = {role.keys[0]: _first_present(role.texts, token_ids) for role in _FILL_ROLES}
+    return {key: token_id for key, token_id in found.items() if token_id is not None}
+
+
 def _find_ends_by_text(token_ids: Mapping[str, int], kinds: bytearray) -> set[int]:
     texts = (*_END_OF_TURN, *_END_OF_MESSAGE, *_OTHER_ENDS)
     ends = {token_ids[text] for text in texts if text in token_ids}
