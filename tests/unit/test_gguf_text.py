@@ -16,7 +16,8 @@ from pipo.base.errors import UnsupportedModel
 from pipo.formats.gguf import open_gguf
 from pipo.formats.gguf_metadata import GgufMetadata
 from pipo.formats.gguf_writer import header_bytes
-from pipo.formats.hf_text import HfText, JsonSize
+from pipo.formats.hf_text import MAX_TOKENIZER_BYTES, HfText
+from pipo.formats.json_object import JsonSize
 from pipo.text.gguf_text import GgufText, gguf_text_of
 from pipo.text.hf_tokenizer import HfTokenizer
 from pipo.text.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ NAME = "tiny"
 def files_of(engine: Engine, folder: Path, rows: int | None = None, **settings: Any) -> HfText:
     path = folder / "tokenizer.json"
     engine.save(str(path))
-    size = JsonSize.of(path.read_bytes())
+    size = JsonSize.of(path, MAX_TOKENIZER_BYTES)
     wanted = {"bos": None, "eos": None, "ends": frozenset(), "specials": (), "chat_template": None, **settings}
     return HfText(path, size, rows or engine.get_vocab_size(), **wanted)
 
