@@ -86,7 +86,7 @@ def test_a_shard_that_changes_meanwhile(change: object, idx: int, source: Path, 
     out = tmp_path / "out.gguf"
     plan = plan_of(source, TYPE)
     shard = sorted(source.glob("*.safetensors"))[idx]
-    change(shard)  # type: ignore[operator]
+    change(shard)
     with pytest.raises(FileChanged, match=shard.name):
         pack(plan, out, ggml.load())
     assert not out.exists()

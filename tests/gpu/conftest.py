@@ -12,6 +12,7 @@ import pytest
 
 from pipo.base.errors import LibraryError
 from pipo.compute import ggml
+from pipo.compute.device import ComputeDevice
 from pipo.compute.devices import CpuBackend, Device, DeviceKind, list_devices
 from pipo.compute.ggml import Library
 from tests.support.device_graphs import DeviceRig
@@ -66,6 +67,13 @@ def scratch_first() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def lib() -> Library:
     return ggml.load()
+
+
+@pytest.fixture(scope="session")
+def device(lib: Library) -> ComputeDevice:
+    found = first_gpu()
+    assert found is not None
+    return ComputeDevice(lib, found.name)
 
 
 @pytest.fixture

@@ -15,14 +15,12 @@ from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget
 from pipo.base.trace import NullTracer
 from pipo.compute.device import ComputeDevice
-from pipo.compute.ggml import Library
 from pipo.formats.adapter import open_adapter
 from pipo.pipeline.adapters import Weights
 from pipo.pipeline.assembly import Assembly
 from pipo.pipeline.forward import Forward
 from pipo.planner.device_placement import place_on_device
 from pipo.planner.placement import place, smallest_bytes
-from tests.gpu.conftest import first_gpu
 from tests.gpu.test_device_engine import relative_error, split
 from tests.support.random_adapters import write_random_adapter
 from tests.support.rigs import FloatArray, Rig, read_prompts
@@ -46,13 +44,6 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     )
     with Rig(folder / "smoke.gguf", config) as rig:
         yield rig.with_adapters(*files)
-
-
-@pytest.fixture(scope="module")
-def device(lib: Library) -> ComputeDevice:
-    gpu = first_gpu()
-    assert gpu is not None
-    return ComputeDevice(lib, gpu.name)
 
 
 def together(forward: Forward, weights: list[Weights]) -> FloatArray:

@@ -11,10 +11,8 @@ import pytest
 from bench.random_model import write_random_model
 from pipo.base.config import EngineConfig
 from pipo.compute.device import ComputeDevice
-from pipo.compute.ggml import Library
 from pipo.planner.device_placement import place_on_device
 from pipo.planner.placement import Placement, place, smallest_bytes
-from tests.gpu.conftest import first_gpu
 from tests.gpu.test_device_engine import relative_error, split
 from tests.support.rigs import FloatArray, Rig, read_prompts
 
@@ -31,13 +29,6 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     )
     with Rig(path, config) as rig:
         yield rig
-
-
-@pytest.fixture(scope="module")
-def device(lib: Library) -> ComputeDevice:
-    gpu = first_gpu()
-    assert gpu is not None
-    return ComputeDevice(lib, gpu.name)
 
 
 def together(rig: Rig, ram: Placement) -> FloatArray:

@@ -11,11 +11,9 @@ import pytest
 from bench.random_model import write_random_model
 from pipo.base.config import EngineConfig
 from pipo.compute.device import ComputeDevice
-from pipo.compute.ggml import Library
 from pipo.planner.device_placement import DeviceDemand, DevicePlacement, place_on_device
 from pipo.planner.placement import place, smallest_bytes
 from pipo.planner.schedule import SCHEDULES
-from tests.gpu.conftest import first_gpu
 from tests.support.rigs import FloatArray, Rig, transcript
 
 PROMPT, CHUNK, NUM_NEW = list(range(5, 45)), 16, 4
@@ -36,13 +34,6 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 def on_cpu(rig: Rig) -> FloatArray:
     with rig.running(rig.all_resident()) as forward:
         return transcript(forward, PROMPT, CHUNK, NUM_NEW)
-
-
-@pytest.fixture(scope="module")
-def device(lib: Library) -> ComputeDevice:
-    gpu = first_gpu()
-    assert gpu is not None
-    return ComputeDevice(lib, gpu.name)
 
 
 @pytest.fixture(scope="module")

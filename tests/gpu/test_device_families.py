@@ -9,10 +9,8 @@ import pytest
 
 from pipo.base.config import EngineConfig
 from pipo.compute.device import ComputeDevice
-from pipo.compute.ggml import Library
 from pipo.planner.device_placement import DevicePlacement, place_on_device
 from pipo.planner.placement import place
-from tests.gpu.conftest import first_gpu
 from tests.gpu.test_device_engine import relative_error
 from tests.support.rigs import FloatArray, Rig, all_logits
 from tests.support.tiny_models import SPECS, make_model, reference_logits, write_gguf
@@ -42,10 +40,7 @@ def answer(rig: Rig, device: ComputeDevice, placement: DevicePlacement) -> Float
         return all_logits(forward, TOKENS, CHUNK)
 
 
-def test_a_device_computes_what_transformers_does(rig: Rig, lib: Library, family: str) -> None:
-    gpu = first_gpu()
-    assert gpu is not None
-    device = ComputeDevice(lib, gpu.name)
+def test_a_device_computes_what_transformers_does(rig: Rig, device: ComputeDevice, family: str) -> None:
     placements = [each for each in place_on_device(rig.device_demand(device, ROOMY, CHUNK)) if each.is_all]
     resident = answer(rig, device, placements[0])
     assert relative_error(resident, reference_logits(make_model(SPECS[family]), TOKENS)) < MAX_ERROR

@@ -11,10 +11,8 @@ from gguf import GGMLQuantizationType as GgufType
 
 from pipo.base.config import EngineConfig
 from pipo.compute.device import ComputeDevice
-from pipo.compute.ggml import Library
 from pipo.planner.device_placement import DevicePlacement, place_on_device
 from pipo.planner.placement import place
-from tests.gpu.conftest import first_gpu
 from tests.gpu.test_device_engine import relative_error
 from tests.support.hf_folders import save_folder
 from tests.support.rigs import FloatArray, Rig, all_logits
@@ -39,10 +37,7 @@ def answers(path: Path, device: ComputeDevice) -> list[FloatArray]:
 
 
 @pytest.mark.parametrize("name", ["gemma3", "phi3", "qwen3moe"])
-def test_the_answer_of_the_same_model_as_gguf(name: str, lib: Library, tmp_path: Path) -> None:
-    gpu = first_gpu()
-    assert gpu is not None
-    device = ComputeDevice(lib, gpu.name)
+def test_the_answer_of_the_same_model_as_gguf(name: str, device: ComputeDevice, tmp_path: Path) -> None:
     save_folder(make_model(SPECS[name]), tmp_path / name, torch.float16, max_shard_size="60KB")
     write_gguf(make_model(SPECS[name]).half().float(), tmp_path / "model.gguf", GgufType.F16)
     resident, streamed = answers(tmp_path / name, device)

@@ -10,11 +10,9 @@ import pytest
 
 from pipo.base.config import EngineConfig
 from pipo.compute.device import ComputeDevice
-from pipo.compute.ggml import Library
 from pipo.planner.device_placement import DevicePlacement, place_on_device
 from pipo.planner.placement import Placement, place, smallest_bytes
 from pipo.planner.schedule import SCHEDULES
-from tests.gpu.conftest import first_gpu
 from tests.support.rigs import FloatArray, Rig, all_logits, read_prompts
 from tests.support.tiny_models import SPECS, make_model, reference_logits, write_gguf
 
@@ -38,13 +36,6 @@ def rig(tmp_path_factory: pytest.TempPathFactory, family: str) -> Iterator[Rig]:
     )
     with Rig(path, config) as rig:
         yield rig
-
-
-@pytest.fixture(scope="module")
-def device(lib: Library) -> ComputeDevice:
-    gpu = first_gpu()
-    assert gpu is not None
-    return ComputeDevice(lib, gpu.name)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def start(folder: Path, *adapters: str, **settings: object) -> Engine:
 
 
 def bits(engine: Engine, **choice: object) -> np.ndarray:
-    return engine.logits(PROMPT, **choice).view(np.uint32)  # type: ignore[arg-type]
+    return engine.logits(PROMPT, **choice).view(np.uint32)
 
 
 def test_added_later_is_as_from_the_start(folder: Path) -> None:
@@ -138,15 +138,15 @@ def test_a_plan_counts_those_it_begins_with(folder: Path) -> None:
 def test_choices_that_are_none(choice: object, folder: Path) -> None:
     with start(folder, "a", num_sequences=2) as engine:
         for ask in (
-            lambda: engine.logits(PROMPT, adapters=choice),  # type: ignore[arg-type]
-            lambda: engine.complete(PROMPT, GREEDY, adapters=choice),  # type: ignore[arg-type]
-            lambda: engine.complete_batch([PROMPT] * 2, GREEDY, adapters=[None, choice]),  # type: ignore[list-item]
+            lambda: engine.logits(PROMPT, adapters=choice),
+            lambda: engine.complete(PROMPT, GREEDY, adapters=choice),
+            lambda: engine.complete_batch([PROMPT] * 2, GREEDY, adapters=[None, choice]),
         ):
             with pytest.raises(UsageError):
                 ask()
         for wrong in ("a", [None], {"a": 1.0}):
             with pytest.raises(UsageError, match="adapters of 2 prompts must be a list of as many"):
-                engine.complete_batch([PROMPT] * 2, GREEDY, adapters=wrong)  # type: ignore[arg-type]
+                engine.complete_batch([PROMPT] * 2, GREEDY, adapters=wrong)
         with pytest.raises(UsageError, match=r"there is no adapter 'c'\n\nhint: loaded are: a"):
             engine.remove_adapter("c")
 

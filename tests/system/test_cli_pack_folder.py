@@ -123,7 +123,7 @@ def test_what_is_lost_is_a_warning(pipo: CommandLine, folder: Path, tmp_path: Pa
     ids=["unigram", "whole words"],
 )
 def test_a_tokenizer_that_no_gguf_has(pipo: CommandLine, engine: object, said: str, tmp_path: Path) -> None:
-    made = engine()  # type: ignore[operator]
+    made = engine()
     rows = made.get_vocab_size()
     shapes = {name: (rows, *shape[1:]) if shape[0] == VOCAB else shape for name, shape in SHAPES.items()}
     folder = write_folder(tmp_path / "tiny", arrays_of(shapes), vocab_size=rows)

@@ -222,7 +222,7 @@ def marked_engine(*, spans_lines: bool = False) -> Engine:
     state = json.loads(engine.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < 3]
     engine = Engine.from_str(json.dumps(state))
-    engine.normalizer, engine.pre_tokenizer = normalizers.Replace(" ", "▁"), None  # type: ignore[assignment]
+    engine.normalizer, engine.pre_tokenizer = normalizers.Replace(" ", "▁"), None
     engine.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     engine.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
     return engine

@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
 
 
 def config(ram_bytes: int, **settings: int) -> EngineConfig:
-    return EngineConfig(ram=str(ram_bytes), threads=1, **settings)  # type: ignore[arg-type]
+    return EngineConfig(ram=str(ram_bytes), threads=1, **settings)
 
 
 def plan_of(model: ModelFile, config: EngineConfig) -> Plan:

@@ -30,6 +30,16 @@ def byte_bar(what: str, output: OutputFlags) -> Iterator[Callable[[int, int], No
         bar.close()
 
 
+def byte_progress(description: str, *, is_transient: bool) -> Progress:
+    """Bars with bytes, rate and the time that is left, behind a text in rich's words."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from pipo.cli.terminal import stderr
+
+    counts = BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()
+    return Progress(TextColumn(description), *counts, console=stderr(), transient=is_transient)
+
+
 class _LateBar:
     def __init__(self, what: str) -> None:
         self._what, self._begin_s = what, time.monotonic()
@@ -47,24 +57,6 @@ class _LateBar:
             self._bar.stop()
 
     def _show(self, done: int, total: int) -> None:
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        from pipo.cli.terminal import stderr
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=stderr(), transient=True)
+        self._bar = byte_progress("{task.description}", is_transient=True)
         self._task = self._bar.add_task(self._what, total=total, completed=done)
         self._bar.start()

@@ -87,18 +87,13 @@ def _pull_from_hub(name: HubName, json: bool, output: OutputFlags) -> None:
 @contextmanager
 def _bars(output: OutputFlags) -> Iterator[Progress]:
     """How far each thing is that takes long, on a terminal."""
+    from pipo.cli.bars import byte_progress
     from pipo.cli.terminal import stderr
 
     if output.quiet or not stderr().is_terminal:
         yield lambda what, done_bytes, num_bytes: None
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description:<8}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=stderr()) as bars:
+    with byte_progress("{task.description:<8}", is_transient=False) as bars:
         tasks: dict[str, TaskID] = {}
 
         def advance(what: str, done_bytes: int, num_bytes: int) -> None:

@@ -202,7 +202,7 @@ class _Keeper:
             aside.unlink(missing_ok=True)
             aside.symlink_to(os.path.relpath(blob, pointer.parent))
             aside.replace(pointer)
-        except (OSError, NotImplementedError) as error:
+        except OSError as error:  # a file system without links
             log.warning("file=%s reason=%r action=keep it under its own name", pointer, error)
             blob.replace(pointer)
 
@@ -226,12 +226,11 @@ def lock_of(cache: Path, folder: str, etag: str) -> Path:
 @contextmanager
 def alone_with(lock: Path, what: str) -> Iterator[None]:
     """Raises DownloadError where another program has the lock."""
-    from filelock import Timeout
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+    from filelock import FileLock, Timeout
 
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with WeakFileLock(lock, timeout=_LOCK_WAIT_S):
+        with FileLock(lock, timeout=_LOCK_WAIT_S):
             yield
     except Timeout as error:
         raise DownloadError(

@@ -109,7 +109,7 @@ def test_graphs_that_get_no_memory(
             if failing:
                 failing.clear()
                 raise MemoryError
-            reserve(self, *arguments)  # type: ignore[arg-type]
+            reserve(self, *arguments)
 
         monkeypatch.setattr(graph_room.StageGraphs, "reserve", refuse_once)
         with pytest.raises(MemoryError):
