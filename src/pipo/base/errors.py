@@ -19,6 +19,7 @@ PipoError                     anything we can name; `hint` says what to do, `exi
 │   ├── ReadFailed            the operating system refused (EIO, EBADF, …)                      (1)
 │   ├── UnexpectedEof         the file ends before the bytes do                                 (1)
 │   └── FileChanged           the file is not the one that was opened                           (1)
+├── EngineBusy                as many requests wait as may; later it may be taken                (1)
 ├── OutputFailed              a file that could not be written: which one, why, how much is free (1)
 ├── DownloadError             a fetch that failed or did not match its checksum                 (1)
 └── Cancelled                 the user or a signal stopped it                                   (130)
@@ -32,6 +33,7 @@ __all__ = [
     "ContextOverflow",
     "DamagedFile",
     "DownloadError",
+    "EngineBusy",
     "FileChanged",
     "LibraryError",
     "MalformedFile",
@@ -174,6 +176,10 @@ class UnexpectedEof(TransferError):
 
 class FileChanged(TransferError):
     pass
+
+
+class EngineBusy(PipoError):
+    """The queue of an engine is full."""
 
 
 class OutputFailed(PipoError):

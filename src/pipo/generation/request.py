@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
 from pipo.base.errors import UsageError
@@ -30,6 +30,7 @@ class SamplingParams:
     stop: Sequence[str] = ()  # kept as a tuple
     logprobs: int | None = None  # alternatives to list with each token; 0 is the token alone
     ignore_eos: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these tokens; -inf forbids
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -61,6 +62,33 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         is_off = self.repeat_penalty == 1 and self.presence_penalty == 0 and self.frequency_penalty == 0
         return not is_off and self.repeat_last_n != 0
+
+
+class ConstraintKind(Enum):
+    """How a constraint is written. Source: llguidance."""
+
+    JSON_OBJECT = "json_object"  # any JSON object; the text is empty
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    GRAMMAR = "grammar"  # Lark
+
+
+@dataclass(frozen=True, slots=True)
+class ConstraintSpec:
+    """What an answer must look like, as text, so that it can go to another process."""
+
+    kind: ConstraintKind
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence that is to be answered. `adapters` is what AdapterSet is: None for all that are loaded."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    adapters: str | Mapping[str, float] | None = None
+    constraint: ConstraintSpec | None = None
 
 
 class FinishReason(Enum):
