@@ -35,11 +35,12 @@ from pipo.model_file import ModelFile
 from pipo.pipeline.assembly import Assembly
 from pipo.pipeline.expert_stages import NoteRouting
 from pipo.pipeline.stage_graphs import Compute
-from pipo.plan import Plan, PlanMaker, check_adapter_types, check_types, open_adapters
+from pipo.plan import Plan, PlanMaker
 from pipo.planner.cost import PassLoad
 from pipo.planner.predict import Workload
 from pipo.planner.simulate import Forecast
 from pipo.text.chat_template import Message
+from pipo.type_checks import check_adapter_types, check_types, open_adapters
 from pipo.window_plan import plan_windows
 
 TRACE_SHARE = 16  # the zones of a trace may take this fraction of the budget

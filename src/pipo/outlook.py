@@ -23,11 +23,12 @@ from pipo.hardware.probe import PROBE_BYTES, Progress
 from pipo.model_file import PROCESS_BYTES, ModelFile
 from pipo.pipeline.device_layout import AbsentDevice
 from pipo.pipeline.stage_graphs import Compute
-from pipo.plan import Plan, PlanMaker, check_types, open_adapters, probe_kind, process_bytes_now
+from pipo.plan import Plan, PlanMaker, probe_kind, process_bytes_now
 from pipo.planner.batch import BatchCurve, BatchPoint, batch_point
 from pipo.planner.experts import ExpectedRouting
 from pipo.planner.predict import Workload, decode_load
 from pipo.planner.variations import with_compute, with_drive, with_link
+from pipo.type_checks import check_types, open_adapters
 
 MORE_MEMORY, FASTER = 1.5, 2.0  # what "what would help most" tries
 MAX_SEQUENCES = 4096  # at which the adviser stops looking

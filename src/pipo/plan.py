@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from pipo.base.adapter import Adapter, NamedAdapter
+from pipo.base.adapter import NamedAdapter
 from pipo.base.config import EngineConfig
-from pipo.base.errors import OverBudget, UnsupportedModel, UsageError
+from pipo.base.errors import OverBudget, UsageError
 from pipo.base.machine import MachineProfile
-from pipo.base.manifest import TensorSpec
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import MIB, PAGE_BYTES, round_down, round_up
 from pipo.compute.device import ComputeDevice
 from pipo.compute.devices import CpuBackend
-from pipo.compute.ggml import Library
 from pipo.device_shares import DeviceShares
 from pipo.hardware.cache import known_profile, tells_of_a_drive
 from pipo.hardware.drive import DriveRate
@@ -25,7 +24,7 @@ from pipo.hardware.probe import PROBE_BYTES, Progress, Scope, probe
 from pipo.kvcache.cache import ROWS_PER_PAGE
 from pipo.model_file import PROCESS_BYTES, ModelFile
 from pipo.models.stage import banks_of
-from pipo.pipeline.adapters import specs_of
+from pipo.native import NativeWeights, Weights
 from pipo.pipeline.blueprint import NARROW_DRIVE, Blueprint, choose_layouts, demand
 from pipo.pipeline.device_layout import AbsentDevice
 from pipo.pipeline.device_share import DeviceShare
@@ -69,6 +68,13 @@ class Plan:
         return self.blueprint.device
 
     @property
+    def native_file(self) -> Path | None:
+        """That has weights repacked for this CPU, if any are read from one."""
+        specs = (spec for stage in self.blueprint.stages for spec in stage.specs)
+        found = next((spec for spec in specs if spec.is_repacked), None)
+        return None if found is None else self.blueprint.manifest.files[found.extent.file_idx]
+
+    @property
     def adapters(self) -> Sequence[NamedAdapter]:
         """That the engine begins with."""
         return self.blueprint.named_adapters
@@ -93,33 +99,6 @@ class Plan:
         """Seconds the drive needs for what one pass streams: no engine on this drive can be faster."""
         experts = self.prediction.expert_bytes if self.prediction else 0.0
         return (self.in_use.streamed_bytes + experts) / self.drive.bytes_per_s
-
-
-def check_types(lib: Library, model: ModelFile) -> None:
-    """Raises UnsupportedModel where this libggml has no products with a type of the model's."""
-    _check_types(lib, model.manifest.name, model.manifest.tensors.values())
-
-
-def check_adapter_types(lib: Library, adapter: Adapter) -> None:
-    """The same for an adapter."""
-    _check_types(lib, str(adapter.path), specs_of(adapter))
-
-
-def open_adapters(lib: Library, model: ModelFile, config: EngineConfig) -> list[NamedAdapter]:
-    """Those that the engine begins with. Raises ModelError, UsageError, ReadFailed."""
-    opened = model.open_adapters(config.lora)
-    for named in opened:
-        check_adapter_types(lib, named.adapter)
-    return opened
-
-
-def _check_types(lib: Library, of: str, specs: Iterable[TensorSpec]) -> None:
-    for spec in specs:
-        if not lib.multiplies(spec.type):
-            raise UnsupportedModel(
-                f"{of}: {spec.name} is {spec.type.name}, which libggml {lib.version_text} does not compute",
-                hint=None if lib.computes(spec.type) else "pip install 'pipo[native]' brings a newer libggml",
-            )
 
 
 class PlanMaker:
@@ -147,13 +126,14 @@ class PlanMaker:
         self._host = host or ThisHost(config)
         self._routing = routing or ASSUMED
         self._adapters = tuple(adapters)
+        self._weights = NativeWeights(model, compute.repack, config.layout)
         self._shares = DeviceShares(model, config, compute, device, self._host, [each.adapter for each in adapters])
 
     def reshaped(self, *, prefill_chunk: int, max_outputs: int) -> PlanMaker:
         """One for passes of so many tokens, and positions among them that ask for logits; all else is the same."""
         config = replace(self.config, prefill_chunk=prefill_chunk, max_outputs=max_outputs)
         other = PlanMaker(self._model, config, self._compute, self._device, self._host, self._routing, self._adapters)
-        other.kept_bytes = self.kept_bytes
+        other.kept_bytes, other._weights = self.kept_bytes, self._weights
         return other
 
     def make(
@@ -238,11 +218,10 @@ class PlanMaker:
 
     def _variants(self, plan: Plan) -> Iterator[Plan]:
         """The same limits with other choices; those that do not fit are left out."""
-        layouts = [plan.blueprint.layouts]
+        blueprints = [plan.blueprint]
         if self.config.layout == "auto" and plan.repacked_types:
-            layouts.append(WeightLayouts(frozenset()))
-        for layout in layouts:
-            blueprint = replace(plan.blueprint, layouts=layout)
+            blueprints.append(_over(plan.blueprint, self._weights.plain, WeightLayouts(frozenset())))
+        for blueprint in blueprints:
             wanted = self._demand(blueprint, plan.context_tokens, plan.limit_bytes)
             for chunk in wanted.chunks:
                 with suppress(OverBudget):
@@ -271,7 +250,7 @@ class PlanMaker:
         """The plan as the planner's arithmetic sees it."""
         hyper, kv = self._model.manifest.hyper, plan.blueprint.kv_shape(plan.context_tokens)
         types, adapters = (kv.type_k, kv.type_v), plan.blueprint.adapters
-        costs = stage_costs(self._model.stages, plan.blueprint.layouts, hyper, types, adapters)
+        costs = stage_costs(plan.blueprint.stages, plan.blueprint.layouts, hyper, types, adapters)
         on_device = plan.device.placement if plan.device else None
         shapes = Shapes(costs, hyper.hidden_size)
         return Placed(shapes, machine, plan.placement, on_device, plan.decode_threads, self._routing)
@@ -345,9 +324,9 @@ class PlanMaker:
 
     def _blueprint(self, all_resident: bool, drive: DriveSettings, share: DeviceShare | None) -> Blueprint:
         there = share.tensors if share else frozenset()
-        model, config = self._model, self.config
-        layouts = choose_layouts(model.stages, self._compute.repack, config.layout, all_resident, there)
-        return Blueprint(model.manifest, model.stages, layouts, self._compute, config, drive, share, self._adapters)
+        weights, config = self._weights.repacked(without=there), self.config
+        layouts = choose_layouts(weights.stages, self._compute.repack, config.layout, all_resident, there)
+        return Blueprint(weights.manifest, weights.stages, layouts, self._compute, config, drive, share, self._adapters)
 
     def _plan_of(self, blueprint: Blueprint, placement: Placement, context_tokens: int, limit: int) -> Plan:
         tensors = self._model.manifest.tensors
@@ -357,6 +336,10 @@ class PlanMaker:
 
     def _process_bytes(self) -> int:
         return self._host.process_bytes or process_bytes_now()
+
+
+def _over(blueprint: Blueprint, weights: Weights, layouts: WeightLayouts) -> Blueprint:
+    return replace(blueprint, manifest=weights.manifest, stages=weights.stages, layouts=layouts)
 
 
 def _request_s(plan: Plan) -> float:

@@ -10,8 +10,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import numpy.typing as npt
+import pytest
 
+from pipo.base.tensor_type import TensorType
 from pipo.compute import ggml
+from pipo.compute.repack import RepackBuffer
 from pipo.formats.checkpoint import open_checkpoint
 from pipo.model_file import gguf_text_of_folder
 from pipo.packing.pack import PackReport, pack
@@ -20,6 +23,13 @@ from pipo.packing.plan import PackPlan, plan_pack
 from pipo.packing.types import parse_mix
 
 PLENTY = 1 << 40
+
+
+def without_kernels(type: TensorType) -> pytest.MarkDecorator:
+    """Skips where this CPU has no repacked kernels for the type."""
+    repack = RepackBuffer.find(ggml.load())
+    has_some = repack is not None and repack.supports(type, (256, 8))
+    return pytest.mark.skipif(not has_some, reason=f"this CPU has no repacked kernels for {type.name}")
 
 
 def plan_of(source: Path, type: str, *, limit_bytes: int = PLENTY, threads: int = 2) -> PackPlan:

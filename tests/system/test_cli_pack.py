@@ -64,6 +64,63 @@ def test_the_smallest_budget_is_named_and_kept(pipo: CommandLine, smollm2_path: 
         assert cached_bytes(path) < 8 << 20
 
 
+def test_a_native_layout_lies_beside(pipo: CommandLine, tmp_path: Path) -> None:
+    """Of SmolLM2 only `ffn_down` has rows for Q4_K."""
+    out, beside = tmp_path / "out.gguf", tmp_path / "out.gguf.native"
+    packed = pipo("pack", "smollm2", "--type", "q4_k", "--layout", "native", "-o", str(out))
+    if "nothing to gain" in packed.err:
+        pytest.skip("this CPU has no repacked kernels for Q4_K")
+    assert (packed.code, packed.out) == (0, f"{out}\n{beside}\n")
+    question = ("run", str(out), "Name the capital of France.", "--temp", "0", "-n", "12", "--ram", "110MB")
+    answered = pipo(*question, "--layout", "native")
+    assert answered.code == 0 and "repacked Q4_K weights from out.gguf.native" in answered.err
+    assert "Paris" in answered.out
+    again = pipo("pack", str(out), "--layout", "native")
+    assert again.code == 2 and "is there already, and right for this CPU" in again.err
+    assert pipo("verify", str(out)).out.count("intact") == 2
+    with beside.open("r+b") as stream:
+        stream.seek(beside.stat().st_size - 9000)
+        stream.write(b"wrong")
+    damaged = pipo("verify", str(out))
+    assert damaged.code == 1 and f"{beside}: blk." in damaged.err
+    assert pipo("pack", str(out), "--layout", "native", "--overwrite").code == 0
+    assert pipo("verify", str(out), "--json").json["native"]["status"] == "intact"
+
+
+def test_a_native_layout_that_was_ended_is_continued(pipo: CommandLine, tmp_path: Path) -> None:
+    out, whole = tmp_path / "out.gguf", tmp_path / "whole.native"
+    assert pipo("pack", "smollm2", "--type", "q4_k", "-o", str(out)).code == 0
+    command, beside = ("pack", str(out), "--layout", "native", "--json", "-q"), Path(f"{out}.native")
+    if "nothing to gain" in pipo(*command).err:
+        pytest.skip("this CPU has no repacked kernels for Q4_K")
+    beside.rename(whole)
+    process, journal = pipo.start(*command), Path(f"{beside}.part.journal")
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9, "it was done before it could be ended"
+    assert not beside.exists()
+    assert pipo(*command).json["resumed_tensors"] >= 1
+    assert beside.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--layout", "native", "-o", "x.gguf"), "-o names a file of another type"),
+        (("--type", "q4_k", "--layout", "odd"), "--layout 'odd' is not known"),
+        (("--layout", "native"), "there is nothing to gain"),
+        (("--type", "q4_0", "--layout", "native", "-o", "never.gguf"), "there is nothing to gain"),
+    ],
+)
+def test_layouts_that_are_refused(pipo: CommandLine, arguments: tuple[str, ...], words: str) -> None:
+    """SmolLM2 is Q4_1, which has no repacked kernels."""
+    refused = pipo("pack", "smollm2", *arguments)
+    assert refused.code in (1, 2) and words in refused.err
+    assert not Path("never.gguf").exists()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ended_it_goes_on_with_the_same_command(
     pipo: CommandLine, tmp_path: Path, number: signal.Signals, code: int

@@ -12,7 +12,7 @@ from pipo.base.cores import available_cores
 from pipo.base.errors import UsageError
 
 SCHEDULE_NAMES = ("pipelined", "sequential", "layer")
-LAYOUT_NAMES = ("auto", "plain", "repacked")
+LAYOUT_NAMES = ("auto", "plain", "repacked", "native")
 COMPUTE_NAMES = ("auto", "device")
 CACHE_TYPE_NAMES = ("f16", "f32", "q8_0", "q4_0")
 MAX_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h; it checks none: 20,000 hang, and 2^31 wrap around to none
@@ -41,7 +41,7 @@ class EngineConfig:
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
     schedule: str = "pipelined"
-    layout: str = "auto"  # of weights with repacked kernels
+    layout: str = "auto"  # of weights with repacked kernels; "native" wants the file that `pipo pack` writes beside
     prefill_chunk: int | None = None
     max_outputs: int = 1  # positions of one pass that may ask for logits
     num_sequences: int = 1  # that have keys and values at a time, for Engine.complete_batch

@@ -41,7 +41,7 @@ class TensorSpec:
 
     Its bytes are those of `extent`, but for three kinds. A vector may be converted on its way to memory; or be computed
     from the header, with its `values` here and no bytes in the file. The matrices of a three-dimensional one may lie
-    apart, in `slices`, of which `extent` is the first.
+    apart, in `slices`, of which `extent` is the first. `is_repacked`: they are there as a repacked kernel wants them.
     """
 
     name: str
@@ -51,6 +51,7 @@ class TensorSpec:
     conversion: Conversion | None = None
     values: tuple[float, ...] = ()
     slices: tuple[Extent, ...] = ()
+    is_repacked: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -61,6 +62,10 @@ class TensorSpec:
     def extents(self) -> tuple[Extent, ...]:
         """All its bytes in the files."""
         return self.slices or (self.extent,)
+
+    def repacked_in(self, file_idx: int) -> TensorSpec:
+        """The same, with repacked bytes at the same offset of this file."""
+        return replace(self, extent=replace(self.extent, file_idx=FileIdx(file_idx)), is_repacked=True)
 
     def matrix(self, idx: int) -> TensorSpec:
         """One matrix of a three-dimensional tensor, named `blk.0.ffn_up_exps.weight[3]`."""

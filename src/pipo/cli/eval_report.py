@@ -9,7 +9,16 @@ from pathlib import Path
 
 from pipo.answering import Report
 from pipo.base.units import format_rate, format_size
-from pipo.cli.report import part_text, plan_dict, plan_rows, rate_text, seconds_text, stats_dict, stats_text
+from pipo.cli.report import (
+    layout_text,
+    part_text,
+    plan_dict,
+    plan_rows,
+    rate_text,
+    seconds_text,
+    stats_dict,
+    stats_text,
+)
 from pipo.cli.session import Session
 from pipo.cli.terminal import Row, print_note, print_rows, stderr, stdout, write_json
 from pipo.generation.scoring import (
@@ -50,12 +59,11 @@ class Findings:
 def start_rows(windows: Windows, plan: Plan) -> Iterator[Row]:
     """What is said before a run."""
     yield from (row for row in plan_rows(plan) if row[0] not in ("prefill", "decode"))
-    layout = f"repacked {', '.join(plan.repacked_types)}" if plan.repacked_types else "plain"
     chunk, max_outputs = plan.placement.chunk.num_tokens, plan.blueprint.num_outputs
     each = sum(1 for _ in windows.passes(chunk, max_outputs))
     yield (
         "passes",
-        f"{each} a window, of {chunk} tokens, {min(max_outputs, chunk)} of them scored, at most, {layout} weights",
+        f"{each} a window, of {chunk} tokens, {min(max_outputs, chunk)} of them scored, at most, {layout_text(plan)}",
     )
     yield (
         "windows",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,13 +16,17 @@ from pipo.cli.prompt import only_model
 
 if TYPE_CHECKING:
     from pipo.base.manifest import Manifest
+    from pipo.compute.ggml import Library
+    from pipo.formats.checkpoint import Checkpoint
     from pipo.packing.pack import PackReport
     from pipo.packing.plan import PackPlan
+    from pipo.packing.types import Mix
 
 # `Model.Q4_K_M`, `model-f16`: what a name says of the type goes, the new one comes
 _TYPE_SUFFIX = re.compile(r"[.-](?:i?q\d\w*|b?f16|f32|mxfp4)$", re.IGNORECASE)
 _SHARD_SUFFIX = re.compile(r"-\d{5}-of-\d{5}$")
 _MAX_NAMED = 3
+_LAYOUTS = ("plain", "native")
 
 
 def pack(
@@ -31,6 +36,10 @@ def pack(
         str | None,
         typer.Option("--type", metavar="TYPE", help="q4_0, q4_k_m, q8_0, f16, …: what most weights become."),
     ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(metavar="|".join(_LAYOUTS), help="native: also, beside the file, what this CPU's kernels want."),
+    ] = "plain",
     out: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="FILE", help="Where to; MODEL.TYPE.gguf in this folder otherwise."),
@@ -49,45 +58,87 @@ def pack(
     """Quantise a model into one GGUF, laid out in the order of a pass and with checksums.
 
     MODEL may be a Hugging Face folder. llama.cpp reads what comes out. What was interrupted is continued by the same
-    command.
+    command. `--layout native` without a type writes beside MODEL as it is.
     """
     from pipo.base.errors import UsageError
     from pipo.packing.types import MIXES, parse_mix
 
-    name = only_model(model, model_flag)
-    if type_ is None:
+    name, is_native = only_model(model, model_flag), layout == "native"
+    if layout not in _LAYOUTS:
+        raise UsageError(f"--layout {layout!r:.80} is not known", hint=f"one of {', '.join(_LAYOUTS)}")
+    if type_ is None and not is_native:
         raise UsageError("which type?", hint=f"--type {'|'.join(MIXES)}")
-    mix = parse_mix(type_)
+    if type_ is None and out is not None:
+        raise UsageError("-o names a file of another type", hint="--type says which; without it, leave -o out")
+    mix = None if type_ is None else parse_mix(type_)
     config = make_config(MemoryFlags(ram=ram), ComputeFlags(threads=threads))
 
-    from pipo.cli.bars import byte_bar
-    from pipo.cli.terminal import print_note, write_json
     from pipo.compute import ggml
     from pipo.formats.checkpoint import open_checkpoint
     from pipo.hardware.budget import ram_bytes
-    from pipo.model_file import gguf_text_of_folder
     from pipo.models.registry import check_architecture
-    from pipo.packing.pack import pack as write_pack
-    from pipo.packing.plan import check_output, plan_pack
     from pipo.store.library import resolve_model
 
     checkpoint = open_checkpoint(resolve_model(name), check_architecture)
-    path = out or Path(default_name(checkpoint.manifest, mix.name))
-    check_output(path, checkpoint.manifest, overwrite=overwrite)
-    lib, limit_bytes = ggml.load(), ram_bytes(config.ram)
-    text = gguf_text_of_folder(checkpoint, limit_bytes)
-    entries, losses = ([], ()) if text is None else (text.entries, text.losses)
-    plan = plan_pack(checkpoint, mix, lib, limit_bytes, config.num_threads, entries)
-    _say_what_is_lost(plan, losses, output)
-    with byte_bar(f"packing to {mix.name}", output) as advance:
-        report = write_pack(plan, path, lib, on_progress=advance)
-    _warn_of_excess(plan, report)
-    if json:
-        write_json(pack_dict(plan, report))
-        return
-    print(report.path)
-    if not output.quiet:
-        print_note(_closing_line(plan, report))
+    packing = _Packing(ggml.load(), ram_bytes(config.ram), config.num_threads, output, overwrite, json)
+    if mix is not None:
+        path = out or Path(default_name(checkpoint.manifest, mix.name))
+        packing.quantise(checkpoint, mix, path, is_native=is_native)
+        checkpoint = open_checkpoint(path, check_architecture) if is_native else checkpoint
+    if is_native:
+        packing.repack(checkpoint)
+
+
+@dataclass(frozen=True, slots=True)
+class _Packing:
+    """What the files of one command have in common."""
+
+    lib: Library
+    limit_bytes: int
+    num_threads: int
+    output: OutputFlags
+    overwrite: bool
+    json: bool
+
+    def quantise(self, checkpoint: Checkpoint, mix: Mix, path: Path, *, is_native: bool) -> None:
+        from pipo.model_file import gguf_text_of_folder
+        from pipo.packing.native import check_gain
+        from pipo.packing.plan import check_output, plan_pack
+
+        hint = f"`pipo pack {path} --layout native` writes what is missing beside it" if is_native else None
+        check_output(path, checkpoint.manifest, overwrite=self.overwrite, hint=hint)
+        text = gguf_text_of_folder(checkpoint, self.limit_bytes)
+        entries, losses = ([], ()) if text is None else (text.entries, text.losses)
+        plan = plan_pack(checkpoint, mix, self.lib, self.limit_bytes, self.num_threads, entries)
+        if is_native:
+            check_gain(plan.layout, self.lib, checkpoint.manifest.name)
+        _say_what_is_lost(plan, losses, self.output)
+        self._write(plan, path, f"packing to {mix.name}")
+
+    def repack(self, checkpoint: Checkpoint) -> None:
+        """Beside the model's file. One that another libggml or CPU made, or of another version, is replaced."""
+        from pipo.base.errors import UsageError
+        from pipo.packing.native import is_current, native_output, plan_native
+
+        path = native_output(checkpoint)
+        if not self.overwrite and is_current(checkpoint, self.lib):
+            raise UsageError(f"{path} is there already, and right for this CPU", hint="--overwrite makes it anew")
+        self._write(plan_native(checkpoint, self.lib, self.limit_bytes, self.num_threads), path, "repacking")
+
+    def _write(self, plan: PackPlan, path: Path, what: str) -> None:
+        from pipo.cli.bars import byte_bar
+        from pipo.cli.terminal import print_note, write_json
+        from pipo.packing.pack import pack as write_pack
+
+        with byte_bar(what, self.output) as advance:
+            report = write_pack(plan, path, self.lib, on_progress=advance)
+        _warn_of_excess(plan, report)
+        if self.json:
+            write_json(pack_dict(plan, report))
+            return
+        print(report.path)
+        if not self.output.quiet:
+            print_note(_closing_line(plan, report))
 
 
 def default_name(manifest: Manifest, type_name: str) -> str:

@@ -35,10 +35,16 @@ def plan_rows(plan: Plan) -> Iterator[Row]:
         yield "adapters" if i == 0 else "", _adapter_text(named)
     if plan.device is not None:
         yield "device", _device_text(plan.device)
-    layout = f"repacked {', '.join(plan.repacked_types)}" if plan.repacked_types else "plain"
-    yield "prefill", f"{placement.chunk.num_tokens} tokens a pass, {layout} weights"
+    yield "prefill", f"{placement.chunk.num_tokens} tokens a pass, {layout_text(plan)}"
     if plan.decode_threads:
         yield "decode", f"on {plan.decode_threads} of {config.num_threads} threads, which leaves a core to the drive"
+
+
+def layout_text(plan: Plan) -> str:
+    if not plan.repacked_types:
+        return "plain weights"
+    where = f" from {plan.native_file.name}" if plan.native_file else ""
+    return f"repacked {', '.join(plan.repacked_types)} weights{where}"
 
 
 def _adapter_text(named: NamedAdapter) -> str:
@@ -207,6 +213,7 @@ def plan_dict(plan: Plan) -> dict[str, object]:
         "prefill_chunk": placement.chunk.num_tokens,
         "decode_threads": plan.decode_threads or plan.blueprint.config.num_threads,
         "repacked_types": list(plan.repacked_types),
+        "native_file": str(plan.native_file) if plan.native_file else None,
         "drive_bytes_per_s": plan.drive.bytes_per_s,
         "experts": _experts_dict(plan) if placement.num_experts else None,
         "adapters": [_adapter_dict(named) for named in plan.adapters],

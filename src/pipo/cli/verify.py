@@ -19,7 +19,8 @@ def verify(
 ) -> None:
     """Read a whole model file and compare it with the checksums that `pipo pack` wrote into it.
 
-    Of a file without checksums: its header, its bounds, and that every weight is a finite number; ends with 3 then.
+    Its weights in another layout, FILE.native, too. Of a file without checksums: its header, its bounds, and that every
+    weight is a finite number; ends with 3 then.
     """
     name = only_model(model, model_flag)
 
@@ -28,24 +29,30 @@ def verify(
     from pipo.cli.bars import byte_bar
     from pipo.cli.terminal import write_json
     from pipo.compute import ggml
+    from pipo.formats.native import native_path
     from pipo.packing.verify import verify as look
     from pipo.store.library import resolve_model
 
     threads = min(available_cores(), MAX_THREADS)
-    with byte_bar("verifying", output) as advance:
-        verdict = look(resolve_model(name), ggml.load(), num_threads=threads, on_progress=advance)
+    path, verdicts = resolve_model(name), []
+    for file in [path, native_path(path)]:
+        if file == path or file.is_file():
+            with byte_bar("verifying", output) as advance:
+                verdicts.append(look(file, ggml.load(), num_threads=threads, on_progress=advance))
+    verdict = verdicts[0]
     if json:
-        write_json(verdict_dict(verdict))
-    if verdict.damage is not None:
-        raise DamagedFile(damage_text(verdict.damage), hint="fetch or pack the file again")
+        write_json(verdict_dict(verdict) | {"native": verdict_dict(verdicts[1]) if verdicts[1:] else None})
+    for each in verdicts:
+        if each.damage is not None:
+            raise DamagedFile(damage_text(each.damage), hint="fetch or pack the file again")
     if not verdict.has_checksums:
         raise NoChecksums(
             f"{verdict.files[0]} has no checksums to compare with: its header is sound, every tensor lies within the "
             f"file and every weight is a finite number ({_cost_text(verdict)})",
             hint="`pipo pack` writes files with checksums",
         )
-    if not json:
-        print(f"intact: {_cost_text(verdict)}, all checksums as written")
+    for each in () if json else verdicts:
+        print(f"intact: {_cost_text(each)}, all checksums as written")
 
 
 def status_of(verdict: Verdict) -> str:

@@ -9,6 +9,7 @@ Source: ggml-cpu/repack.cpp.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import threading
 from ctypes import c_int64
 
@@ -17,6 +18,9 @@ from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
 from pipo.compute.ggml import GgmlTensor, InitParams, Library
 
 _BUFFER_TYPE_NAME = b"CPU_REPACK"
+# repacking costs more than it saves while weights stream, except where it runs at several GB/s a thread
+FAST_TO_REPACK = frozenset({TensorType.Q4_0, TensorType.IQ4_NL})
+SAMPLE_BLOCKS = 4  # of a row of a sample
 
 
 class RepackBuffer:
@@ -60,6 +64,19 @@ class RepackBuffer:
             return bool(struct.extra)
         finally:
             self._lib.free(context)
+
+    def sample_digest(self, type_: TensorType) -> str:
+        """Equal wherever the kernels of a type want the same bytes: of a sample as this CPU's have it, 32 digits.
+        Empty where it has none.
+        """
+        row_elems = SAMPLE_BLOCKS * type_.block_elems
+        if not self.supports(type_, (row_elems, ROWS_PER_GROUP)):
+            return ""
+        num_bytes = ROWS_PER_GROUP * type_.row_bytes(row_elems)
+        source = (ctypes.c_uint8 * num_bytes)(*(idx * idx * 7 + idx & 255 for idx in range(num_bytes)))
+        target = (ctypes.c_uint8 * num_bytes)()
+        self.repack_rows(type_, row_elems, ROWS_PER_GROUP, ctypes.addressof(source), ctypes.addressof(target))
+        return hashlib.blake2b(target, digest_size=16).hexdigest()
 
     def repack_rows(self, type_: TensorType, row_elems: int, num_rows: int, source: int, target: int) -> None:
         """Repack `num_rows` (whole groups) of `row_elems` elements from `source` to `target`, both addresses.

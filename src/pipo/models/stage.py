@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from pipo.base.manifest import HyperParameters, TensorSpec
@@ -98,11 +98,20 @@ class Stage:
         """Of all that moves, experts as the file has them."""
         return [*self.matrices.values(), *(self.bank.matrices.values() if self.bank else ())]
 
+    def with_specs(self, other: Callable[[TensorSpec], TensorSpec]) -> Stage:
+        """The same stage over weights that lie elsewhere."""
+        bank = self.bank and replace(self.bank, matrices=_with_specs(self.bank.matrices, other))
+        return replace(self, matrices=_with_specs(self.matrices, other), bank=bank)
+
     def signature(self, is_repacked: Callable[[str], bool]) -> tuple[object, ...]:
         """Equal for stages whose graphs are the same but for the addresses of their weights."""
         weights = [(spec.shape, spec.type, is_repacked(spec.name)) for spec in self.specs]
         vectors = [(role, spec.shape, spec.type) for role, spec in self.vectors.items()]
         return (self.kind, self.lay, *self.matrices, *weights, *vectors)
+
+
+def _with_specs(matrices: Mapping[str, TensorSpec], other: Callable[[TensorSpec], TensorSpec]) -> dict[str, TensorSpec]:
+    return {role: other(spec) for role, spec in matrices.items()}
 
 
 def banks_of(stages: Sequence[Stage]) -> list[ExpertBank]:

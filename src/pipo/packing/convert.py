@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipo.base.errors import MalformedFile, UnsupportedModel
-from pipo.base.tensor_type import TensorType
+from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
 from pipo.base.units import PAGE_BYTES, round_down, round_up
 from pipo.compute.dequantise import Dequantiser
 from pipo.compute.ggml import Library
+from pipo.compute.repack import RepackBuffer
 from pipo.packing.types import TensorPlan
 from pipo.tiers.ram import Place
 from pipo.transfer.files import UncachedFile
@@ -61,8 +62,10 @@ class WorkspaceSizes:
 
 def group_rows(tensor: TensorPlan, group_bytes: int) -> int:
     """Rows of a group of at most so many bytes of its widest form; one at least."""
-    widest = tensor.source_row_bytes if tensor.is_copied else tensor.row_elems * 4
+    widest = tensor.source_row_bytes if tensor.is_copied or tensor.is_repacked else tensor.row_elems * 4
     num_rows = min(max(group_bytes // widest, 1), tensor.run_rows)
+    if tensor.is_repacked:
+        return max(round_down(num_rows, ROWS_PER_GROUP), ROWS_PER_GROUP)
     return max(round_down(num_rows, 2), 2) if tensor.head_rows else num_rows  # pairs stay together
 
 
@@ -84,9 +87,17 @@ def workspace_sizes(tensors: Sequence[TensorPlan], group_bytes: int) -> Workspac
 class Converter:
     """Reads groups of rows and converts them. Threads: any, each with a workspace of its own."""
 
-    def __init__(self, lib: Library, files: Sequence[UncachedFile], tensors: Sequence[TensorPlan]) -> None:
+    def __init__(
+        self,
+        lib: Library,
+        files: Sequence[UncachedFile],
+        tensors: Sequence[TensorPlan],
+        repack: RepackBuffer | None = None,
+    ) -> None:
+        """`repack` is there where a tensor is to be repacked."""
         self._lib = lib
         self._files = files
+        self._repack = repack
         types = {tensor.stored_type for tensor in tensors if not tensor.is_copied}
         self._dequantisers: Mapping[TensorType, Dequantiser] = {type_: Dequantiser(lib, type_) for type_ in types}
 
@@ -100,6 +111,8 @@ class Converter:
             return read_rows(self._files, group, workspace.raw)[0]
         if tensor.is_computed:
             return _computed(group, workspace.floats)
+        if tensor.is_repacked:
+            return self._repacked(group, workspace)
         address, values = self.decode(group, workspace)
         check_values(group, self._files[tensor.source.extent.file_idx].path, values)
         if tensor.type is TensorType.F32:
@@ -109,6 +122,13 @@ class Converter:
         )
         assert written == group.num_rows * tensor.row_bytes
         return workspace.out.view[:written]
+
+    def _repacked(self, group: RowGroup, workspace: Workspace) -> memoryview:
+        assert self._repack is not None
+        raw, skip = read_rows(self._files, group, workspace.raw)
+        source, target = workspace.raw.address + skip, workspace.out.address
+        self._repack.repack_rows(group.tensor.type, group.tensor.row_elems, group.num_rows, source, target)
+        return workspace.out.view[: len(raw)]
 
     def decode(self, group: RowGroup, workspace: Workspace) -> tuple[int, Floats]:
         """The group as float32: its address, and the same as an array. Raises TransferError."""
@@ -218,6 +238,8 @@ def _sizes(tensor: TensorPlan, num_rows: int) -> tuple[int, int, int]:
         raw += 2 * _half_bytes(tensor, num_rows)
     if tensor.is_copied:
         return raw, 0, 0
+    if tensor.is_repacked:
+        return raw, 0, num_rows * tensor.row_bytes
     is_read_as_it_is = tensor.stored_type is TensorType.F32 and not tensor.is_computed
     floats = 0 if is_read_as_it_is else num_rows * tensor.row_elems * 4
     return raw, floats, 0 if tensor.type is TensorType.F32 else num_rows * tensor.row_bytes

@@ -31,12 +31,12 @@ from pipo.packing.types import EMBEDDING_TABLE, QUANTIZATION_VERSION, Mix, Tenso
 
 ALIGNMENT = PAGE_BYTES
 _VERSION_KEY, _VERSION = "pipo.pack.version", 1
-_ALIGNMENT_KEY, _FILE_TYPE_KEY = "general.alignment", "general.file_type"
+ALIGNMENT_KEY, _FILE_TYPE_KEY = "general.alignment", "general.file_type"
 _QUANTIZATION_KEY = "general.quantization_version"
 _ROTATED = re.compile(r"blk\.\d+\.attn_[qk]\.(?:weight|bias)")
 # of the source, which are written anew or mean nothing in a file that holds all
 REPLACED_KEYS = frozenset(
-    {_ALIGNMENT_KEY, _FILE_TYPE_KEY, _QUANTIZATION_KEY, "split.no", "split.count", "split.tensors.count"}
+    {ALIGNMENT_KEY, _FILE_TYPE_KEY, _QUANTIZATION_KEY, "split.no", "split.count", "split.tensors.count"}
 )
 
 
@@ -74,15 +74,21 @@ def lay_out(manifest: Manifest, stages: Sequence[Stage], mix: Mix, source_entrie
     )
     entries = (
         *source_entries,
-        count_entry(_ALIGNMENT_KEY, ALIGNMENT),
+        count_entry(ALIGNMENT_KEY, ALIGNMENT),
         count_entry(_FILE_TYPE_KEY, mix.file_type),
         count_entry(_QUANTIZATION_KEY, QUANTIZATION_VERSION),
         count_entry(_VERSION_KEY, _VERSION),
     )
+    return laid_out(tensors, entries)
+
+
+def laid_out(tensors: Sequence[TensorPlan], entries: Sequence[bytes]) -> PackLayout:
+    """One after another, each on a page. `entries` are all keys but those of the checksums."""
     blank = _with_checksums(entries, [NO_CHECKSUM] * len(tensors), NO_CHECKSUM)
     data_start = len(header_bytes(blank, _table(tensors), ALIGNMENT))
     *offsets, end = tensor_offsets((tensor.num_bytes for tensor in tensors), ALIGNMENT)
-    return PackLayout(tensors, entries, tuple(data_start + each for each in offsets), data_start + end, data_start)
+    places = tuple(data_start + each for each in offsets)
+    return PackLayout(tuple(tensors), tuple(entries), places, data_start + end, data_start)
 
 
 def in_pass_order(manifest: Manifest, stages: Sequence[Stage]) -> Iterator[TensorSpec]:

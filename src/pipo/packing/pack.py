@@ -21,6 +21,7 @@ from pipo.base.errors import PipoError
 from pipo.base.manifest import Manifest
 from pipo.base.units import MIB
 from pipo.compute.ggml import Library
+from pipo.compute.repack import RepackBuffer
 from pipo.hardware.memory import PeakSampler
 from pipo.packing.checksums import Hash
 from pipo.packing.convert import Converter, RowGroup, Workspace, groups_of
@@ -108,11 +109,22 @@ def _write(job: _Job, lib: Library) -> None:
         arena = resources.enter_context(_arena(memory, ledger))
         files = [_opened(plan.manifest, idx, resources) for idx in range(len(plan.manifest.files))]
         writer = _Writer(job, arena.take(memory.staging_bytes))
-        _convert_all(job, Converter(lib, files, plan.layout.tensors), _workspaces(memory, arena), writer)
+        repack = _repack_buffer(plan, lib, resources)
+        _convert_all(job, Converter(lib, files, plan.layout.tensors, repack), _workspaces(memory, arena), writer)
         for file in files:
             file.check_path()
         writer.write_header()
     job.peak.sample()
+
+
+def _repack_buffer(plan: PackPlan, lib: Library, resources: ExitStack) -> RepackBuffer | None:
+    """Where a tensor is to be repacked."""
+    if not any(tensor.is_repacked for tensor in plan.layout.tensors):
+        return None
+    repack = RepackBuffer.find(lib)
+    if repack is not None:
+        resources.callback(repack.close)
+    return repack
 
 
 class _Writer:

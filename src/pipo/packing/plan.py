@@ -77,11 +77,11 @@ def plan_pack(
     header_bytes = bare.data_start + source.num_bytes
     memory = fit_memory(bare.tensors, header_bytes, limit_bytes, num_workers, process_bytes_now())
     layout = lay_out(manifest, stages, mix, source.read())
-    return PackPlan(manifest, layout, memory, limit_bytes, _identity(manifest, layout, lib))
+    return PackPlan(manifest, layout, memory, limit_bytes, identity_of(manifest, layout, lib))
 
 
-def check_output(path: Path, manifest: Manifest, *, overwrite: bool) -> None:
-    """Raises UsageError where the file would replace what it must not, or cannot be."""
+def check_output(path: Path, manifest: Manifest, *, overwrite: bool, hint: str | None = None) -> None:
+    """Raises UsageError where the file would replace what it must not, or cannot be; `hint` where it is there."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -94,7 +94,8 @@ def check_output(path: Path, manifest: Manifest, *, overwrite: bool) -> None:
     if any(path.samefile(file) for file in manifest.files):
         raise UsageError(f"{path} is the model itself", hint="name another file with -o")
     if not overwrite:
-        raise UsageError(f"{path} is there already", hint="--overwrite replaces it, -o names another file")
+        more = f"; {hint}" if hint else ""
+        raise UsageError(f"{path} is there already", hint=f"--overwrite replaces it, -o names another file{more}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def _entries_of(checkpoint: Checkpoint, text_entries: Sequence[bytes]) -> _Sourc
     return _SourceEntries(sum(map(len, entries)), lambda: entries)
 
 
-def _identity(manifest: Manifest, layout: PackLayout, lib: Library) -> Identity:
+def identity_of(manifest: Manifest, layout: PackLayout, lib: Library) -> Identity:
     sources = [
         [str(file.resolve()), identity.inode, identity.num_bytes, identity.modified_ns]
         for file, identity in zip(manifest.files, manifest.identities, strict=True)

@@ -86,12 +86,14 @@ class TensorPlan:
     """One tensor on its way. `wanted` differs from `type` where the type's block does not divide the rows.
 
     `head_rows`, if not 0: the rows of each head lie as two halves in the source, and become pairs side by side.
+    `is_repacked`: of the same type, as a repacked kernel wants it.
     """
 
     source: TensorSpec
     type: TensorType
     wanted: TensorType
     head_rows: int = 0
+    is_repacked: bool = False
 
     @property
     def name(self) -> str:
@@ -115,12 +117,13 @@ class TensorPlan:
 
     @property
     def is_copied(self) -> bool:
-        return self.type is self.stored_type and not self.added and not self.is_computed
+        is_same = self.type is self.stored_type and not self.added and not self.is_computed
+        return is_same and not self.is_repacked
 
     @property
     def is_requantised(self) -> bool:
         """What it loses was decided twice."""
-        return not self.is_copied and self.stored_type not in _PLAIN
+        return self.type is not self.stored_type and self.stored_type not in _PLAIN
 
     @property
     def row_elems(self) -> int:

@@ -178,7 +178,7 @@ class Assembly:
             blueprint.manifest.files,
             blueprint.drive,
             identities=blueprint.manifest.identities,
-            repack=repack_rows if blueprint.layouts.repacked else None,
+            repack=repack_rows if blueprint.repacks else None,
             group_bytes=blueprint.group_bytes,
             ledger=self.ledger,
             tracer=tracer,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from pipo.base.adapter import ADAPTERS, Adapter, NamedAdapter
 from pipo.base.config import EngineConfig
-from pipo.base.manifest import HyperParameters, Manifest
-from pipo.base.tensor_type import ROWS_PER_GROUP, TensorType
+from pipo.base.manifest import HyperParameters, Manifest, TensorSpec
+from pipo.base.tensor_type import ROWS_PER_GROUP
 from pipo.base.units import MIB, PAGE_BYTES, round_up
 from pipo.compute.devices import CpuBackend
-from pipo.compute.repack import RepackBuffer
+from pipo.compute.repack import FAST_TO_REPACK, RepackBuffer
 from pipo.kvcache.cache import CACHE_TYPES, ROWS_PER_PAGE, KvShape, kv_rows_class, kv_shape
 from pipo.models.stage import ShapeClass, Stage, banks_of
 from pipo.pipeline.adapters import adapter_bytes
@@ -35,8 +35,6 @@ GROWTH_BYTES = 12 << 20
 # prose meanwhile, and a text that is refused only once it is encoded may have a quarter too many (Tokenizer.is_longer)
 ENCODING_BYTES_PER_TOKEN = 1000
 ANSWER_BYTES_PER_TOKEN = 256  # of the context: each token of an answer, its text and its places in lists
-# repacking costs more than it saves while weights stream, except where it runs at several GB/s a thread
-FAST_TO_REPACK = frozenset({TensorType.Q4_0, TensorType.IQ4_NL})
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +111,7 @@ class Blueprint:
     @property
     def bounce_bytes(self) -> int:
         """Read buffers of the transfer workers: for rows on their way through repacking, and for embeddings."""
-        is_repacking = bool(self.layouts.repacked)
-        return round_up(self.drive.bounce_bytes(repacks=is_repacking, group_bytes=self.group_bytes), PAGE_BYTES)
+        return round_up(self.drive.bounce_bytes(repacks=self.repacks, group_bytes=self.group_bytes), PAGE_BYTES)
 
     @property
     def experts(self) -> tuple[ExpertClass, ...]:
@@ -129,8 +126,16 @@ class Blueprint:
     @property
     def group_bytes(self) -> int:
         """The largest group of rows that is repacked at once."""
-        specs = (self.manifest.tensors[name] for name in self.layouts.repacked)
-        return ROWS_PER_GROUP * max((spec.type.row_bytes(spec.shape[0]) for spec in specs), default=0)
+        return ROWS_PER_GROUP * max((spec.type.row_bytes(spec.shape[0]) for spec in self._repacked), default=0)
+
+    @property
+    def repacks(self) -> bool:
+        """Some weights change their layout while they are read."""
+        return any(self._repacked)
+
+    @property
+    def _repacked(self) -> Iterator[TensorSpec]:
+        return (spec for stage in self.stages for spec in stage.specs if self.layouts.repacks(spec))
 
 
 def choose_layouts(
@@ -142,15 +147,16 @@ def choose_layouts(
 ) -> WeightLayouts:
     """Which weights to keep repacked, of stages that compute on the CPU. `wanted` is EngineConfig.layout.
 
-    "auto" takes Q4_0 and IQ4_NL always, the other types only when every weight stays in RAM: repacking Q4_K at 2 GB/s
-    a thread would cost a streaming engine more than the faster product gives back.
+    "auto" takes what a file has repacked, Q4_0 and IQ4_NL always, the other types only when every weight stays in RAM:
+    repacking Q4_K at 2 GB/s a thread would cost a streaming engine more than the faster product gives back.
     """
     if repack is None or wanted == "plain":
         return WeightLayouts(frozenset())
     names = set()
     for stage in stages:
         for spec in stage.specs:
-            is_chosen = wanted == "repacked" or all_resident or spec.type in FAST_TO_REPACK
+            is_cheap = all_resident or spec.type in FAST_TO_REPACK
+            is_chosen = spec.is_repacked or wanted == "repacked" or (wanted == "auto" and is_cheap)
             if is_chosen and spec.name not in on_device and repack.supports(spec.type, spec.shape[:2]):
                 names.add(spec.name)
     return WeightLayouts(frozenset(names))

@@ -9,7 +9,6 @@ from pipo.models.stage import ExpertBank, Stage
 from pipo.pipeline.expert_cache import ExpertIds
 from pipo.pipeline.units import Unit, WeightLayouts
 from pipo.planner.residency import UnitId
-from pipo.store.index import layout_unit
 
 
 class ExpertUnits:
@@ -24,11 +23,10 @@ class ExpertUnits:
     def unit(self, unit_id: UnitId) -> Unit:
         block, expert = self.ids.split(unit_id)
         stage_idx, stage, bank = self._banks[block]
-        specs = list(bank.expert(expert).values())
-        repacked = [spec.name for spec in specs if self._layouts.is_repacked(spec.name)]
+        specs = bank.expert(expert).values()
         sizes = {spec.name: spec.num_bytes for spec in specs}
         label = f"expert {stage.block_idx}.{expert}"
-        return Unit(unit_id, stage_idx, label, layout_unit(specs, repacked=repacked), sizes)
+        return Unit(unit_id, stage_idx, label, self._layouts.lay_out(specs), sizes)
 
 
 def expert_slot_bytes(bank: ExpertBank, layouts: WeightLayouts) -> int:
@@ -36,7 +34,7 @@ def expert_slot_bytes(bank: ExpertBank, layouts: WeightLayouts) -> int:
     num_bytes = PAGE_BYTES
     for spec in bank.matrices.values():
         size = round_up(spec.num_bytes // bank.num_experts, PAGE_BYTES)
-        num_bytes += size if layouts.is_repacked(spec.name) else size + PAGE_BYTES
+        num_bytes += size if layouts.repacks(spec) else size + PAGE_BYTES
     return num_bytes
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pipo.compute.device import DevicePlace
 from pipo.kvcache.cache import KvShape, kv_rows_class
-from pipo.models.stage import ShapeClass, StageKind
+from pipo.models.stage import ShapeClass, Stage, StageKind
 from pipo.pipeline.adapters import ActiveAdapters, AdapterStore, Weights
 from pipo.pipeline.buffers import PassBuffers, PassRows
 from pipo.pipeline.embedding import Embedding
@@ -111,7 +111,8 @@ class Forward:
         self._moves_kv = moves_kv
         self._choose_threads = choose_threads
         self._unit_of_stage = model.unit_of_stage
-        self._tied = next((u for u in model.units if _is_plain_table(u) and u.stage_idx not in sides.on_device), None)
+        on_cpu = [unit for unit in model.units if unit.stage_idx not in sides.on_device]
+        self._tied = next((unit for unit in on_cpu if _is_plain_table(unit, model.stages[unit.stage_idx])), None)
         self._pieces = head_pieces(model.stages)
         self._head_rows = [(piece.start, piece.stop) for piece in self._pieces]
         needs = [self._need(i) for i in range(len(model.stages))]
@@ -282,5 +283,6 @@ class Forward:
         return self._model.stages[stage_idx].kind in (StageKind.FINAL_NORM, StageKind.HEAD)
 
 
-def _is_plain_table(unit: Unit) -> bool:
-    return any(read.rows is None for read in unit.layout.reads) and EMBEDDING_TABLE in unit.layout.offsets
+def _is_plain_table(unit: Unit, stage: Stage) -> bool:
+    is_plain = any(read.rows is None for read in unit.layout.reads) and EMBEDDING_TABLE in unit.layout.offsets
+    return is_plain and not any(spec.is_repacked for spec in stage.matrices.values())

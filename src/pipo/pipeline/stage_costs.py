@@ -50,7 +50,7 @@ def _with_adapters(work: StageWork, stage: Stage, adapters: Sequence[Adapter]) -
 def _cost(
     stage: Stage, unit_id: UnitId | None, layouts: WeightLayouts, hyper: HyperParameters, cache_types: CacheTypes
 ) -> StageCost:
-    repacked = [spec.type for spec in stage.matrices.values() if layouts.is_repacked(spec.name)]
+    repacked = [spec.type for spec in stage.matrices.values() if layouts.repacks(spec)]
     attends = stage.kind is StageKind.ATTENTION
     kv_size = hyper.num_kv_heads * hyper.head_dim
     return StageCost(
@@ -66,7 +66,7 @@ def _cost(
 
 def _experts(bank: ExpertBank, layouts: WeightLayouts) -> ExpertWork:
     one = list(bank.expert(0).values())
-    repacked = [spec.type for spec in one if layouts.is_repacked(spec.name)]
+    repacked = [spec.type for spec in one if layouts.repacks(spec)]
     return ExpertWork(
         _work_of(one, layouts), expert_bytes(bank), repacked[0] if repacked else None, bank.num_experts,
         bank.num_experts_per_tok,

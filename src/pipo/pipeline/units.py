@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from pipo.base.manifest import TensorSpec
 from pipo.base.tensor_type import ROWS_PER_GROUP
 from pipo.base.units import PAGE_BYTES
 from pipo.models.stage import Stage, StageKind
@@ -52,22 +53,26 @@ class WeightLayouts:
         """Of a tensor, or of a part of one: rows of the head, or an expert."""
         return name.split("[")[0] in self.repacked
 
-    def lay_out(self, stage: Stage) -> UnitLayout:
-        tensors = list(stage.matrices.values())
-        return layout_unit(tensors, repacked=[t.name for t in tensors if self.is_repacked(t.name)])
+    def repacks(self, spec: TensorSpec) -> bool:
+        """While it is read: the file has it in the plain layout."""
+        return self.is_repacked(spec.name) and not spec.is_repacked
+
+    def lay_out(self, tensors: Collection[TensorSpec]) -> UnitLayout:
+        return layout_unit(list(tensors), repacked=[spec.name for spec in tensors if self.repacks(spec)])
 
 
 def unit_sizes(stages: Sequence[Stage], layouts: WeightLayouts) -> list[UnitSize]:
     """One size per stage that has matrices, in stage order. The head may be cut to the size of an MLP."""
-    largest_mlp = max((layouts.lay_out(s).num_bytes for s in stages if s.kind is StageKind.MLP), default=0)
+    mlps = (stage.matrices.values() for stage in stages if stage.kind is StageKind.MLP)
+    largest_mlp = max((layouts.lay_out(each).num_bytes for each in mlps), default=0)
     return [_size(stage, layouts, largest_mlp) for stage in stages if stage.matrices]
 
 
 def _size(stage: Stage, layouts: WeightLayouts, largest_mlp: int) -> UnitSize:
-    place_bytes = layouts.lay_out(stage).num_bytes
+    place_bytes = layouts.lay_out(stage.matrices.values()).num_bytes
     piece = None
     if stage.kind is StageKind.HEAD and place_bytes > largest_mlp:
-        piece = max(layouts.lay_out(p).num_bytes for p in _pieces(stage, largest_mlp))
+        piece = max(layouts.lay_out(p.matrices.values()).num_bytes for p in _pieces(stage, largest_mlp))
     return UnitSize(ROLES[stage.kind], stage.block_idx, place_bytes, weight_bytes(stage), piece)
 
 
@@ -91,7 +96,8 @@ def make_units(stages: Sequence[Stage], layouts: WeightLayouts) -> list[Unit]:
     for i, stage in enumerate(stages):
         if stage.matrices:
             tensor_bytes = {spec.name: spec.num_bytes for spec in stage.matrices.values()}
-            units.append(Unit(UnitId(len(units)), i, _label(stage), layouts.lay_out(stage), tensor_bytes))
+            layout = layouts.lay_out(stage.matrices.values())
+            units.append(Unit(UnitId(len(units)), i, _label(stage), layout, tensor_bytes))
     return units
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipo.base.errors import ModelNotFound, PipoError
+from pipo.formats.native import native_path
 from pipo.store.fetch import part_path
 from pipo.store.hub_cache import CachedRepo, OutsideCache, files_in, find_repo
 from pipo.store.hub_files import Variant, choose_variant, variants_of
@@ -64,15 +65,20 @@ def _of_own(text: str) -> Removal:
     known = KNOWN_MODELS.get(text.lower())
     if known is not None:
         wheel = known.path.with_name(known.source.file_name)
-        places = [known.path, part_path(known.path), wheel, part_path(wheel)]
+        places = [*_files_of(known.path), wheel, part_path(wheel)]
     elif text and Path(text).name == text and not set(text) & set("/\\\0"):
-        places = [models_folder() / f"{text}.gguf", part_path(models_folder() / f"{text}.gguf")]
+        places = _files_of(models_folder() / f"{text}.gguf")
     else:
         places = []
     paths = tuple(path for path in places if path.is_symlink() or path.is_file())
     if not paths:
         raise ModelNotFound(f"no model here is called {text!r:.80}", hint=_HINT)
     return Removal(known.name if known else text, paths, _own_bytes(paths), lambda: _remove_own(paths))
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A model, what of it was being fetched, and its weights in another layout."""
+    return [path, part_path(path), native_path(path)]
 
 
 def _own_bytes(paths: Sequence[Path]) -> int:
