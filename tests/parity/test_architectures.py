@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as GgufType
 from pipo.base.config import EngineConfig
 from pipo.base.errors import UsageError
 from tests.support import tiny_families, tiny_models
-from tests.support.engines import smallest_ram_bytes, start_engine
+from tests.support.engines import start_engine
 from tests.support.rigs import Rig, read_prompts
 from tests.support.rounding import PRODUCT_ERROR, logit_tolerance
 from tests.support.tiny_models import SPECS, make_model, reference_logits, write_gguf
@@ -24,6 +24,7 @@ from tests.support.truth import (
     MAX_ERROR,
     NUM_TOKENS,
     assert_request_is_answered,
+    assert_right_while_all_streams,
     logits_of,
     model_of,
     relative_error,
@@ -61,9 +62,7 @@ def test_float32(name: str, chunk: int, path_of: PathOf) -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_float32_streamed(name: str, path_of: PathOf) -> None:
-    smallest = smallest_ram_bytes(path_of(name), max_outputs=33, prefill_chunk=33, **F32_CACHE)
-    got = logits_of(path_of(name), name, 33, ram_bytes=smallest)
-    assert relative_error(got, truth_of(name)) < MAX_ERROR
+    assert_right_while_all_streams(path_of(name), name)
 
 
 @pytest.mark.parametrize("name", SPECS)

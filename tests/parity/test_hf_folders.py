@@ -20,6 +20,7 @@ from tests.support.truth import (
     MAX_ERROR,
     NUM_TOKENS,
     assert_request_is_answered,
+    assert_right_while_all_streams,
     logits_of,
     model_of,
     relative_error,
@@ -55,9 +56,7 @@ def test_float32(name: str, chunk: int, folder_of: FolderOf) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_streamed(name: str, folder_of: FolderOf) -> None:
-    smallest = smallest_ram_bytes(folder_of(name), max_outputs=33, prefill_chunk=33, **F32_CACHE)
-    got = logits_of(folder_of(name), name, 33, ram_bytes=smallest)
-    assert relative_error(got, truth_of(name)) < MAX_ERROR
+    assert_right_while_all_streams(folder_of(name), name)
 
 
 @pytest.mark.parametrize("name", SHARDED)

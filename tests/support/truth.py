@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as GgufType
 from transformers import PreTrainedModel
 
 from pipo.generation.request import SamplingParams
-from tests.support.engines import start_engine
+from tests.support.engines import smallest_ram_bytes, start_engine
 from tests.support.tiny_models import SPECS, FloatArray, make_model, reference_logits, rounded_model
 
 MAX_ERROR = 1e-4  # largest difference over largest logit, at each position; 1e-6 to 4e-6 measured
@@ -47,6 +47,12 @@ def relative_error(got: FloatArray, want: FloatArray) -> float:
 
 def rms(errors: FloatArray) -> float:
     return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def assert_right_while_all_streams(path: Path, name: str) -> None:
+    """At the smallest budget."""
+    smallest = smallest_ram_bytes(path, max_outputs=33, prefill_chunk=33, **F32_CACHE)
+    assert relative_error(logits_of(path, name, 33, ram_bytes=smallest), truth_of(name)) < MAX_ERROR
 
 
 def assert_request_is_answered(path: Path, name: str) -> None:

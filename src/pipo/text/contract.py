@@ -20,13 +20,15 @@ class ModelTokenizer(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
-    def longest_token_bytes(self) -> int: ...
+    def longest_token_bytes(self) -> int:
+        """No token stands for more bytes of text than this."""
 
     @property
     def special_ids(self) -> SpecialIds: ...
 
     @property
-    def end_ids(self) -> frozenset[int]: ...
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end a generation."""
 
     @property
     def prefixes_space(self) -> bool: ...

@@ -39,9 +39,10 @@ class HfTokenizer:
         self._decoder = decoder
         self._lock = threading.Lock()  # of the engine's switch for special tokens
         self._kinds, added = _kinds_of(engine, files.vocab_size)
-        self._special_ids = _special_ids(engine, files, self._kinds, added)
+        self.special_ids: SpecialIds = _special_ids(engine, files, self._kinds, added)
+        self.end_ids = self.special_ids.ends
         texts = (engine.id_to_token(i) for i in range(files.vocab_size))
-        self._longest_token_bytes = max((len(text.encode()) for text in texts if text is not None), default=1)
+        self.longest_token_bytes = max((len(text.encode()) for text in texts if text is not None), default=1)
 
     @classmethod
     def from_files(cls, files: HfText) -> HfTokenizer:
@@ -69,20 +70,6 @@ class HfTokenizer:
     @property
     def vocab_size(self) -> int:
         return int(self._engine.get_vocab_size(with_added_tokens=True))
-
-    @property
-    def longest_token_bytes(self) -> int:
-        """No token stands for more bytes of text than this."""
-        return self._longest_token_bytes
-
-    @property
-    def special_ids(self) -> SpecialIds:
-        return self._special_ids
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """The tokens that end a generation."""
-        return self._special_ids.ends
 
     @property
     def prefixes_space(self) -> bool:

@@ -88,10 +88,11 @@ class Tokenizer:
         self.name = name
         self._model = model
         self._kinds = bytes(kinds)
-        self._special_ids = special_ids
+        self.special_ids = special_ids
+        self.end_ids = special_ids.ends
         self._user_defined, self._special = matchers
         self._wrapping = wrapping
-        self._longest_token_bytes = max(len(model.token_text(i).encode()) for i in range(len(kinds)))
+        self.longest_token_bytes = max(len(model.token_text(i).encode()) for i in range(len(kinds)))
 
     @classmethod
     def from_metadata(cls, metadata: TokenizerMetadata) -> Tokenizer:
@@ -122,20 +123,6 @@ class Tokenizer:
         return len(self._kinds)
 
     @property
-    def longest_token_bytes(self) -> int:
-        """No token stands for more bytes of text than this."""
-        return self._longest_token_bytes
-
-    @property
-    def special_ids(self) -> SpecialIds:
-        return self._special_ids
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """The tokens that end a generation."""
-        return self._special_ids.ends
-
-    @property
     def prefixes_space(self) -> bool:
         """Whether `encode` puts a space before text, which `decode` takes away."""
         return self._wrapping.prefixes_space
@@ -151,14 +138,14 @@ class Tokenizer:
         refuse_surrogates(text)
         adds_bos = add_special and self._wrapping.adds_bos
         adds_eos = add_special and self._wrapping.adds_eos
-        ids = self._id_if(adds_bos, self._special_ids.bos)
+        ids = self._id_if(adds_bos, self.special_ids.bos)
         ids += self._encode_parts((self._special if parse_special else self._user_defined).split(text))
-        return ids + self._id_if(adds_eos, self._special_ids.eos)
+        return ids + self._id_if(adds_eos, self.special_ids.eos)
 
     @property
     def begin_ids(self) -> list[int]:
         """What `encode` puts before text: the begin token, where the model has been trained with one."""
-        return self._id_if(self._wrapping.adds_bos, self._special_ids.bos)
+        return self._id_if(self._wrapping.adds_bos, self.special_ids.bos)
 
     def encode_part(self, text: str, *, is_first: bool = False) -> list[int]:
         """Token ids of a part of a plain text, cut where tokens end; only the first one has its space prefixed."""
@@ -181,7 +168,7 @@ class Tokenizer:
     def encode_chat(self, rendered: str) -> list[int]:
         """Token ids of a rendered chat template: special tokens are read, the begin token is there exactly once."""
         ids = self.encode(rendered, add_special=False, parse_special=True)
-        bos = self._id_if(self._wrapping.adds_bos, self._special_ids.bos)
+        bos = self._id_if(self._wrapping.adds_bos, self.special_ids.bos)
         return ids if ids[: len(bos)] == bos else bos + ids
 
     def decode(self, ids: Iterable[int]) -> str:
