@@ -142,7 +142,7 @@ class ModelFile:
     def _refuse_longer(self, text: str, max_tokens: int | None, *, parse_special: bool) -> None:
         if max_tokens is not None and self.tokenizer.is_longer(text, max_tokens, parse_special=parse_special):
             raise ContextOverflow(
-                f"a prompt of {format_size(len(text))} of text does not fit the context of {max_tokens} tokens",
+                f"a prompt of {len(text)} characters does not fit the context of {max_tokens} tokens",
                 hint="a shorter prompt, or a larger context where the model has one",
             )
 

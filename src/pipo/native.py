@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pipo.base.errors import ModelError, TransferError, UsageError
 from pipo.base.manifest import Manifest, TensorSpec
 from pipo.compute.repack import RepackBuffer
-from pipo.formats.native import NativeFile, native_path, open_native, source_of
+from pipo.formats.native import NativeFile, has_place, native_path, open_native, source_of
 from pipo.model_file import ModelFile
 from pipo.models.stage import Stage
 
@@ -37,7 +37,8 @@ class NativeWeights:
             where = native_path(model.manifest.files[0])
             raise UsageError(
                 f"--layout native: {found or f'there is no {where}'}",
-                hint=f"`pipo pack {model.path} --layout native` makes it",
+                hint=f"`pipo pack {model.path} {'' if has_place(model.checkpoint) else '--type q4_k_m -o FILE '}"
+                "--layout native` makes it",
             )
         if isinstance(found, str):
             log.warning("weights=%s repacked=not used reason=%r", model.manifest.name, found)

@@ -21,6 +21,7 @@ from pipo.hardware.drive import DriveRate
 from pipo.hardware.host import GivenHost, ThisHost, rate_of_profile
 from pipo.hardware.probe import PROBE_BYTES, Progress
 from pipo.model_file import PROCESS_BYTES, ModelFile
+from pipo.native import NativeWeights
 from pipo.pipeline.device_layout import AbsentDevice
 from pipo.pipeline.stage_graphs import Compute
 from pipo.plan import Plan, PlanMaker, probe_kind, process_bytes_now
@@ -72,6 +73,8 @@ class Outlook:
         check_types(self._lib, model)
         self._adapters = open_adapters(self._lib, model, config)
         self._compute = Compute(self._lib, CpuBackend(self._lib, config.num_threads), RepackBuffer.find(self._lib))
+        self._weights = NativeWeights(model, self._compute.repack, config.layout)
+        self._plain_weights = NativeWeights(model, None, "plain")
 
     def case_here(self, workload: Workload, context_tokens: int, on_probe: Progress) -> Case:
         """This machine and its limits, as a run would meet them. Measured now where no earlier figures serve, which
@@ -89,7 +92,8 @@ class Outlook:
     ) -> tuple[MachineProfile, DriveRate]:
         files = self._model.manifest.files
         if self._model.has_weights:
-            machine = PlanMaker(self._model, self._config, self._compute, device, host).machine(on_probe)
+            maker = PlanMaker(self._model, self._config, self._compute, device, host, weights=self._weights)
+            machine = maker.machine(on_probe)
             if machine is not None:
                 return machine, host.drive_rate(files)
         kept = kept_profile(files, self._lib, self._config.num_threads, kind=probe_kind(device, PROBE_BYTES))
@@ -131,7 +135,8 @@ class Outlook:
         has_repacked = any(rates.repacked for rates in case.machine.cpu.products.values())
         # kernels that the machine was not measured with are taken not to be there
         compute = self._compute if has_repacked else replace(self._compute, repack=None)
-        return PlanMaker(self._model, config, compute, case.device, host, self._routing, self._adapters)
+        weights = self._weights if has_repacked else self._plain_weights
+        return PlanMaker(self._model, config, compute, case.device, host, self._routing, self._adapters, weights)
 
     def what_would_help(self, case: Case, plan: Plan) -> list[Change]:
         """Other circumstances, one at a time, those that gain most first. Those that do not fit are left out."""

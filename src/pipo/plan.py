@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -117,6 +118,7 @@ class PlanMaker:
         host: Host | None = None,
         routing: ExpectedRouting | None = None,
         adapters: Sequence[NamedAdapter] = (),
+        weights: NativeWeights | None = None,
     ) -> None:
         self.kept_bytes: dict[str, int] = {}
         self._model = model
@@ -126,14 +128,15 @@ class PlanMaker:
         self._host = host or ThisHost(config)
         self._routing = routing or ASSUMED
         self._adapters = tuple(adapters)
-        self._weights = NativeWeights(model, compute.repack, config.layout)
+        self._weights = weights or NativeWeights(model, compute.repack, config.layout)
         self._shares = DeviceShares(model, config, compute, device, self._host, [each.adapter for each in adapters])
 
     def reshaped(self, *, prefill_chunk: int, max_outputs: int) -> PlanMaker:
         """One for passes of so many tokens, and positions among them that ask for logits; all else is the same."""
         config = replace(self.config, prefill_chunk=prefill_chunk, max_outputs=max_outputs)
-        other = PlanMaker(self._model, config, self._compute, self._device, self._host, self._routing, self._adapters)
-        other.kept_bytes, other._weights = self.kept_bytes, self._weights
+        shared = self._host, self._routing, self._adapters, self._weights
+        other = PlanMaker(self._model, config, self._compute, self._device, *shared)
+        other.kept_bytes = self.kept_bytes
         return other
 
     def make(
@@ -300,13 +303,17 @@ class PlanMaker:
     def _with_context_hint(
         self, error: OverBudget, blueprint: Blueprint, context_tokens: int, limit: int
     ) -> OverBudget:
-        """Say which context would fit, where a shorter one would: the excess in pages of the KV cache."""
-        excess = (error.smallest_bytes or limit) - limit
-        pages_too_many = -(-excess // max(blueprint.kv_shape(context_tokens).staying.page_bytes, 1))
-        context = round_up(context_tokens, ROWS_PER_PAGE) - pages_too_many * ROWS_PER_PAGE
-        if context < LEAST_CONTEXT_TOKENS:
+        """Say which context would fit, where a shorter one would, in whole pages of the KV cache."""
+
+        def is_too_long(num_pages: int) -> bool:
+            return smallest_bytes(self._demand(blueprint, num_pages * ROWS_PER_PAGE, 0)) > limit
+
+        least = LEAST_CONTEXT_TOKENS // ROWS_PER_PAGE
+        pages = range(least, -(-context_tokens // ROWS_PER_PAGE))
+        num_fitting = bisect_left(pages, True, key=is_too_long)
+        if not num_fitting:
             return error
-        hint = f"-c {context} fits; {error.hint}"
+        hint = f"-c {pages[num_fitting - 1] * ROWS_PER_PAGE} fits; {error.hint}"
         return OverBudget(error.message, smallest_bytes=error.smallest_bytes, hint=hint)
 
     def _try(self, blueprint: Blueprint, context_tokens: int, limit: int) -> Placement | None:

@@ -27,7 +27,7 @@ def plan_windows(planner: PlanMaker, windows: Windows) -> Plan:
         except OverBudget as error:
             refusal = error
             continue
-        read = _read_bytes(plan) * len(list(windows.passes(chunk, outputs)))
+        read = _read_bytes(plan) * len(list(windows.passes(plan.placement.chunk.num_tokens, outputs)))
         if best is None or read < best[0]:
             best = read, plan
         if not read:

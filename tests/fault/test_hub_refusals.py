@@ -92,6 +92,7 @@ def test_files_that_would_leave_their_folder_are_not_there(hub: Hub) -> None:
     hub.repos["org/gguf"].files = {"../../../evil-Q4_K_M.gguf": DATA, "/etc/m-Q4_K_M.gguf": DATA}
     with pytest.raises(UnsupportedModel, match="neither a GGUF file"):
         pull("org/gguf")
+    del hub.repos["org/single"].files["model.safetensors"]
     hub.repos["org/single"].files["model.safetensors.index.json"] = b'{"weight_map": {"a": "../../x.safetensors"}}'
     with pytest.raises(PipoError, match="wanted the name of a"):
         pull("org/single")

@@ -15,6 +15,7 @@ from pipo.base.page_cache import forget_cached
 from pipo.base.units import MIB
 from tests.support.cgroup import memory_group
 from tests.support.command_line import CommandLine
+from tests.support.hf_bytes import write_folder
 from tests.support.outside_memory import peak_bytes
 
 SLACK_BYTES = 48 * MIB  # the kernel charges page tables and the file pages of libraries too
@@ -85,6 +86,19 @@ def test_a_native_layout_lies_beside(pipo: CommandLine, tmp_path: Path) -> None:
     assert damaged.code == 1 and f"{beside}: blk." in damaged.err
     assert pipo("pack", str(out), "--layout", "native", "--overwrite").code == 0
     assert pipo("verify", str(out), "--json").json["native"]["status"] == "intact"
+
+
+def test_both_layouts_are_one_document(pipo: CommandLine, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    done = pipo("pack", "smollm2", "--type", "q4_k", "--layout", "native", "-o", str(out), "--json", "-q")
+    if "nothing to gain" in done.err:
+        pytest.skip("this CPU has no repacked kernels for Q4_K")
+    assert done.json["path"] == str(out) and done.json["native"]["path"] == f"{out}.native"
+
+
+def test_verify_says_that_a_folder_is_none_of_its_files(pipo: CommandLine, tmp_path: Path) -> None:
+    refused = pipo("verify", str(write_folder(tmp_path / "m")))
+    assert refused.code == 1 and "is a Hugging Face folder; checksums are what `pipo pack` writes" in refused.err
 
 
 def test_a_native_layout_that_was_ended_is_continued(pipo: CommandLine, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_the_real_file(smollm2_path: Path) -> None:
     assert hyper.rope == Rope(num_dims=64, base=100_000.0, original_context_tokens=8192, ext_factor=0.0)
     assert len(manifest.tensors) == 272 and manifest.num_bytes == 96_576_768 and manifest.extra == {}
     assert len(checkpoint.metadata.strings("tokenizer.ggml.tokens")) == 49152
-    assert "<|im_start|>" in (checkpoint.metadata.chat_template or "")
+    assert "<|im_start|>" in (checkpoint.metadata.text("tokenizer.chat_template") or "")
 
 
 def test_the_name(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_the_real_file(smollm2_path: Path) -> None:
     opened, oracle = open_gguf(smollm2_path), gguf.GGUFReader(smollm2_path)
     assert_same_metadata(opened, oracle)
     assert_same_tensors(opened, [oracle])
-    assert opened.metadata.chat_template
+    assert opened.metadata.text("tokenizer.chat_template")
 
 
 def test_no_keys_and_no_tensors(tmp_path: Path) -> None:

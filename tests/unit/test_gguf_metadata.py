@@ -18,7 +18,7 @@ def test_typed_getters_name_key_wanted_and_found(tmp_path: Path) -> None:
     assert metadata.text("general.architecture") == "llama"
     assert metadata.integer("llama.block_count") == 2
     assert metadata.number("llama.attention.layer_norm_rms_epsilon") == pytest.approx(1e-5)
-    assert metadata.flag("no.such.key") is None and metadata.chat_template is None
+    assert metadata.flag("no.such.key") is None and metadata.text("tokenizer.chat_template") is None
     assert "llama.block_count" in metadata and "no.such.key" not in metadata
     with pytest.raises(MalformedFile, match=r"'llama.block_count' is the int 2, wanted a string"):
         metadata.text("llama.block_count")

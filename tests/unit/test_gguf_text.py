@@ -191,7 +191,7 @@ def test_special_tokens_and_template(tmp_path: Path) -> None:
     assert metadata.flag("tokenizer.ggml.add_eos_token") is False
     kinds = metadata.array("tokenizer.ggml.token_type")
     assert [kinds[i] for i in ids.values()] == [3, 3, 4]
-    assert metadata.chat_template == "{{ messages }}"
+    assert metadata.text("tokenizer.chat_template") == "{{ messages }}"
     assert len(text.losses) == 1 and "end answers of the folder, but not of the file" in text.losses[0]
 
 

@@ -157,6 +157,8 @@ def test_olmoe(tmp_path: Path) -> None:
 def test_qwen_windows(tmp_path: Path) -> None:
     off = {"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 0}
     assert hyper(tmp_path, model_type="qwen2", **off).sliding_window == 0
+    no_window = {**off, "use_sliding_window": True, "sliding_window": None}
+    assert hyper(tmp_path, model_type="qwen2", **no_window).sliding_window == 0
     on = hyper(
         tmp_path, model_type="qwen2", num_hidden_layers=3, **{**off, "use_sliding_window": True, "max_window_layers": 1}
     )

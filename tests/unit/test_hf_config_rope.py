@@ -96,6 +96,7 @@ def test_phi3_rotates_a_part(tmp_path: Path) -> None:
         ({"rope_type": "linear"}, MalformedFile, r"'rope_scaling\.factor' is missing"),
         ({"rope_type": "linear", "factor": 0.5}, MalformedFile, r"'rope_scaling\.factor' is 0\.5"),
         ({"rope_type": "linear", "factor": 2.0, "extra": 1}, UnsupportedModel, r"'rope_scaling\.extra' = 1"),
+        ({**LONGROPE, "short_factor": [10**400] * 4}, MalformedFile, "wanted 4 numbers"),
         ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, MalformedFile, "wanted 4 numbers"),
         ([1], MalformedFile, "'rope_scaling' is .*, wanted a table"),
     ],

@@ -36,6 +36,16 @@ def test_a_folder_and_a_file_in_it_are_the_same_model(tmp_path: Path) -> None:
     assert bytes_of(tmp_path, "blk.0.ffn_down.weight") == arrays_of()["model.layers.0.mlp.down_proj.weight"].tobytes()
 
 
+def test_a_file_of_weights_that_is_not_the_models(tmp_path: Path) -> None:
+    """Named by itself it is never passed over in silence."""
+    folder = write_folder(tmp_path / "m")
+    for name in ("other.safetensors", "nothing.safetensors"):
+        if name == "other.safetensors":
+            (folder / name).write_bytes((folder / "model.safetensors").read_bytes())
+        with pytest.raises(ModelNotFound, match=f"{name}: is none of the model's files"):
+            open_checkpoint(folder / name)
+
+
 def test_shards_are_one_model(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     manifest = open_checkpoint(tmp_path / SHARD).manifest

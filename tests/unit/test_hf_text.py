@@ -43,6 +43,12 @@ def tokenizer_of(folder: Path, change: Callable[[dict[str, Any]], None] = lambda
 # Templates
 
 
+def test_a_template_whose_name_is_none(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", chat_template=[{"name": [], "template": "a"}])
+    assert text_of(tmp_path).chat_template is None
+
+
 def test_a_template_of_its_own_file_goes_first(tmp_path: Path) -> None:
     write_folder(tmp_path)
     assert text_of(tmp_path).chat_template is None
@@ -107,11 +113,14 @@ def test_without_tokenizer_config_ids_are_those_of_config(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("config.json", {"eos_token_id": "x"}, "'eos_token_id' of a config is 'x'"),
-        ("config.json", {"eos_token_id": [-1]}, "'eos_token_id' of a config"),
-        ("generation_config.json", {"eos_token_id": [True]}, "'eos_token_id' of a config"),
+        ("config.json", {"eos_token_id": "x"}, r"'eos_token_id' of config\.json is 'x'"),
+        ("config.json", {"eos_token_id": [-1]}, r"'eos_token_id' of config\.json"),
+        ("generation_config.json", {"eos_token_id": [True]}, r"'eos_token_id' of generation_config\.json"),
         ("tokenizer_config.json", {"eos_token": 3}, r"'eos_token' of tokenizer_config\.json is 3"),
         ("tokenizer_config.json", {"bos_token": {"a": 1}}, "'bos_token'"),
+        ("tokenizer_config.json", {"bos_token": "\ud800"}, "'bos_token'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": "a"}}, "'added_tokens_decoder'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": {"content": "a", "rstrip": 1}}}, "'added_tokens_dec"),
     ],
 )
 def test_wrong_roles(file: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -255,10 +255,6 @@ MALFORMED: list[tuple[Maker, dict[str, object], str]] = [
     (byte_pair_metadata, {"merges": ["\x00 \x01"]}, r"merge 0"),
     (byte_pair_metadata, {"token_type": [1, 1]}, r"token_type' has 2 elements"),
     (byte_pair_metadata, {"token_type": [9] * 6000}, r"token_type' has 6000 elements"),
-    (byte_pair_metadata, {"bos_token_id": 10**6}, r"bos_token_id' is token 1000000"),
-    (byte_pair_metadata, {"eos_token_id": -1}, r"eos_token_id' is token -1"),
-    (byte_pair_metadata, {"padding_token_id": 1 << 32}, r"padding_token_id"),
-    (byte_pair_metadata, {"fim_pad_token_id": 1 << 31}, r"fim_pad_token_id"),
     (byte_pair_metadata, {"eot_token_id": "x"}, r"eot_token_id' is 'x', wanted a token id"),
     (byte_pair_metadata, {"unknown_token_id": True}, r"unknown_token_id' is True"),
     (byte_pair_metadata, {"add_bos_token": True, "bos_token_id": None}, r"add_bos_token' wants a begin token"),
@@ -278,6 +274,17 @@ class TestRefusals:
         metadata = open_gguf(write(tmp_path, bytes(GgufBytes([count_key("tokenizer.ggml.model", 7)])))).metadata
         with pytest.raises(MalformedFile, match=r"tokenizer\.ggml\.model' is the int 7, wanted a string"):
             Tokenizer.from_metadata(metadata)
+
+    @pytest.mark.parametrize("role", ["bos", "eos", "eot", "unknown", "fim_pad"])
+    @pytest.mark.parametrize("token_id", [-1, 10**6, 1 << 31])
+    def test_a_role_beyond_the_vocabulary_is_none(
+        self, role: str, token_id: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As llama.cpp has it: such files run."""
+        name = f"{role}_token_id"
+        found = Tokenizer.from_metadata(byte_pair_metadata(**{name: token_id})).special_ids
+        assert found == Tokenizer.from_metadata(byte_pair_metadata(**{name: None})).special_ids
+        assert f"tokenizer.ggml.{name} token={token_id} action=ignored" in caplog.text
 
     @BOTH
     def test_duplicate_tokens(self, make: Maker) -> None:

@@ -64,8 +64,19 @@ class PipoError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors go to other processes as they are, whatever their constructor wants."""
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n\nhint: {self.hint}"
+
+
+def _rebuilt(kind: type[PipoError], args: tuple[object, ...], state: dict[str, object]) -> PipoError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class UsageError(PipoError):

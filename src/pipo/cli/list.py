@@ -13,7 +13,7 @@ def list_models(json: JsonFlag = False, *, output: OutputFlags) -> None:
     from pipo.store.hub_cache import cached_repos, hub_cache_folder
 
     here, from_hub = library.list_models(), library.list_hub_models()
-    parts = {repo.repo: sum(path.stat().st_size for path in repo.unfinished()) for repo in cached_repos()}
+    parts = {repo.repo: repo.unfinished_bytes() for repo in cached_repos()}
     unfinished = {repo: num_bytes for repo, num_bytes in parts.items() if num_bytes}
     others = [known for known in library.KNOWN_MODELS.values() if not known.is_present]
     if json:

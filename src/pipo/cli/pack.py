@@ -58,7 +58,7 @@ def pack(
     """Quantise a model into one GGUF, laid out in the order of a pass and with checksums.
 
     MODEL may be a Hugging Face folder. llama.cpp reads what comes out. What was interrupted is continued by the same
-    command. `--layout native` without a type writes beside MODEL as it is.
+    command. `--layout native` without a type writes beside MODEL as it is, also where only that was interrupted.
     """
     from pipo.base.errors import UsageError
     from pipo.packing.types import MIXES, parse_mix
@@ -73,6 +73,7 @@ def pack(
     mix = None if type_ is None else parse_mix(type_)
     config = make_config(MemoryFlags(ram=ram), ComputeFlags(threads=threads))
 
+    from pipo.cli.terminal import write_json
     from pipo.compute import ggml
     from pipo.formats.checkpoint import open_checkpoint
     from pipo.hardware.budget import ram_bytes
@@ -81,12 +82,14 @@ def pack(
 
     checkpoint = open_checkpoint(resolve_model(name), check_architecture)
     packing = _Packing(ggml.load(), ram_bytes(config.ram), config.num_threads, output, overwrite, json)
+    report: dict[str, object] = {}
     if mix is not None:
         path = out or Path(default_name(checkpoint.manifest, mix.name))
-        packing.quantise(checkpoint, mix, path, is_native=is_native)
+        report = packing.quantise(checkpoint, mix, path, is_native=is_native)
         checkpoint = open_checkpoint(path, check_architecture) if is_native else checkpoint
-    if is_native:
-        packing.repack(checkpoint)
+    native = packing.repack(checkpoint) if is_native else {}
+    if json:
+        write_json(report | {"native": native} if report and native else report or native)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ class _Packing:
     overwrite: bool
     json: bool
 
-    def quantise(self, checkpoint: Checkpoint, mix: Mix, path: Path, *, is_native: bool) -> None:
+    def quantise(self, checkpoint: Checkpoint, mix: Mix, path: Path, *, is_native: bool) -> dict[str, object]:
         from pipo.model_file import gguf_text_of_folder
         from pipo.packing.native import check_gain
         from pipo.packing.plan import check_output, plan_pack
@@ -113,9 +116,9 @@ class _Packing:
         if is_native:
             check_gain(plan.layout, self.lib, checkpoint.manifest.name)
         _say_what_is_lost(plan, losses, self.output)
-        self._write(plan, path, f"packing to {mix.name}")
+        return self._write(plan, path, f"packing to {mix.name}")
 
-    def repack(self, checkpoint: Checkpoint) -> None:
+    def repack(self, checkpoint: Checkpoint) -> dict[str, object]:
         """Beside the model's file. One that another libggml or CPU made, or of another version, is replaced."""
         from pipo.base.errors import UsageError
         from pipo.packing.native import is_current, native_output, plan_native
@@ -123,22 +126,22 @@ class _Packing:
         path = native_output(checkpoint)
         if not self.overwrite and is_current(checkpoint, self.lib):
             raise UsageError(f"{path} is there already, and right for this CPU", hint="--overwrite makes it anew")
-        self._write(plan_native(checkpoint, self.lib, self.limit_bytes, self.num_threads), path, "repacking")
+        return self._write(plan_native(checkpoint, self.lib, self.limit_bytes, self.num_threads), path, "repacking")
 
-    def _write(self, plan: PackPlan, path: Path, what: str) -> None:
+    def _write(self, plan: PackPlan, path: Path, what: str) -> dict[str, object]:
+        """What `--json` says of it; otherwise it is said here."""
         from pipo.cli.bars import byte_bar
-        from pipo.cli.terminal import print_note, write_json
+        from pipo.cli.terminal import print_note
         from pipo.packing.pack import pack as write_pack
 
         with byte_bar(what, self.output) as advance:
             report = write_pack(plan, path, self.lib, on_progress=advance)
         _warn_of_excess(plan, report)
-        if self.json:
-            write_json(pack_dict(plan, report))
-            return
-        print(report.path)
-        if not self.output.quiet:
-            print_note(_closing_line(plan, report))
+        if not self.json:
+            print(report.path)
+            if not self.output.quiet:
+                print_note(_closing_line(plan, report))
+        return pack_dict(plan, report)
 
 
 def default_name(manifest: Manifest, type_name: str) -> str:

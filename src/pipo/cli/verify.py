@@ -9,6 +9,8 @@ from pipo.cli.flags import JsonFlag, ModelArgument, ModelFlag, OutputFlags
 from pipo.cli.prompt import only_model
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pipo.packing.verify import Damage, Verdict
 
 MAX_THREADS = 8  # which hash faster than a drive delivers
@@ -25,32 +27,43 @@ def verify(
     name = only_model(model, model_flag)
 
     from pipo.base.cores import available_cores
-    from pipo.base.errors import DamagedFile, NoChecksums
+    from pipo.base.errors import DamagedFile, NoChecksums, UnsupportedModel
     from pipo.cli.bars import byte_bar
     from pipo.cli.terminal import write_json
     from pipo.compute import ggml
+    from pipo.formats.hf_folder import folder_of
     from pipo.formats.native import native_path
     from pipo.packing.verify import verify as look
     from pipo.store.library import resolve_model
 
     threads = min(available_cores(), MAX_THREADS)
-    path, verdicts = resolve_model(name), []
-    for file in [path, native_path(path)]:
-        if file == path or file.is_file():
-            with byte_bar("verifying", output) as advance:
-                verdicts.append(look(file, ggml.load(), num_threads=threads, on_progress=advance))
-    verdict = verdicts[0]
+    path = resolve_model(name)
+    if folder_of(path) is not None:
+        raise UnsupportedModel(
+            f"{path}: is a Hugging Face folder; checksums are what `pipo pack` writes into a GGUF file",
+            hint="`pipo pull` compares what it fetches with the hub's hashes",
+        )
+
+    def verdict_on(file: Path) -> Verdict:
+        with byte_bar("verifying", output) as advance:
+            return look(file, ggml.load(), num_threads=threads, on_progress=advance)
+
+    verdict = verdict_on(path)
+    beside = native_path(verdict.files[0])
+    native = verdict_on(beside) if beside.is_file() else None
+    verdicts = [verdict] if native is None else [verdict, native]
     if json:
-        write_json(verdict_dict(verdict) | {"native": verdict_dict(verdicts[1]) if verdicts[1:] else None})
+        write_json(verdict_dict(verdict) | {"native": verdict_dict(native) if native else None})
     for each in verdicts:
         if each.damage is not None:
             raise DamagedFile(damage_text(each.damage), hint="fetch or pack the file again")
-    if not verdict.has_checksums:
-        raise NoChecksums(
-            f"{verdict.files[0]} has no checksums to compare with: its header is sound, every tensor lies within the "
-            f"file and every weight is a finite number ({_cost_text(verdict)})",
-            hint="`pipo pack` writes files with checksums",
-        )
+    for each in verdicts:
+        if not each.has_checksums:
+            raise NoChecksums(
+                f"{each.files[0]} has no checksums to compare with: its header is sound, every tensor lies within the "
+                f"file and every weight is a finite number ({_cost_text(each)})",
+                hint="`pipo pack` writes files with checksums",
+            )
     for each in () if json else verdicts:
         print(f"intact: {_cost_text(each)}, all checksums as written")
 

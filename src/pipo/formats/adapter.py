@@ -12,6 +12,7 @@ from pipo.base.manifest import TensorSpec
 from pipo.formats.gguf import Gguf, open_gguf
 from pipo.formats.gguf_metadata import GgufMetadata
 from pipo.formats.hyper_parameters import rope_layout
+from pipo.formats.model_file import is_there
 from pipo.formats.peft import CONFIG_NAME, WEIGHTS_NAME, open_peft
 
 _ALPHA_KEY, _TYPE_KEY = "adapter.lora.alpha", "adapter.type"
@@ -23,7 +24,7 @@ def open_adapter(path: Path) -> Adapter:
 
     Raises ModelNotFound, UnsupportedModel, MalformedFile, ReadFailed.
     """
-    if path.is_dir():
+    if is_there(path.is_dir):
         return open_peft(path)
     if path.name in (CONFIG_NAME, WEIGHTS_NAME):
         raise UnsupportedModel(f"{path}: is one file of an adapter", hint=f"name the folder {path.parent}")

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipo.base.errors import UnsupportedModel
+from pipo.base.errors import ModelNotFound, UnsupportedModel
 from pipo.base.file_identity import FileIdentity
 from pipo.base.manifest import Manifest
 from pipo.base.tensor_type import TensorType
 from pipo.formats.gguf import Gguf, open_gguf
 from pipo.formats.gguf_metadata import GgufMetadata
 from pipo.formats.hf_config import read_config
-from pipo.formats.hf_folder import CONFIG, find_file, folder_of, open_weights
+from pipo.formats.hf_folder import CONFIG, SUFFIX, find_file, folder_of, open_weights
 from pipo.formats.hf_tensors import HfTensors
 from pipo.formats.hf_text import HfText, read_text_side
 from pipo.formats.hyper_parameters import read_hyper_parameters
@@ -54,7 +54,9 @@ def open_checkpoint(
     """
     folder = folder_of(path)
     if folder is not None:
-        return _open_folder(folder, check_architecture, header_only=header_only)
+        checkpoint = _open_folder(folder, check_architecture, header_only=header_only)
+        _check_is_part(path, checkpoint.manifest)
+        return checkpoint
     gguf = open_gguf(path, header_only=header_only)
     _check_is_model(gguf.metadata, check_architecture)
     hyper, extra = read_hyper_parameters(gguf.metadata, gguf.tensors)
@@ -83,6 +85,14 @@ def _open_folder(folder: Path, check_architecture: CheckArchitecture, *, header_
     tensors = HfTensors(folder, weights, model).read()
     manifest = Manifest(_folder_name(folder), weights.files, weights.identities, model.hyper, tensors, {})
     return Checkpoint(manifest, read_text_side(folder, config, model.hyper.vocab_size))
+
+
+def _check_is_part(path: Path, manifest: Manifest) -> None:
+    """A file of weights stands for its folder where it is one of the model's."""
+    if path.suffix == SUFFIX and path.name not in {file.name for file in manifest.files}:
+        raise ModelNotFound(
+            f"{path}: is none of the model's files in {path.parent}", hint=f"name the folder: {path.parent}"
+        )
 
 
 def _folder_name(folder: Path) -> str:

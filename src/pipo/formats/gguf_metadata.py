@@ -158,11 +158,6 @@ class GgufMetadata:
                 f"{self.path}: key {key!r} has a string that is not UTF-8: {error.object!r:.80}"
             ) from None
 
-    @property
-    def chat_template(self) -> str | None:
-        """The default chat template, a Jinja source; None when the file has none."""
-        return self.text("tokenizer.chat_template")
-
     def _read(self, ref: ArrayRef) -> bytes:
         with open_model_file(self.path) as file:
             check_unchanged(self.path, file, self.identity, offset=ref.offset, num_bytes=ref.num_bytes)

@@ -47,7 +47,7 @@ def _qwen3(config: HfFields, model: HfModel) -> HfModel:
 def _qwen_windows(config: HfFields, model: HfModel) -> HfModel:
     """Layers from `max_window_layers` on slide, where that is switched on."""
     num_layers, first = model.hyper.num_layers, config.size("max_window_layers", 28, least=0)
-    window = config.size("sliding_window", 4096, least=0) if config.flag("use_sliding_window", False) else 0
+    window = config.size_or_off("sliding_window", 4096) if config.flag("use_sliding_window", False) else 0
     config.ignore("sliding_window")
     kinds = config.texts("layer_types", num_layers, LAYER_KINDS)
     slides = tuple(kind == SLIDING for kind in kinds) if kinds else tuple(i >= first for i in range(num_layers))

@@ -79,10 +79,9 @@ class HfFields:
     def numbers(self, name: str, count: int, *, least: float, most: float) -> tuple[float, ...]:
         """A required list of `count` numbers."""
         value = self.get(name)
-        if isinstance(value, list) and len(value) == count and all(type(v) in (int, float) for v in value):
-            found = tuple(float(v) for v in value)
-            if all(least <= v <= most for v in found):
-                return found
+        is_list = isinstance(value, list) and len(value) == count and all(type(v) in (int, float) for v in value)
+        if isinstance(value, list) and is_list and all(least <= v <= most for v in value):
+            return tuple(float(v) for v in value)
         raise self.wrong(name, value, f"{count} numbers from {least:g} to {most:g}")
 
     def texts(self, name: str, count: int, known: Sequence[str]) -> tuple[str, ...] | None:

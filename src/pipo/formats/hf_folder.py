@@ -23,6 +23,7 @@ SUFFIX = ".safetensors"
 MAX_SHARDS = 4096
 MAX_TENSORS = 1 << 17
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_NO_WEIGHTS = frozenset({"optimizer", "scheduler", "training_args", "rng_state"})  # that a training leaves
 _MAX_NAMED = 3  # of many, in an error
 
 
@@ -91,7 +92,7 @@ def _blobs_of(folder: Path) -> Iterator[Path]:
 
 
 def _no_weights(folder: Path) -> ModelNotFound | UnsupportedModel:
-    pickles = sorted(p for p in folder.glob("*") if p.suffix in _PICKLES)
+    pickles = sorted(p for p in folder.glob("*") if p.suffix in _PICKLES and p.stem not in _NO_WEIGHTS and p.is_file())
     for path in pickles:
         with open_model_file(path) as file:
             stranger = refuse_stranger(path, read_at(file, path, 0, min(32, path.stat().st_size)))
@@ -140,8 +141,11 @@ def _shard_paths(folder: Path, index: Path, shard_of: Mapping[str, str]) -> list
 
 def _check_index(index: Path, shard_of: Mapping[str, str], shards: Sequence[Safetensors]) -> None:
     """Every shard holds what the index says, and nothing else."""
+    wanted_of: dict[str, set[str]] = {}
+    for tensor, name in shard_of.items():
+        wanted_of.setdefault(name, set()).add(tensor)
     for shard in shards:
-        wanted = {tensor for tensor, name in shard_of.items() if name == shard.path.name}
+        wanted = wanted_of[shard.path.name]
         lacking, extra = wanted - shard.tensors.keys(), shard.tensors.keys() - wanted
         if lacking:
             detail = f"lacks {some_of(sorted(lacking))}, which {index.name} puts there"

@@ -54,7 +54,10 @@ class HfTensors:
         file_idx, tensor = self._weights.tensors[name]
         if isinstance(found, ExpertName):
             matrix = _of_floats(self._path(file_idx), tensor.as_spec(self._path(file_idx), file_idx, found.role))
-            self._experts.setdefault(found.role, {})[found.expert_idx] = matrix
+            experts = self._experts.setdefault(found.role, {})
+            if found.expert_idx in experts:
+                raise MalformedFile(f"{self._folder}: {name!r} is a second matrix for {found}")
+            experts[found.expert_idx] = matrix
         elif isinstance(found, FusedExperts):
             for spec in self._fused(found, tensor, file_idx):
                 self._add(spec, name)

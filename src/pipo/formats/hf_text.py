@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,10 @@ from pipo.base.units import MIB
 from pipo.formats.hf_folder import find_file
 from pipo.formats.json_object import JsonSize, read_object, read_text
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, SETTINGS, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+_ADDED_KEY = "added_tokens_decoder"
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 MAX_TOKENIZER_BYTES = 64 * MIB  # Gemma 3's, the largest so far, takes 33 MB
 MAX_SETTINGS_BYTES = 4 * MIB  # of tokenizer_config.json; Gemma 3's takes 1.2 MB
 MAX_TEMPLATE_BYTES = MIB
@@ -20,10 +24,23 @@ _OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "tekken.json", "spiece.mod
 
 
 @dataclass(frozen=True, slots=True)
+class AddedText:
+    """A token that is found in text before any other, and how."""
+
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+    special: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class HfText:
     """`vocab_size` rows has the embedding table: tokens beyond cannot be passed. Of `ends` each ends a generation.
 
-    `specials` are the texts that tokenizer_config.json names, which makes special tokens of those that are tokens.
+    `specials` are the texts that tokenizer_config.json names, which makes special tokens of those that are tokens;
+    `added` its tokens in the order of ids, whose form goes before that of tokenizer.json.
     """
 
     tokenizer_path: Path
@@ -34,6 +51,7 @@ class HfText:
     ends: frozenset[int]
     specials: tuple[str, ...]
     chat_template: str | None
+    added: tuple[AddedText, ...] = ()
 
     def get(self, key: str) -> object | None:
         """The one key that the text side asks of every format."""
@@ -46,16 +64,17 @@ def read_text_side(folder: Path, config: Path, vocab_size: int) -> HfText:
     if path is None:
         raise _no_tokenizer(folder)
     size = JsonSize.of(path, MAX_TOKENIZER_BYTES)
-    model, generation = read_object(config, MAX_SETTINGS_BYTES), _object(folder, "generation_config.json")
-    settings = _object(folder, "tokenizer_config.json")
+    model, generation = read_object(config, MAX_SETTINGS_BYTES), _object(folder, GENERATION)
+    settings = _object(folder, SETTINGS)
     return HfText(
         path,
         size,
         vocab_size,
         bos=_token(folder, settings, model, "bos"),
         eos=_token(folder, settings, model, "eos"),
-        ends=_end_ids(folder, generation) | _end_ids(folder, model),
+        ends=_end_ids(folder, GENERATION, generation) | _end_ids(folder, config.name, model),
         specials=tuple(_specials(settings)),
+        added=_added(folder, settings),
         chat_template=_chat_template(folder, settings),
     )
 
@@ -84,10 +103,28 @@ def _specials(settings: Mapping[str, object]) -> Iterator[str]:
         yield from (text for each in listed if (text := _text_of(each))) if isinstance(listed, list) else ()
 
 
+def _added(folder: Path, settings: Mapping[str, object]) -> tuple[AddedText, ...]:
+    """Source: transformers, which adds all of them to a tokenizer that it has opened."""
+    table = settings.get(_ADDED_KEY)
+    if table is None:
+        return ()
+    if not isinstance(table, dict) or not all(key.isdecimal() and len(key) < 10 for key in table):
+        raise _wrong(folder, SETTINGS, _ADDED_KEY, table, "a table of tokens by id")
+    return tuple(_added_text(folder, table[key]) for key in sorted(table, key=int))
+
+
+def _added_text(folder: Path, token: object) -> AddedText:
+    text, flags = _text_of(token), token if isinstance(token, dict) else {}
+    given = {name: flags[name] for name in _FLAGS if name in flags}
+    if not text or not all(isinstance(value, bool) for value in given.values()):
+        raise _wrong(folder, SETTINGS, _ADDED_KEY, token, "a text and flags")
+    return AddedText(text, **given)
+
+
 def _text_of(token: object) -> str | None:
-    """A token stands as a text, or as a table with one."""
+    """A token stands as a text, or as a table with one. A lone surrogate is no text."""
     text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
+    return text if isinstance(text, str) and not _SURROGATE.search(text) else None
 
 
 def _token(folder: Path, settings: Mapping[str, object], model: Mapping[str, object], role: str) -> str | int | None:
@@ -99,16 +136,16 @@ def _token(folder: Path, settings: Mapping[str, object], model: Mapping[str, obj
     name = f"{role}_token"
     value = settings.get(name)
     if value is not None and _text_of(value) is None:
-        raise _wrong(folder, "tokenizer_config.json", name, value, "a token")
+        raise _wrong(folder, SETTINGS, name, value, "a token")
     return _text_of(value)
 
 
-def _end_ids(folder: Path, table: Mapping[str, object]) -> frozenset[int]:
+def _end_ids(folder: Path, file: str, table: Mapping[str, object]) -> frozenset[int]:
     value = table.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if all(type(each) is int and each >= 0 for each in ids):
         return frozenset(ids)
-    raise _wrong(folder, "a config", "eos_token_id", value, "a token id or a list of them")
+    raise _wrong(folder, file, "eos_token_id", value, "a token id or a list of them")
 
 
 def _chat_template(folder: Path, settings: Mapping[str, object]) -> str | None:
@@ -118,11 +155,11 @@ def _chat_template(folder: Path, settings: Mapping[str, object]) -> str | None:
         return read_text(path, MAX_TEMPLATE_BYTES)
     value = settings.get("chat_template")
     if isinstance(value, list):
-        named = {each.get("name"): each.get("template") for each in value if isinstance(each, dict)}
-        value = named.get("default")
+        named = (each.get("template") for each in value if isinstance(each, dict) and each.get("name") == "default")
+        value = next(named, None)
     if value is None or isinstance(value, str):
         return value
-    raise _wrong(folder, "tokenizer_config.json", "chat_template", value, "a text")
+    raise _wrong(folder, SETTINGS, "chat_template", value, "a text")
 
 
 def _wrong(folder: Path, file: str, name: str, found: object, wanted: str) -> MalformedFile:

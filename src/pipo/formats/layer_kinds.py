@@ -56,10 +56,9 @@ def _pattern(keys: ArchKeys, num_layers: int) -> tuple[bool, ...] | None:
     if not isinstance(found, ArrayRef):
         period = keys.count(PATTERN, most=num_layers) or num_layers + 1
         return tuple(i % period < period - 1 for i in range(num_layers))
-    flags = tuple(bool(flag) for flag in keys.metadata.array(keys.full(PATTERN)).tolist())
-    if len(flags) != num_layers:
-        raise keys.wrong(PATTERN, f"an array of {len(flags)}", f"a flag for each of {num_layers} layers")
-    return flags
+    if found.count != num_layers:
+        raise keys.wrong(PATTERN, f"an array of {found.count}", f"a flag for each of {num_layers} layers")
+    return tuple(bool(flag) for flag in keys.metadata.array(keys.full(PATTERN)).tolist())
 
 
 def _local_rope(rope: Rope, keys: ArchKeys) -> Rope | None:

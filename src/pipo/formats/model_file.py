@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
@@ -88,6 +89,16 @@ def refuse_stranger(path: Path, head: bytes) -> ModelError | None:
         if head.startswith(start):
             return UnsupportedModel(f"{path}: is {what}", hint=_CONVERT)
     return None
+
+
+def is_there(look: Callable[[], bool]) -> bool:
+    """What a path's `is_dir`, `is_file` or `exists` says; False where the system refuses to look, for whoever opens it
+    says why.
+    """
+    try:
+        return look()
+    except OSError:
+        return False
 
 
 def check_unchanged(path: Path, file: FileIO, identity: FileIdentity, *, offset: int, num_bytes: int) -> None:

@@ -5,7 +5,6 @@ Source: `LoraConfig` of PEFT for what the keys mean, and the names under which i
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,14 +15,14 @@ from typing import NoReturn
 from pipo.base.adapter import Adapter, LowRank, low_rank
 from pipo.base.errors import MalformedFile, ModelNotFound, UnsupportedModel
 from pipo.base.manifest import FileIdx, RopeLayout
-from pipo.base.units import MIB, format_size
-from pipo.formats.gguf_header import read_at
-from pipo.formats.model_file import open_model_file
+from pipo.base.units import MIB
+from pipo.formats.json_object import read_object
 from pipo.formats.safetensors import Safetensors, StoredTensor, open_safetensors
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = MIB
 MAX_RANK = 1 << 16
+MAX_TARGETS = 1 << 12
 
 # llama.cpp's names of the modules of a block
 ROLES = {
@@ -95,17 +94,7 @@ def open_peft(folder: Path) -> Adapter:
 
 
 def _read_config(path: Path) -> dict[str, object]:
-    with open_model_file(path) as file:
-        num_bytes = path.stat().st_size
-        if num_bytes > MAX_CONFIG_BYTES:
-            raise MalformedFile(f"{path}: has {format_size(num_bytes)}, at most {format_size(MAX_CONFIG_BYTES)} can be")
-        raw = read_at(file, path, 0, num_bytes)
-    try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise MalformedFile(f"{path}: is not JSON: {error!s:.200}") from None
-    if not isinstance(found, dict):
-        raise MalformedFile(f"{path}: is {type(found).__name__}, wanted a table of settings")
+    found = read_object(path, MAX_CONFIG_BYTES)
     _refuse_unsupported(path, found)
     return found
 
@@ -177,8 +166,8 @@ def _target_names(path: Path, config: Mapping[str, object]) -> list[str] | None:
     found = config.get("target_modules")
     if found is None or isinstance(found, str):
         return None
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        _refuse(path, "target_modules", "a list of names, or a text", found)
+    if not isinstance(found, list) or len(found) > MAX_TARGETS or not all(isinstance(name, str) for name in found):
+        _refuse(path, "target_modules", f"a list of at most {MAX_TARGETS} names, or a text", found)
     return found
 
 

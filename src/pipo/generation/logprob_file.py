@@ -54,8 +54,7 @@ class LogprobFile:
         """The next row. Raises TransferError."""
         self._move(steps, self._file.write, "written")
         if self._offset - self._synced >= _SYNC_BYTES:
-            os.fsync(self._file.fileno())
-            self._forget()
+            self._sync()
 
     def rewind(self) -> None:
         """All rows are written: read from the first one on."""
@@ -89,6 +88,13 @@ class LogprobFile:
             got_bytes=done,
             hint="--tmp-dir names another folder, --max-windows takes less of the text",
         )
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failure(TransferError, f"cannot be written ({_name_of(error)})", 0) from error
+        self._forget()
 
     def _forget(self) -> None:
         forget_cached(self._file.fileno(), self._synced, self._offset - self._synced)

@@ -18,7 +18,8 @@ from pipo.generation.windows import Windows
 STEPS_PER_NAT = 2048  # of log-probabilities that are kept in 16 bits: they reach 32 nats below the likeliest token
 _MOST_STEPS = 65535
 _POSITION_BYTES = 8 + 8 + 8 + 4  # log-likelihood in both models, divergence, the likeliest token
-_SCRATCH_BYTES = 3 * 8 + 2 * 4 + 2  # of a token of the vocabulary: three rows of numbers, a row's pieces, 16 bits
+# of a token of the vocabulary: three rows of numbers, a row's pieces, 16 bits; and what the reference's run keeps
+_SCRATCH_BYTES = 3 * 8 + 2 * 4 + 2 + 2 * 8 + 2
 
 FloatRow = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]

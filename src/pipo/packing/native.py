@@ -26,6 +26,7 @@ from pipo.formats.native import (
     SOURCE_KEY,
     VERSION,
     VERSION_KEY,
+    has_place,
     native_path,
     open_native,
     source_of,
@@ -47,13 +48,10 @@ def plan_native(checkpoint: Checkpoint, lib: Library, limit_bytes: int, num_work
 def native_output(checkpoint: Checkpoint) -> Path:
     """Raises OutputFailed where nothing of pipo's may lie beside the model, or the model is a folder."""
     path = native_path(checkpoint.manifest.files[0])
-    if not isinstance(checkpoint.metadata, GgufMetadata):
-        raise OutputFailed(f"{path.parent}: weights of a folder have no repacked kernels", hint="--type q4_k_m")
-    if path.parent.parent.name == "snapshots":
-        raise OutputFailed(
-            f"{path.parent} belongs to the cache of the hub, which other programs share",
-            hint="name a type and a file of your own: --type q4_k_m -o FILE",
-        )
+    if not has_place(checkpoint):
+        is_file = isinstance(checkpoint.metadata, GgufMetadata)
+        why = "belongs to the cache of the hub, which other programs share" if is_file else "has no repacked kernels"
+        raise OutputFailed(f"{path.parent} {why}", hint="name a type and a file of your own: --type q4_k_m -o FILE")
     return path
 
 

@@ -62,7 +62,7 @@ class PartFile:
             raise OutputFailed(
                 f"{self.path} needs {format_size(wanted_bytes)} more ({wanted_bytes} bytes), "
                 f"{format_size(free_bytes)} ({free_bytes} bytes) are free in {self.path.parent}",
-                hint="free some space, or name a file on another drive with -o",
+                hint="free some space, or write to another drive",
             )
 
     def empty(self) -> None:
@@ -128,9 +128,7 @@ class PartFile:
             raise self._is_taken()
 
     def _is_taken(self) -> OutputFailed:
-        return OutputFailed(
-            f"another pipo is packing into {self.part}", hint="wait until it has ended, or name another file with -o"
-        )
+        return OutputFailed(f"another pipo is packing into {self.part}", hint="wait until it has ended")
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -144,7 +142,7 @@ def output_failed(path: Path, error: OSError) -> OutputFailed:
     """What the system said, with the room there is where that is the matter."""
     what = f"cannot write {path}: {error.strerror or error}"
     if error.errno not in _FULL:
-        return OutputFailed(what, hint="name a file in a folder that can be written with -o")
+        return OutputFailed(what, hint="a folder that can be written to would do")
     with suppress(OSError):
         what += f", {format_size(shutil.disk_usage(path.parent).free)} are free"
     return OutputFailed(what, hint="free some space and run the same command again: it goes on where it was")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from pipo.models.stage import Stage
 from pipo.pipeline.adapters import AdapterStore, LoadedAdapter
 from pipo.pipeline.graph_room import GraphRoom
 from pipo.pipeline.stage_graphs import correction_bytes
-from pipo.tiers.ledger import Ledger, Reservation
+from pipo.tiers.ledger import Ledger
 
 
 class DevicePart(Protocol):
@@ -46,7 +46,8 @@ class AdapterRoom:
         self._device = device
         self._ledger = budget.ledger
         self._spare_bytes = budget.spare_bytes
-        self._structures: dict[AdapterId, Reservation] = {}  # of graphs, of adapters that no plan counted
+        self._planned_bytes = correction_bytes(stages, self._adapters)
+        self._structures = budget.ledger.reserve("graphs", 0)  # of graphs, beyond those that the plan counted
 
     @property
     def _adapters(self) -> list[Adapter]:
@@ -55,7 +56,7 @@ class AdapterRoom:
     def add(self, named: NamedAdapter) -> None:
         """Raises OverBudget, OutOfDeviceMemory, TransferError; then nothing has changed."""
         all_of_them = [*self._adapters, named.adapter]
-        structures = correction_bytes(self._stages, all_of_them) - correction_bytes(self._stages, self._adapters)
+        structures = self._structure_bytes(all_of_them) - self._structures.num_bytes
         more = self._graphs.bytes_more(all_of_them)
         needed = self.store.bytes_of(named.adapter) + structures + more
         if needed > self._spare_bytes:
@@ -63,13 +64,13 @@ class AdapterRoom:
         with ExitStack() as undo:
             loaded = self.store.load(named)
             undo.callback(self.store.unload, named.id)
-            reserved = undo.enter_context(closing(self._ledger.reserve("graphs", structures)))
+            undo.callback(self._structures.resize, self._structures.num_bytes)
+            self._structures.resize(self._structures.num_bytes + structures)
             if self._device is not None:
                 self._device.add_adapter(loaded, all_of_them)
                 undo.callback(self._device.remove_adapter, named.id)
             self._graphs.hold(all_of_them)
             undo.pop_all()
-        self._structures[named.id] = reserved
         self._spare_bytes -= needed
 
     def remove(self, adapter_id: AdapterId) -> None:
@@ -79,10 +80,13 @@ class AdapterRoom:
             self._device.remove_adapter(adapter_id)
         self.store.unload(adapter_id)
         self._spare_bytes += self.store.bytes_of(named.adapter)
-        structures = self._structures.pop(adapter_id, None)
-        if structures is not None:
-            structures.close()
-            self._spare_bytes += structures.num_bytes
+        left = self._structure_bytes(self._adapters)
+        self._spare_bytes += self._structures.num_bytes - left
+        self._structures.resize(left)
+
+    def _structure_bytes(self, adapters: Sequence[Adapter]) -> int:
+        """Of graphs, beyond those that the plan counted. What several add is not the sum of what each adds."""
+        return max(correction_bytes(self._stages, adapters) - self._planned_bytes, 0)
 
     def _over_budget(self, named: NamedAdapter, needed: int) -> OverBudget:
         smallest = self._ledger.limit_bytes + needed - self._spare_bytes
@@ -95,5 +99,4 @@ class AdapterRoom:
 
     def close(self) -> None:
         """Closing again does nothing."""
-        while self._structures:
-            self._structures.popitem()[1].close()
+        self._structures.close()

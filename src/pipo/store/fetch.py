@@ -229,6 +229,8 @@ def _disk_errors(to: Destination) -> Iterator[None]:
     """What the disk refuses, as a DownloadError; the network's errors were named before they come here."""
     try:
         yield
+    except BrokenPipeError:  # of whoever is told how far it is
+        raise
     except OSError as error:
         raise DownloadError(
             f"cannot write {to.path}: {error}", hint=f"{to.variable} names another place for such files"

@@ -117,6 +117,9 @@ class Hub:
                 is_lasting = error.response.status_code < 500
             except http_error as error:
                 failure, is_lasting = _unreachable(self, error), False
+            except ImportError as error:  # of what speaks with a proxy
+                hint = "install what it names, or unset the variable of the proxy"
+                raise DownloadError(f"{self.shown} cannot be asked through this proxy: {error}", hint=hint) from error
             except (ValueError, LookupError, TypeError, AttributeError) as error:  # an answer that is no such JSON
                 failure, is_lasting = _not_a_hub(self, error), True
             if is_lasting or num_failures == _NUM_TRIES:

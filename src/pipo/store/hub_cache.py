@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -71,11 +73,15 @@ class CachedRepo:
     def snapshots(self) -> list[Path]:
         """The main one first, then the newest."""
         try:
-            found = [path for path in (self.folder / "snapshots").iterdir() if COMMIT.fullmatch(path.name)]
+            there = list((self.folder / "snapshots").iterdir())
         except OSError:
             return []
-        main = self._main()
-        return sorted(found, key=lambda path: (path.name == main, path.lstat().st_mtime), reverse=True)
+        main, found = self._main(), []
+        for path in there:
+            with suppress(OSError):  # it has gone meanwhile
+                if COMMIT.fullmatch(path.name):
+                    found.append((path.name == main, path.lstat().st_mtime, path))
+        return [path for _, _, path in sorted(found, reverse=True)]
 
     def _main(self) -> str:
         try:
@@ -87,6 +93,13 @@ class CachedRepo:
     def unfinished(self) -> list[Path]:
         """Parts of files that a download left when it was interrupted."""
         return sorted((self.folder / "blobs").glob(f"*{PART_SUFFIX}"))
+
+    def unfinished_bytes(self) -> int:
+        num_bytes = 0
+        for path in self.unfinished():
+            with suppress(OSError):  # the download has ended meanwhile
+                num_bytes += path.stat().st_size
+        return num_bytes
 
     def models(self) -> Iterator[CachedModel]:
         """Whole ones, each once: of several snapshots the first that has it. Raises OutsideCache."""
@@ -210,8 +223,10 @@ def files_in(snapshot: Path) -> list[RepoFile]:
     for folder, _, names in os.walk(snapshot):
         for name in names:
             path = Path(folder, name)
-            if path.is_file():
-                found.append(RepoFile(path.relative_to(snapshot).as_posix(), path.stat().st_size))
+            with suppress(OSError):  # a link to nothing, or it has gone meanwhile
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode):
+                    found.append(RepoFile(path.relative_to(snapshot).as_posix(), status.st_size))
     return found
 
 

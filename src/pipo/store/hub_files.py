@@ -5,7 +5,6 @@ The same choice for what the hub lists and for what lies in the cache. Opens not
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import PurePosixPath
 
 from pipo.base.errors import MalformedFile, ModelNotFound, UnsupportedModel
 from pipo.base.units import format_size
+from pipo.formats.json_object import MAX_FILE_BYTES, MAX_VALUES, parse_object
 from pipo.store.hub_name import HubName
 
 DEFAULT_QUANTS = ("Q4_K_M", "Q4_0", "Q4_K_S", "IQ4_XS")  # the first that is there, where none is named
@@ -25,7 +25,7 @@ SIDE_FILES = (
     "chat_template.jinja",
     "special_tokens_map.json",
 )
-MAX_INDEX_BYTES = 64 << 20
+MAX_INDEX_BYTES = MAX_FILE_BYTES
 MAX_SHARDS = 4096
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
@@ -155,7 +155,8 @@ def safetensors_set(files: Sequence[RepoFile], index: bytes | None) -> list[Repo
     Raises MalformedFile for an index that is none, ModelNotFound for a shard that is not among `files`.
     """
     by_path = {file.path: file for file in files}
-    weights = [SINGLE] if index is None else [INDEX, *shard_names(index)]
+    is_whole = index is None or SINGLE in by_path  # as the reader takes it, an index beside it or not
+    weights = [SINGLE] if is_whole else [INDEX, *shard_names(index or b"")]
     missing = [path for path in weights if path not in by_path]
     if missing:
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
@@ -174,8 +175,9 @@ def check_index_size(index: RepoFile) -> None:
 def shard_names(index: bytes) -> list[str]:
     """The files that an index of safetensors names, in order. Raises MalformedFile."""
     try:
-        names = sorted(set(json.loads(index)["weight_map"].values()))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        shard_of = parse_object(index, MAX_VALUES)["weight_map"]
+        names = sorted(set(shard_of.values())) if isinstance(shard_of, dict) else []
+    except (ValueError, KeyError, TypeError) as error:
         raise MalformedFile(f"{INDEX}: has no usable weight_map: {error!r:.200}") from error
     if not names or len(names) > MAX_SHARDS:
         raise MalformedFile(f"{INDEX}: names {len(names)} files, wanted 1 to {MAX_SHARDS}")

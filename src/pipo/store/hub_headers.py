@@ -5,7 +5,6 @@ What came is not compared with a hash, as a part has none; the readers of header
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,6 +13,8 @@ from pipo.base.errors import MalformedFile, ModelError
 from pipo.base.units import KIB, MIB, format_size
 from pipo.formats.gguf import has_whole_header
 from pipo.formats.gguf_header import MAX_HEADER_BYTES
+from pipo.formats.json_object import MAX_VALUES, parse_object
+from pipo.formats.safetensors import MAX_HEADER_BYTES as MAX_SAFETENSORS_HEADER_BYTES
 from pipo.store.fetch import Destination, download
 from pipo.store.hub import Hub, HubFile, HubRepo
 from pipo.store.hub_files import INDEX, check_index_size, safetensors_set
@@ -24,7 +25,6 @@ from pipo.store.request import NoAccess
 
 FIRST_GGUF_BYTES = 2 * MIB  # a vocabulary of 49k takes 1.8 MB, one of 128k 8 MB, one of 262k 16 MB
 FIRST_SHARD_BYTES = 256 * KIB  # of later shards, which have no vocabulary; and of safetensors
-MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # the format's own limit
 _LENGTH_BYTES = 8
 
 Report = Callable[[int], None]  # bytes that came so far
@@ -113,16 +113,11 @@ def _fetch_safetensors_header(part: _Beginning) -> int:
     with part.path.open("r+b") as file:
         file.truncate(end)
         file.seek(_LENGTH_BYTES)
-        if not _is_object(file.read()):
-            raise MalformedFile(f"{shown}: its header is no JSON object")
+        try:
+            parse_object(file.read(), MAX_VALUES)
+        except ValueError as error:
+            raise MalformedFile(f"{shown}: its header {error}") from None
     return part.num_bytes
-
-
-def _is_object(data: bytes) -> bool:
-    try:
-        return isinstance(json.loads(data), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _fetch_whole(repo: HubRepo, file: HubFile, folder: Path) -> None:

@@ -242,5 +242,7 @@ def alone_with(lock: Path, what: str) -> Iterator[None]:
 def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
+    except BrokenPipeError:  # of whoever is told how far it is
+        raise
     except OSError as error:
         raise DownloadError(f"cannot write {folder}: {error}", hint=f"{_VARIABLE} names another place") from error

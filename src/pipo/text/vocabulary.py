@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from array import array
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipo.base.errors import MalformedFile
+
+log = logging.getLogger(__name__)
 
 TOKENS_KEY = "tokenizer.ggml.tokens"
 KINDS_KEY = "tokenizer.ggml.token_type"
@@ -57,14 +60,15 @@ class TokenKind(IntEnum):
 
 
 def read_token_id(metadata: Keys, key: str, vocab_size: int) -> int | None:
-    """Raises MalformedFile where the vocabulary has no such token."""
+    """None, with a warning, where the vocabulary has no such token: so llama.cpp does. Raises MalformedFile."""
     value = metadata.get(key)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise MalformedFile(f"key {key!r} is {value!r:.80}, wanted a token id")
     if not 0 <= value < vocab_size:
-        raise MalformedFile(f"key {key!r} is token {value}, the vocabulary has {vocab_size} tokens")
+        log.warning("key=%s token=%d action=ignored reason='the vocabulary has %d tokens'", key, value, vocab_size)
+        return None
     return value
 
 
