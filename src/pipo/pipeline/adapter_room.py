@@ -28,10 +28,11 @@ class DevicePart(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """`spare_bytes` of RAM are not planned for anything."""
+    """`spare_bytes` of RAM are not planned for anything. `num_sequences` may share a pass."""
 
     ledger: Ledger
     spare_bytes: int
+    num_sequences: int
 
 
 class AdapterRoom:
@@ -46,6 +47,7 @@ class AdapterRoom:
         self._device = device
         self._ledger = budget.ledger
         self._spare_bytes = budget.spare_bytes
+        self._num_sequences = budget.num_sequences
         self._structures: dict[AdapterId, Reservation] = {}  # of graphs, of adapters that no plan counted
 
     @property
@@ -55,7 +57,7 @@ class AdapterRoom:
     def add(self, named: NamedAdapter) -> None:
         """Raises OverBudget, OutOfDeviceMemory, TransferError; then nothing has changed."""
         all_of_them = [*self._adapters, named.adapter]
-        structures = correction_bytes(self._stages, all_of_them) - correction_bytes(self._stages, self._adapters)
+        structures = self._structure_bytes(all_of_them) - self._structure_bytes(self._adapters)
         more = self._graphs.bytes_more(all_of_them)
         needed = self.store.bytes_of(named.adapter) + structures + more
         if needed > self._spare_bytes:
@@ -83,6 +85,9 @@ class AdapterRoom:
         if structures is not None:
             structures.close()
             self._spare_bytes += structures.num_bytes
+
+    def _structure_bytes(self, adapters: Sequence[Adapter]) -> int:
+        return correction_bytes(self._stages, adapters, self._num_sequences)
 
     def _over_budget(self, named: NamedAdapter, needed: int) -> OverBudget:
         smallest = self._ledger.limit_bytes + needed - self._spare_bytes
