@@ -111,16 +111,16 @@ class Blueprint:
         return max(self.config.max_outputs, self.config.num_sequences)
 
     def largest_shapes(self, context_tokens: int, chunk_tokens: int) -> list[ShapeClass]:
-        """A chunk of one sequence, than which a token of each takes no more; where there are several sequences, a
-        token of all but one, which takes part in vain, beside a chunk of the last.
+        """A chunk of one sequence, than which a token of each takes no more. Where there are several sequences, a chunk
+        beside a token of another, with which all others take part in vain: more than any mixed pass has.
         """
-        kv, num_single = self.kv_shape(context_tokens), self.config.num_sequences - 1
-        one = ShapeClass(chunk_tokens, (KvGroup(chunk_tokens, kv.num_rows),), self.num_outputs, kv.type_k, kv.type_v)
-        if not num_single:
+        kv = self.kv_shape(context_tokens)
+        chunk = KvGroup(chunk_tokens, kv.num_rows)
+        one = ShapeClass(chunk_tokens, (chunk,), self.num_outputs, kv.type_k, kv.type_v)
+        if kv.num_sequences == 1:
             return [one]
-        together = KvGroup(num_single, kv.num_rows, kv.num_sequences, kv.num_rows)
-        groups = together, KvGroup(chunk_tokens - num_single, kv.num_rows)
-        return [one, replace(one, groups=groups, num_apart=num_single)]
+        single = KvGroup(1, kv.num_rows, kv.num_sequences, kv.num_rows)
+        return [one, replace(one, num_tokens=chunk_tokens + 1, groups=(single, chunk), num_apart=1)]
 
     def is_aborted(self) -> bool:
         assert isinstance(self.compute.backend, CpuBackend)
