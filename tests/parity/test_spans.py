@@ -248,7 +248,7 @@ def test_after_a_failed_read_every_pass_says_so(case: Case, folder: Path, reads:
         assert forward.kv_used_bytes == used
         for sequence in (4, 0):
             forward.release(sequence)
-        assert forward.kv_used_bytes == 0
+        assert forward.kv_used_bytes == rig.blueprint.kv_shape(CONTEXT).used_bytes(0) < used
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)

@@ -45,7 +45,8 @@ def test_there_are_never_more_groups_than_graphs_have_room_for() -> None:
     """However much they would pass over: the cheapest go together."""
     spans = singles(*((i, 8000 if i % 2 else 10) for i in range(40)))
     longer = [Span(40 + i, 0, [5, 6], False) for i in range(5)]
-    assert len(PassRows.of(spans).groups) == MAX_GROUPS == len(PassRows.of([*spans, *longer]).groups)
+    assert len(PassRows.of(spans).groups) <= MAX_GROUPS
+    assert 6 <= len(PassRows.of([*spans, *longer]).groups) <= MAX_GROUPS
     passes = passes_of([*longer, *[Span(50 + i, 0, [7] * 3, True) for i in range(4)], *spans])
     assert [len(each) for each in passes] == [40 + MAX_GROUPS - 1, 2]
     assert len(passes_of([*spans, *longer], 1)) == 6 and len(passes_of(longer, 1)) == 5
@@ -53,9 +54,8 @@ def test_there_are_never_more_groups_than_graphs_have_room_for() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3000), st.integers(1, 6)), min_size=1, max_size=15))
 def test_every_token_is_there_once(drawn: list[tuple[int, int, int]]) -> None:
-    spans = [
-        Span(sequence, start, list(range(num)), True) for sequence, start, num in {d[0]: d for d in drawn}.values()
-    ]
+    chosen = {each[0]: each for each in drawn}.values()
+    spans = [Span(sequence, start, list(range(num)), True) for sequence, start, num in chosen]
     for rows in (PassRows.of(each) for each in passes_of(spans)):
         where = [(span.sequence, group.first, group.num_sequences) for group in rows.groups for span in group.spans]
         assert all(first <= sequence < first + num for sequence, first, num in where)
@@ -96,9 +96,9 @@ def _random_spans(rng: np.random.Generator, left: int, num_sequences: int) -> li
     """Of up to MAX_GROUPS sequences, which fill the chunk as often as not."""
     spans = []
     for sequence in rng.permutation(num_sequences)[: rng.integers(1, MAX_GROUPS)].tolist():
-        num = 1 if rng.random() < 0.5 else int(rng.integers(1, left + 1))
-        if left < num:
+        if not left:
             break
+        num = 1 if rng.random() < 0.5 else int(rng.integers(1, left + 1))
         spans.append(Span(sequence, 0, [5] * num, True))
         left -= num
     return spans

@@ -10,7 +10,7 @@ from pipo.base.machine import LinkProfile, SharedUse
 from pipo.planner.cost import PassLoad, attention_seconds, beside_each_other, stage_seconds, step_costs
 from pipo.planner.device_placement import place_on_device
 from pipo.planner.placement import UnitRole, place, smallest_bytes
-from pipo.planner.predict import BETWEEN_PASSES_S, Placed, Workload, decode_load, predict, residency_of
+from pipo.planner.predict import BETWEEN_PASSES_S, Placed, Workload, decode_load, forecast, predict, residency_of
 from pipo.planner.residency import UnitId
 from pipo.planner.schedule import SCHEDULES
 from pipo.planner.simulate import Lane, StepCosts
@@ -83,7 +83,7 @@ def test_a_mixed_pass_shares_the_products_and_nothing_of_attention() -> None:
 
 def test_streamed_weights_are_paid_once_for_a_mixed_pass() -> None:
     """While the drive decides, the answers of others cost a prompt's chunk next to nothing."""
-    here = placed(SIZES, smallest_bytes(ram_demand(SIZES)))
+    here = placed(SIZES, smallest_bytes(ram_demand(SIZES, 0)))
     chunk, answers = PassLoad(1, 16, 8), PassLoad(4, 1, 60)
     mixed, first, second = (
         forecast(here, load, PIPELINED).seconds for load in (replace(answers, others=(chunk,)), answers, chunk)
