@@ -331,6 +331,19 @@ def test_memory_is_charged_by_sequence(folder: Path) -> None:
         assert ledger.in_use_bytes == 0 and ledger.peak_bytes <= placement.num_bytes
 
 
+def test_where_passes_cannot_mix_the_results_are_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep for the single tokens, and one for each longer span."""
+    with opened(CASES[0], folder) as rig:
+        requests = requests_of(CASES[0])[:5]
+        with rig.running(rig.all_resident()) as forward:
+            want = serve(forward, requests, seed=2)
+            few = forward.take_stats().num_passes
+        monkeypatch.setattr(Forward, "can_mix", False)
+        with rig.running(rig.all_resident()) as forward:
+            assert_served_alike(serve(forward, requests, seed=2), want)
+            assert forward.take_stats().num_passes > few
+
+
 def test_more_longer_spans_than_a_pass_has_groups_for(folder: Path) -> None:
     """Several sweeps, in whose order nothing of the results is."""
     with opened(CASES[0], folder, num_sequences=12) as rig, rig.running(rig.all_resident()) as forward:

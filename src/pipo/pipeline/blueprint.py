@@ -196,7 +196,9 @@ def demand(
         "graphs": graphs_bytes(len(blueprint.stages), hyper.num_experts_per_tok, num_sequences)
         + correction_bytes(blueprint.stages, blueprint.adapters, num_sequences),
         "encoding": round_up(context_tokens * ENCODING_BYTES_PER_TOKEN, PAGE_BYTES),
-        "answer": round_up(context_tokens * ANSWER_BYTES_PER_TOKEN, PAGE_BYTES) * num_sequences,
+        "answer": round_up(context_tokens * ANSWER_BYTES_PER_TOKEN, PAGE_BYTES) * num_sequences
+        # what joins the logits of several sequences from the head's pieces
+        + (round_up(num_sequences * hyper.vocab_size * 4, PAGE_BYTES) if num_sequences > 1 else 0),
         **_adapter_bytes(blueprint, chunks[-1].num_tokens),
         "process": process_bytes + GROWTH_BYTES,
         **kept_bytes,

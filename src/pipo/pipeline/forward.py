@@ -29,6 +29,7 @@ from pipo.planner.schedule import Schedule
 from pipo.tiers.ram import Place
 
 EMBEDDING_TABLE = "token_embd.weight"
+DEVICE_ALIGNMENT = 256  # the most that Vulkan lets a device ask for
 WHOLE_PASS = -2  # in place of a stage's index: all of them at once, when every unit is in RAM for good
 
 
@@ -160,7 +161,7 @@ class Forward:
         Raises as `run`.
         """
         assert len({span.sequence for span in spans}) == len(spans), "a sequence has one span in a pass"
-        passes = passes_of(spans, MAX_GROUPS if self.can_mix else 1)
+        passes = passes_of(spans, self._max_groups)
         if len(passes) == 1:
             return self._run_together(spans)
         found: dict[int, npt.NDArray[np.float32]] = {}
@@ -170,7 +171,7 @@ class Forward:
         return _stacked([found[span.sequence] for span in spans if span.wants_logits])
 
     def _run_together(self, spans: Sequence[Span]) -> npt.NDArray[np.float32]:
-        rows = PassRows.of(spans)
+        rows = PassRows.of(spans, self._max_groups)
         last = rows.last_rows()
         outputs = [last[span.sequence] for span in spans if span.wants_logits]
         self._run(rows, outputs)
@@ -224,8 +225,15 @@ class Forward:
 
     @property
     def can_mix(self) -> bool:
-        """A pass takes tokens of any sequences together; else `run_spans` sweeps the weights more than once."""
-        return True
+        """A pass takes tokens of any sequences together; else `run_spans` sweeps the weights more than once: on a
+        device where a token's row of queries, keys or values may begin where kernels cannot read.
+        """
+        sizes = self._buffers.shape.mixed_size, self._kv.kv_size
+        return self._sides.device is None or not any(size * 4 % DEVICE_ALIGNMENT for size in sizes)
+
+    @property
+    def _max_groups(self) -> int:
+        return MAX_GROUPS if self.can_mix else 1
 
     @property
     def can_copy_rows(self) -> bool:

@@ -85,11 +85,11 @@ class PassRows:
     groups: tuple[SpanGroup, ...]
 
     @staticmethod
-    def of(spans: Sequence[Span]) -> PassRows:
+    def of(spans: Sequence[Span], max_groups: int = MAX_GROUPS) -> PassRows:
         """Any number of spans, of a sequence each, in groups that cost least."""
         singles = sorted((span for span in spans if span.num_tokens == 1), key=lambda span: span.sequence)
         longer = [SpanGroup(span.sequence, 1, (span,)) for span in spans if span.num_tokens > 1]
-        return PassRows((*_grouped(singles, max(MAX_GROUPS - len(longer), 1)), *longer))
+        return PassRows((*_grouped(singles, max(max_groups - len(longer), 1)), *longer))
 
     @property
     def spans(self) -> Iterator[Span]:
