@@ -88,7 +88,7 @@ class DeviceShares:
         blueprint = Blueprint(model.manifest, model.stages, layouts, self._compute, config, NARROW_DRIVE)
         chunk = max(min(chunk, context_tokens), config.num_sequences)
         sizes = PassSizes(
-            blueprint.largest_shape(context_tokens, chunk),
+            blueprint.largest_shapes(context_tokens, chunk),
             blueprint.buffer_shape(context_tokens, chunk),
             blueprint.kv_shape(context_tokens),
         )

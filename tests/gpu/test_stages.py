@@ -13,7 +13,7 @@ from pipo.base.tensor_type import TensorType
 from pipo.compute.devices import CpuBackend
 from pipo.compute.ggml import Library
 from pipo.models.blocks import lay_attention, lay_gated_mlp
-from pipo.models.stage import ShapeClass, Stage, StageBuilder, StageKind
+from pipo.models.stage import KvGroup, ShapeClass, Stage, StageBuilder, StageKind
 from tests.support.device_graphs import DeviceRig, fetch
 from tests.support.graphs import Array, FloatArray, Lay, bind, built, floats, quantised
 
@@ -24,7 +24,7 @@ HYPER = HyperParameters(
     architecture="llama", hidden_size=HIDDEN, intermediate_size=MLP, num_layers=1, num_q_heads=HEADS,
     num_kv_heads=KV_HEADS, head_dim=HEAD, vocab_size=8, context_tokens=512, norm_epsilon=1e-5, rope=Rope(HEAD, 1e4),
 )  # fmt: skip
-SHAPE = ShapeClass(num_tokens=NUM_TOKENS, num_kv_rows=KV_ROWS, num_outputs=1, kv_type_k=F16, kv_type_v=F16)
+SHAPE = ShapeClass(NUM_TOKENS, (KvGroup(NUM_TOKENS, KV_ROWS),), num_outputs=1, kv_type_k=F16, kv_type_v=F16)
 MATRICES = {
     StageKind.ATTENTION: {"attn_q": (HIDDEN, HIDDEN), "attn_k": (HIDDEN, KV), "attn_v": (HIDDEN, KV),
                           "attn_output": (HIDDEN, HIDDEN)},
@@ -62,7 +62,7 @@ def weights(lib: Library, of: Stage) -> dict[str, Array]:
 def inputs() -> dict[str, Array]:
     """A pass of NUM_TOKENS after NUM_PAST: caches with a past, a causal mask."""
     rows = np.arange(NUM_PAST, NUM_PAST + NUM_TOKENS)
-    past = {name: floats(KV_ROWS, KV).astype(np.float16) for name in ("k_cache", "v_cache")}
+    past = {name: floats(KV_ROWS, KV).astype(np.float16) for name in ("k_cache.0", "v_cache.0")}
     mask = np.where(np.arange(KV_ROWS) <= rows[:, None], 0, -np.inf).astype(np.float16)
     return {"hidden": floats(NUM_TOKENS, HIDDEN), "positions": rows.astype(np.int32),
             "kv_rows": rows.astype(np.int64), "mask": mask, **past}  # fmt: skip
@@ -106,13 +106,13 @@ def test_block_equals_that_of_the_cpu(lib: Library, gpu: DeviceRig, cpu: CpuBack
         wanted, found = change(before, want), change(before, got)
         error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
         assert error < tolerance(kind, type_), kind
-        for name in ("k_cache", "v_cache"):
+        for name in ("k_cache.0", "v_cache.0"):
             rows = np.any(change(before, got, name) != 0, axis=1)
             assert not rows[:NUM_PAST].any() and not rows[NUM_PAST + NUM_TOKENS :].any(), (
                 "only the new rows are written"
             )
             np.testing.assert_allclose(got[name], want[name], atol=8 * STEP[type_])
-        for name in before.keys() - {"hidden", "k_cache", "v_cache"}:
+        for name in before.keys() - {"hidden", "k_cache.0", "v_cache.0"}:
             np.testing.assert_array_equal(got[name], before[name], name)
         given["hidden"] = want["hidden"]
 

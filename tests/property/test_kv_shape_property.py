@@ -29,7 +29,7 @@ shapes = st.builds(
 @given(shapes, st.integers(1, 6 * ROWS_PER_CLASS))
 def test_unused_pages_hold_no_row_in_use(shape: KvShape, num_rows: int) -> None:
     num_rows = min(num_rows, shape.num_rows)
-    unused = sorted(shape.unused_ranges(num_rows))
+    unused = sorted(unused_ranges(shape, [num_rows] * shape.num_sequences))
     assert all(start % PAGE_BYTES == end % PAGE_BYTES == 0 and start < end for start, end in unused)
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(unused))
     assert shape.used_bytes(num_rows) == shape.num_bytes - sum(end - start for start, end in unused)
@@ -57,7 +57,7 @@ def test_layers_that_slide_keep_the_newest_rows(shape: KvShape, data: st.DataObj
     num_rows, kept = min(num_rows, shape.num_rows), data.draw(st.integers(1, 20)) * ROWS_PER_PAGE
     flags = data.draw(st.lists(st.booleans(), min_size=shape.num_layers, max_size=shape.num_layers))
     sliding = replace(shape, num_sequences=1, sliding=tuple(flags), kept_rows=kept)
-    unused = list(sliding.unused_ranges(num_rows))
+    unused = list(sliding.unused_ranges(0, num_rows))
     assert sliding.used_bytes(num_rows) == sliding.num_bytes - sum(end - start for start, end in unused)
     cache, row_bytes = _cache(sliding), sliding.type_k.row_bytes(sliding.kv_size)
     for block, slides in enumerate(flags):
@@ -83,6 +83,23 @@ def test_sequences_and_blocks_do_not_overlap(shape: KvShape) -> None:
     spans.sort()
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
     assert spans[-1][1] <= shape.num_bytes
+
+
+@given(shapes, st.data())
+def test_sequences_grow_apart_within_what_is_counted(shape: KvShape, data: st.DataObject) -> None:
+    """A page of the placement is so many rows of every sequence; what one does not use others may."""
+    longest = shape.num_rows // ROWS_PER_PAGE
+    pages = data.draw(st.lists(st.integers(0, longest), min_size=shape.num_sequences, max_size=shape.num_sequences))
+    rows = [num * ROWS_PER_PAGE for num in pages]
+    used = shape.used_bytes_of(rows)
+    assert used == shape.num_bytes - sum(end - start for start, end in unused_ranges(shape, rows))
+    assert used <= shape.used_bytes(max(rows))
+    page = KvPage(ROWS_PER_PAGE, shape.page_bytes)
+    assert used <= page.bytes_at(max(sum(rows), 1) / len(rows))
+
+
+def unused_ranges(shape: KvShape, rows: list[int]) -> list[tuple[int, int]]:
+    return [each for sequence, num in enumerate(rows) for each in shape.unused_ranges(sequence, num)]
 
 
 def _cache(shape: KvShape) -> KvCache:

@@ -63,7 +63,8 @@ class Rig:
     def device_demand(self, device: ComputeDevice, limit_bytes: int, chunk: int) -> DeviceDemand:
         """For a device that computes chunks of up to `chunk` tokens."""
         plan, context = self.blueprint, self.context_tokens
-        sizes = PassSizes(plan.largest_shape(context, chunk), plan.buffer_shape(context, chunk), plan.kv_shape(context))
+        shapes = plan.largest_shapes(context, chunk)
+        sizes = PassSizes(shapes, plan.buffer_shape(context, chunk), plan.kv_shape(context))
         hyper, adapters = plan.manifest.hyper, plan.adapters
         return device_demand(plan.stages, hyper, device, plan.compute, sizes, limit_bytes, adapters)
 

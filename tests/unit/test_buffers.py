@@ -7,7 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from pipo.pipeline.buffers import BufferShape, PassBuffers, PassRows
+from pipo.pipeline.buffers import BufferShape, PassBuffers
+from pipo.pipeline.spans import PassRows, Span
 from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Arena
 
@@ -19,7 +20,7 @@ def test_mask_is_causal_and_made_in_place() -> None:
         place = arena.take(SHAPE.num_bytes)
         buffers = PassBuffers(SHAPE, place)
         tracemalloc.start()
-        buffers.prepare(PassRows([3900], 128), np.zeros(1, np.int32))
+        buffers.prepare(PassRows.of([Span(0, 3900, range(128), False)]), np.zeros(1, np.int32))
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         offset = buffers.addresses["mask"] - place.address
@@ -31,17 +32,29 @@ def test_mask_is_causal_and_made_in_place() -> None:
 
 
 def test_each_sequence_sees_its_own_positions() -> None:
-    """Two tokens of each of two sequences, at 3 and at 258: rows of a class of 512, 1024 rows apart."""
-    shape = BufferShape(hidden_size=8, vocab_size=16, max_tokens=4, num_kv_rows=1024, max_outputs=2)
+    """A token of sequences 3 and 1, at 258 and at 3, between which 2 takes part in vain: its own two are apart. Rows of
+    a class of 512, 1024 rows apart.
+    """
+    shape = BufferShape(
+        hidden_size=8, vocab_size=16, max_tokens=4, num_kv_rows=1024, max_outputs=2, num_sequences=4, mixed_size=8
+    )
+    rows = PassRows.of([Span(2, 300, [7, 8], False), Span(3, 258, [9], True), Span(1, 3, [6], True)])
+    assert rows.token_ids == [6, 9, 7, 8] and rows.last_rows() == {1: 0, 3: 1, 2: 3}
+    assert rows.firsts == (1, 2) and rows.num_apart == 2 and rows.num_positions == 302
     with Arena(shape.num_bytes, name="buffers", ledger=Ledger(1 << 30)) as arena:
         buffers = PassBuffers(shape, arena.take(shape.num_bytes))
-        buffers.prepare(PassRows([3, 258], 2), np.array([1, 3], np.int32), 1024)
-        assert buffers._positions.tolist() == [3, 4, 258, 259]
-        assert buffers._kv_rows.tolist() == [3, 4, 1024 + 258, 1024 + 259]
+        buffers.prepare(rows, np.array([1, 0], np.int32), 1024)
+        assert buffers._positions.tolist() == [3, 258, 300, 301]
+        assert buffers._kv_rows.tolist() == [3, 2 * 1024 + 258, 300, 301], "from the first row of each group"
         ((_, flat),) = buffers._masks
-        mask = flat[: 4 * 512].reshape(4, 512)
-        assert [int((row == 0).sum()) for row in mask] == [4, 5, 259, 260]
-        assert all(not np.isinf(row[: int((row == 0).sum())]).any() for row in mask)
+        mask = flat[: 5 * 512].reshape(5, 512)
+        assert [int((row == 0).sum()) for row in mask] == [4, 0, 259, 301, 302]
+        assert all(np.isinf(row[int((row == 0).sum()) :]).all() for row in mask)
+        nobody = 4
+        assert buffers.arrays["mixed_rows"].view(np.int64)[:5].tolist() == [0, nobody, 1, 2, 3]
+        assert buffers.arrays["spread"].view(np.int32)[:3].tolist()[::2] == [0, 1]
+        used = {name: buffers.used_bytes[name] for name in ("mask", "mixed_rows", "spread", "hidden")}
+        assert used == {"mask": 5 * 512 * 2, "mixed_rows": 40, "spread": 20, "hidden": 4 * 32}
 
 
 def test_layers_that_slide_see_the_newest_tokens() -> None:
@@ -49,7 +62,7 @@ def test_layers_that_slide_see_the_newest_tokens() -> None:
     shape = BufferShape(hidden_size=8, vocab_size=16, max_tokens=4, num_kv_rows=256, max_outputs=1, sliding_window=3)
     with Arena(shape.num_bytes, name="buffers", ledger=Ledger(1 << 30)) as arena:
         buffers = PassBuffers(shape, arena.take(shape.num_bytes))
-        buffers.prepare(PassRows([1], 3), np.zeros(1, np.int32))
+        buffers.prepare(PassRows.of([Span(0, 1, range(3), False)]), np.zeros(1, np.int32))
         rows = buffers.arrays["local_mask"].view(np.float16)[: 3 * 256].reshape(3, 256)
         assert [np.flatnonzero(row == 0).tolist() for row in rows] == [[0, 1], [0, 1, 2], [1, 2, 3]]
         everything = buffers.arrays["mask"].view(np.float16)[: 3 * 256].reshape(3, 256)

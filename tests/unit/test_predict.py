@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from pipo.base.machine import LinkProfile, SharedUse
-from pipo.planner.cost import PassLoad, beside_each_other, stage_seconds, step_costs
+from pipo.planner.cost import PassLoad, attention_seconds, beside_each_other, stage_seconds, step_costs
 from pipo.planner.device_placement import place_on_device
 from pipo.planner.placement import UnitRole, place, smallest_bytes
-from pipo.planner.predict import BETWEEN_PASSES_S, Placed, Workload, decode_load, predict, residency_of
+from pipo.planner.predict import BETWEEN_PASSES_S, Placed, Workload, decode_load, forecast, predict, residency_of
 from pipo.planner.residency import UnitId
 from pipo.planner.schedule import SCHEDULES
 from pipo.planner.simulate import Lane, StepCosts
@@ -60,6 +60,35 @@ def test_a_head_computes_one_row_of_each_sequence() -> None:
     cpu = WITH_GPU.cpu
     assert stage_seconds(head, cpu, PassLoad(1, 128, 64)) == pytest.approx(stage_seconds(head, cpu, PassLoad(1, 1)))
     assert stage_seconds(head, cpu, PassLoad(4, 32, 64)) == pytest.approx(stage_seconds(head, cpu, PassLoad(4, 1)))
+
+
+def test_a_mixed_pass_shares_the_products_and_nothing_of_attention() -> None:
+    """Eight answers beside a chunk of 56: as many rows as a chunk of 64, and each group's attention by itself."""
+    chunk, answers = PassLoad(1, 56, 28), PassLoad(8, 1, 500)
+    mixed = replace(answers, others=(chunk,))
+    assert mixed.num_tokens == 64 and mixed.num_rows_of_head == 9
+    assert mixed.cached_positions == pytest.approx(8 * 499.5)
+    assert mixed.positions_held == pytest.approx((8 * 500.5 + 56) / 9)
+    here = placed(SIZES, ROOMY)
+    found, shared = here.costs(mixed), here.costs(PassLoad(1, 64, 0))
+    alone = [here.costs(load) for load in (answers, chunk)]
+    for i, stage in enumerate(here.shapes.stages):
+        attention = sum(attention_seconds(stage, here.machine.cpu, load) for load in (answers, chunk))
+        assert attention_seconds(stage, here.machine.cpu, mixed) == pytest.approx(attention)
+        if not stage.is_head:
+            assert found.compute[i] == pytest.approx(shared.compute[i] + attention)
+        assert found.compute[i] <= sum(each.compute[i] for each in alone)
+    assert found.read == alone[0].read
+
+
+def test_streamed_weights_are_paid_once_for_a_mixed_pass() -> None:
+    """While the drive decides, the answers of others cost a prompt's chunk next to nothing."""
+    here = placed(SIZES, smallest_bytes(ram_demand(SIZES, 0)))
+    chunk, answers = PassLoad(1, 16, 8), PassLoad(4, 1, 60)
+    mixed, first, second = (
+        forecast(here, load, PIPELINED).seconds for load in (replace(answers, others=(chunk,)), answers, chunk)
+    )
+    assert max(first, second) <= mixed < 0.7 * (first + second)
 
 
 def test_a_model_that_stays_on_the_device_is_one_graph_there() -> None:

@@ -150,6 +150,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_reshape_3d": (_T, c_void_p, _T, c_int64, c_int64, c_int64),
     "ggml_reshape_4d": (_T, c_void_p, _T, c_int64, c_int64, c_int64, c_int64),
     "ggml_permute": (_T, c_void_p, _T, c_int, c_int, c_int, c_int),
+    "ggml_acc_inplace": (_T, c_void_p, _T, _T, c_size_t, c_size_t, c_size_t, c_size_t),
+    "ggml_view_1d": (_T, c_void_p, _T, c_int64, c_size_t),
     "ggml_view_2d": (_T, c_void_p, _T, c_int64, c_int64, c_size_t, c_size_t),
     "ggml_view_3d": (_T, c_void_p, _T, c_int64, c_int64, c_int64, c_size_t, c_size_t, c_size_t),
     "ggml_view_4d": (_T, c_void_p, _T, c_int64, c_int64, c_int64, c_int64, c_size_t, c_size_t, c_size_t, c_size_t),

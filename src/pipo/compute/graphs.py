@@ -17,9 +17,10 @@ from typing import NoReturn
 from pipo.base.errors import ComputeError
 from pipo.base.manifest import Rope, RopeLayout, RopeScaling
 from pipo.base.tensor_type import TensorType
-from pipo.compute.ggml import GgmlTensor, InitParams, Library
+from pipo.compute.ggml import InitParams, Library
 from pipo.compute.graph import Graph, Leaf, Workspace
 from pipo.compute.repack import RepackBuffer
+from pipo.compute.views import Tensor, Views, is_contiguous
 
 MAX_NODES = 128  # of a graph, leaves counted, unless its builder is told more
 _UNBOUND = 64  # any non-null address: tells the allocator that this tensor's memory is ours
@@ -33,19 +34,6 @@ _CACHEABLE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
-    """A node of a graph under construction. `shape` in ggml order, without trailing ones beyond its rank."""
-
-    address: int
-    type: TensorType
-    shape: tuple[int, ...]
-
-    @property
-    def struct(self) -> GgmlTensor:
-        return GgmlTensor.from_address(self.address)
-
-
-@dataclass(frozen=True, slots=True)
 class WeightType:
     """How a weight's bytes are laid out in memory: a ggml type, plain or repacked for this CPU's kernels."""
 
@@ -53,7 +41,7 @@ class WeightType:
     is_repacked: bool = False
 
 
-class Builder:
+class Builder(Views):
     """Collects ops for one graph. Threads: one. Raises ComputeError where ggml would abort."""
 
     def __init__(self, lib: Library, repack: RepackBuffer | None = None, max_nodes: int = MAX_NODES) -> None:
@@ -114,6 +102,16 @@ class Builder:
         self._check_broadcast("add_inplace", a, b)
         return self._op("add_inplace", a.type, a.shape, a, b)
 
+    def add_to_tokens(self, a: Tensor, b: Tensor, first: int) -> Tensor:
+        """Add `b` (n, k) to tokens first, first + 1, … of `a` (n, any), in place; the result is a view of `a`."""
+        self._check_rows("add_to_tokens", a, b)
+        fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[0] and 0 <= first <= a.shape[1] - b.shape[1]
+        if not fits or not is_contiguous(a) or not is_contiguous(b):
+            self._refuse(f"add_to_tokens of {b.shape} to {a.shape} from {first} on")
+        row_bytes = a.type.row_bytes(a.shape[0])
+        all_bytes = row_bytes * a.shape[1]
+        return self._op("acc_inplace", a.type, a.shape, a, b, row_bytes, all_bytes, all_bytes, first * row_bytes)
+
     def mul(self, a: Tensor, b: Tensor) -> Tensor:
         self._check_broadcast("mul", a, b)
         return self._op("mul", a.type, a.shape, a, b)
@@ -142,21 +140,21 @@ class Builder:
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up"""
         self._check_rows("swiglu", gate, up)
-        if gate.shape != up.shape or not _is_contiguous(gate) or not _is_contiguous(up):
+        if gate.shape != up.shape or not is_contiguous(gate) or not is_contiguous(up):
             self._refuse(f"swiglu of {gate.shape} and {up.shape}")
         return self._op("swiglu_split", gate.type, gate.shape, gate, up)
 
     def swiglu_clamped(self, gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
         """gate * sigmoid(alpha * gate) * (up + 1), of a gate up to `limit` and an up within it. Source: gpt-oss."""
         self._check_rows("swiglu_oai", gate, up)
-        if gate.shape != up.shape or not _is_contiguous(gate) or not _is_contiguous(up):
+        if gate.shape != up.shape or not is_contiguous(gate) or not is_contiguous(up):
             self._refuse(f"swiglu_oai of {gate.shape} and {up.shape}")
         return self._op("swiglu_oai", gate.type, gate.shape, gate, up, alpha, limit)
 
     def swiglu_halves(self, a: Tensor) -> Tensor:
         """silu(first half) * second half, of the first dimension."""
         self._check_rows("swiglu", a)
-        if a.shape[0] % 2 or not _is_contiguous(a):
+        if a.shape[0] % 2 or not is_contiguous(a):
             self._refuse(f"swiglu of the halves of {a.shape}")
         return self._op("swiglu", a.type, (a.shape[0] // 2, *a.shape[1:]), a)
 
@@ -186,19 +184,6 @@ class Builder:
         inner = self.mul(self.scale(self.mul(a, a), 0.044715 * twice, twice), a)
         return self.mul(a, self.sigmoid(inner))
 
-    def reshape(self, a: Tensor, *shape: int) -> Tensor:
-        """To rank 2, 3 or 4, without a copy: `a` must lie in one run."""
-        if _num_elems(a.shape) != _num_elems(shape) or len(shape) not in (2, 3, 4) or not _is_contiguous(a):
-            self._refuse(f"reshape of {a.shape} to {shape}")
-        return self._op(f"reshape_{len(shape)}d", a.type, shape, a, *shape)
-
-    def permute(self, a: Tensor, *axes: int) -> Tensor:
-        """Axis i of `a` becomes axis `axes[i]`, of the first three; a fourth stays. Rank 3 or 4."""
-        if sorted(axes) != [0, 1, 2] or len(a.shape) not in (3, 4):
-            self._refuse(f"permute of {a.shape} by {axes}")
-        shape = (*(a.shape[axes.index(i)] for i in range(3)), *a.shape[3:])
-        return self._op("permute", a.type, shape, a, *axes, 3)
-
     def get_rows(self, a: Tensor, rows: Tensor) -> Tensor:
         """a (n, any) F32, rows (k,) I32 → (n, k). The caller vouches for the range of `rows`."""
         self._check_rows("get_rows", a)
@@ -213,45 +198,6 @@ class Builder:
         if not fits or len(a.shape) != 2 or len(b.shape) != 2 or a.type not in _CACHEABLE:
             self._refuse(f"set_rows of {b.shape} into {a.shape} {a.type.name} at {rows.shape} {rows.type.name}")
         return self._op("set_rows", a.type, a.shape, a, b, rows)
-
-    def slice_rows(self, a: Tensor, first: int, num: int) -> Tensor:
-        """Elements first, first + 1, … of every row of `a` (n, tokens), without a copy: (num, tokens)."""
-        if len(a.shape) != 2 or first < 0 or num < 1 or first + num > a.shape[0] or a.type.block_elems != 1:
-            self._refuse(f"elements {first} to {first + num} of the rows of {a.shape} {a.type.name}")
-        size, row_bytes = a.type.row_bytes(1), a.type.row_bytes(a.shape[0])
-        return self._op("view_2d", a.type, (num, a.shape[1]), a, num, a.shape[1], row_bytes, first * size)
-
-    def slice_heads(self, a: Tensor, first: int, head_dim: int, num_heads: int) -> Tensor:
-        """As `slice_rows`, of heads that lie side by side: (head_dim, heads, tokens)."""
-        rows = self.slice_rows(a, first, head_dim * num_heads)
-        size, row_bytes, shape = a.type.row_bytes(1), a.type.row_bytes(a.shape[0]), (head_dim, num_heads, rows.shape[1])
-        return self._op("view_3d", a.type, shape, a, *shape, head_dim * size, row_bytes, first * size)
-
-    def every_row(self, a: Tensor, first: int, step: int) -> Tensor:
-        """Rows first, first + step, … of `a` (n, any), without a copy."""
-        if len(a.shape) != 2 or not 0 <= first < step or a.shape[1] % step:
-            self._refuse(f"every {step}th row of {a.shape} from {first} on")
-        shape, row_bytes = (a.shape[0], a.shape[1] // step), a.type.row_bytes(a.shape[0])
-        return self._op("view_2d", a.type, shape, a, *shape, step * row_bytes, first * row_bytes)
-
-    def heads_view(
-        self, rows: Tensor, head_dim: int, num_heads: int, num_rows: int, num_sequences: int = 1, stride_rows: int = 0
-    ) -> Tensor:
-        """The first `num_rows` rows of a KV cache (heads * head_dim, any) as (head_dim, num_rows, heads); of several
-        sequences, each of which begins `stride_rows` after the last one, as (head_dim, num_rows, heads, sequences).
-        """
-        num_seen = (num_sequences - 1) * stride_rows + num_rows
-        fits = len(rows.shape) == 2 and head_dim * num_heads == rows.shape[0] and num_seen <= rows.shape[1]
-        if not fits or head_dim % rows.type.block_elems:
-            self._refuse(f"{num_heads} heads of {head_dim} over {num_rows} rows of {rows.shape} {rows.type.name}")
-        row_bytes = rows.type.row_bytes(rows.shape[0])
-        head_bytes = rows.type.row_bytes(head_dim)
-        shape = (head_dim, num_rows, num_heads)
-        if num_sequences == 1:
-            return self._op("view_3d", rows.type, shape, rows, *shape, row_bytes, head_bytes, 0)
-        strides = (row_bytes, head_bytes, stride_rows * row_bytes)
-        shape_of_all = (*shape, num_sequences)
-        return self._op("view_4d", rows.type, shape_of_all, rows, *shape_of_all, *strides, 0)
 
     def rope(self, a: Tensor, positions: Tensor, rope: Rope, factors: Tensor | None) -> Tensor:
         """Rotate (head_dim, heads, tokens). `factors` (num_dims / 2,) F32 divide the frequencies."""
@@ -367,19 +313,3 @@ class Builder:
 
     def _refuse(self, what: str) -> NoReturn:
         raise ComputeError(f"cannot build the graph: {what}")
-
-
-def _is_contiguous(tensor: Tensor) -> bool:
-    struct, num_bytes = tensor.struct, tensor.type.row_bytes(tensor.shape[0])
-    for i in range(1, len(tensor.shape)):
-        if struct.nb[i] != num_bytes and struct.ne[i] != 1:
-            return False
-        num_bytes *= tensor.shape[i]
-    return bool(struct.nb[0] == tensor.type.block_bytes)
-
-
-def _num_elems(shape: Sequence[int]) -> int:
-    product = 1
-    for n in shape:
-        product *= n
-    return product

@@ -15,7 +15,8 @@ from pipo.base.manifest import Rope
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import KIB, PAGE_BYTES, round_down, round_up
 from pipo.compute.graph import Graph
-from pipo.compute.graphs import Builder, Tensor, WeightType
+from pipo.compute.graphs import Builder, WeightType
+from pipo.compute.views import Tensor
 from pipo.hardware.meter import AnyMeter
 
 # ggml's repacked kernels take four rows at once and the rest one by one, so few rows want more points

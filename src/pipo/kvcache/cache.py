@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -79,29 +80,36 @@ class KvShape:
 
     def used_bytes(self, num_rows: int) -> int:
         """Of the pages that hold the first `num_rows` of every sequence and block, where they are needed."""
-        return self.num_bytes - sum(end - start for start, end in self.unused_ranges(num_rows))
+        return self.used_bytes_of([num_rows] * self.num_sequences)
 
-    def unused_ranges(self, num_rows: int) -> Iterator[tuple[int, int]]:
-        """From where to where the other pages lie, in bytes from the start of the cache."""
-        unused = {slides: list(self._unused_in_block(num_rows, slides)) for slides in (False, True)}
+    def used_bytes_of(self, num_rows: Sequence[int]) -> int:
+        """The same with so many rows of each sequence."""
+        used = self.num_bytes
+        for slides, num_layers in ((False, self.num_layers - self.num_sliding), (True, self.num_sliding)):
+            for sequence, num in enumerate(num_rows):
+                used -= num_layers * sum(end - start for start, end in self._unused_in_block(sequence, num, slides))
+        return used
+
+    def unused_ranges(self, sequence: int, num_rows: int) -> Iterator[tuple[int, int]]:
+        """From where to where the other pages of a sequence lie, in bytes from the start of the cache."""
+        unused = {slides: list(self._unused_in_block(sequence, num_rows, slides)) for slides in (False, True)}
         for layer in range(self.num_layers):
             begin = layer * (self.layer_bytes_k + self.layer_bytes_v)
             for start, end in unused[bool(self.sliding) and self.sliding[layer]]:
                 yield begin + start, begin + end
 
-    def _unused_in_block(self, num_rows: int, slides: bool) -> Iterator[tuple[int, int]]:
+    def _unused_in_block(self, sequence: int, num_rows: int, slides: bool) -> Iterator[tuple[int, int]]:
         """Of one block, from its start."""
         first, begin = self.first_row(num_rows) if slides else 0, 0
         for layer_bytes, row_bytes in (
             (self.layer_bytes_k, self.type_k.row_bytes(self.kv_size)),
             (self.layer_bytes_v, self.type_v.row_bytes(self.kv_size)),
         ):
-            for sequence in range(self.num_sequences):
-                base = begin + sequence * self.num_rows * row_bytes
-                is_last = sequence == self.num_sequences - 1
-                stop = begin + layer_bytes if is_last else base + self.num_rows * row_bytes
-                yield from _whole_pages(base, base + first * row_bytes)
-                yield from _whole_pages(base + num_rows * row_bytes, stop)
+            base = begin + sequence * self.num_rows * row_bytes
+            is_last = sequence == self.num_sequences - 1
+            stop = begin + layer_bytes if is_last else base + self.num_rows * row_bytes
+            yield from _whole_pages(base, base + first * row_bytes)
+            yield from _whole_pages(base + num_rows * row_bytes, stop)
             begin += layer_bytes
 
 
@@ -162,3 +170,10 @@ class KvCache:
 
     def address_v(self, block_idx: int, sequence: int = 0) -> int:
         return self.address_k(block_idx) + self.shape.layer_bytes_k + sequence * self.shape.sequence_bytes_v
+
+    def copy_rows(self, source: int, target: int, num_rows: int) -> None:
+        """The first rows of one sequence become those of another, in all blocks."""
+        for block in self._layer_of:
+            for address, type_ in ((self.address_k, self.shape.type_k), (self.address_v, self.shape.type_v)):
+                num_bytes = num_rows * type_.row_bytes(self.shape.kv_size)
+                ctypes.memmove(address(block, target), address(block, source), num_bytes)

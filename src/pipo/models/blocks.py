@@ -1,19 +1,18 @@
 """The stages decoder families share, laid in ggml ops. Shapes are ggml's: fastest dimension first, T tokens.
 
 Leaves the pipeline binds besides weights: `hidden` (hidden_size, T) F32, read and written in place · `positions` (T,)
-I32 · `kv_rows` (T,) I64 · `mask` and, of layers that slide, `local_mask` (kv rows, T) F16 · `k_cache`, `v_cache`
-(kv heads * head_dim, kv rows) · `out_rows` (outputs,) I32 · `normed` (hidden_size, outputs) F32 · `logits` (rows of the
-piece, outputs) F32.
-The tokens of a sequence lie side by side; the rows of all sequences are those of one cache.
+I32 · `kv_rows` (T,) I64 · `mask` and, of layers that slide, `local_mask` (any,) F16 · `k_cache.i`, `v_cache.i` of
+group i (kv heads * head_dim, kv rows) · `out_rows` (outputs,) I32 · `normed` (hidden_size, outputs) F32 · `logits`
+(rows of the piece, outputs) F32; `mixed`, `mixed_rows` and `spread` see `attention.py`.
+The tokens of a sequence lie side by side, those of a group too.
 """
 
 from __future__ import annotations
 
-from math import sqrt
-
 from pipo.base.manifest import Rope, RopeScaling
 from pipo.base.tensor_type import TensorType
-from pipo.compute.graphs import Tensor
+from pipo.compute.views import Tensor
+from pipo.models.attention import mix
 from pipo.models.stage import StageBuilder
 
 
@@ -77,21 +76,6 @@ def _rope_factors(s: StageBuilder, rope: Rope) -> Tensor | None:
     return None
 
 
-def mix(s: StageBuilder, q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
-    """Attention over this pass's keys and values and those before: (head_dim * heads, T)."""
-    ops, h, num_tokens = s.ops, s.hyper, s.shape.num_tokens
-    keys, values = _store(s, ops.reshape(k, h.head_dim * h.num_kv_heads, num_tokens), v)
-    sequences: tuple[int, ...] = ()
-    if s.shape.num_sequences > 1:
-        sequences = (1, s.shape.num_sequences)
-        q = ops.reshape(q, h.head_dim, h.num_q_heads, s.shape.tokens_each, s.shape.num_sequences)
-    seen = ops.leaf(mask, TensorType.F16, s.shape.num_kv_rows, s.shape.tokens_each, *sequences)
-    scale = 1.0 / sqrt(h.head_dim) if h.attention_scale is None else h.attention_scale
-    sinks = s.weight("attn_sinks.weight") if s.has("attn_sinks.weight") else None
-    mixed = ops.flash_attention(ops.permute(q, 0, 2, 1), keys, values, seen, scale, h.attention_softcap, sinks)
-    return ops.reshape(mixed, h.head_dim * h.num_q_heads, num_tokens)
-
-
 def _heads(s: StageBuilder, role: str, x: Tensor, num_heads: int) -> Tensor:
     """(head_dim, heads, T), normalised where the family does that: over each head (Qwen 3) or all of them (OLMoE)."""
     y, norm = s.linear(role, x), f"{role}_norm"
@@ -101,21 +85,6 @@ def _heads(s: StageBuilder, role: str, x: Tensor, num_heads: int) -> Tensor:
     y = s.rms_norm(norm, y) if is_over_all else y
     heads = s.ops.reshape(y, s.hyper.head_dim, num_heads, s.shape.num_tokens)
     return heads if is_over_all else s.rms_norm(norm, heads)
-
-
-def _store(s: StageBuilder, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Write new rows into the cache; the views returned depend on the writes, so no device may reorder them."""
-    ops, h = s.ops, s.hyper
-    rows = ops.leaf("kv_rows", TensorType.I64, s.shape.num_tokens)
-    kv_size, num_rows = h.head_dim * h.num_kv_heads, s.shape.num_kv_rows
-    sequences = s.shape.num_sequences, s.shape.kv_stride_rows
-    num_all = (s.shape.num_sequences - 1) * s.shape.kv_stride_rows + num_rows
-    k_cache = ops.leaf("k_cache", s.shape.kv_type_k, kv_size, num_all)
-    v_cache = ops.leaf("v_cache", s.shape.kv_type_v, kv_size, num_all)
-    return (
-        ops.heads_view(ops.set_rows(k_cache, k, rows), h.head_dim, h.num_kv_heads, num_rows, *sequences),
-        ops.heads_view(ops.set_rows(v_cache, v, rows), h.head_dim, h.num_kv_heads, num_rows, *sequences),
-    )
 
 
 def lay_gated_mlp(s: StageBuilder) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipo.base.tensor_type import TensorType
-from pipo.compute.graphs import Tensor
+from pipo.compute.views import Tensor
 from pipo.models.blocks import attend, attend_sliding
 from pipo.models.stage import ExpertShape, StageBuilder, Sum
 

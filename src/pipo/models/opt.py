@@ -10,8 +10,9 @@ from dataclasses import replace
 
 from pipo.base.manifest import HyperParameters, Manifest, TensorSpec
 from pipo.base.tensor_type import TensorType
-from pipo.compute.graphs import Tensor
-from pipo.models.blocks import lay_head, mix
+from pipo.compute.views import Tensor
+from pipo.models.attention import mix
+from pipo.models.blocks import lay_head
 from pipo.models.checks import TensorBook, refuse_unknown_keys
 from pipo.models.parts import HARMLESS_KEYS
 from pipo.models.stage import Stage, StageBuilder, StageKind

@@ -8,7 +8,8 @@ from enum import Enum
 
 from pipo.base.manifest import HyperParameters, TensorSpec
 from pipo.base.tensor_type import TensorType
-from pipo.compute.graphs import Builder, Tensor, WeightType
+from pipo.compute.graphs import Builder, WeightType
+from pipo.compute.views import Tensor
 
 
 class StageKind(Enum):
@@ -20,25 +21,56 @@ class StageKind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class ShapeClass:
-    """What a graph depends on besides its weights. Graphs are built once per class.
+class KvGroup:
+    """Tokens of a pass whose attention is one op: all of one sequence, or one each of `num_sequences`, whose rows
+    begin `stride_rows` one after another. Where there are fewer tokens than those, some sequences take part in vain.
 
-    `num_tokens` are those of all sequences, of which each has as many; `num_kv_rows` is the KV length rounded up to a
-    class, `num_outputs` the rows that reach the head. Where there are several sequences, the rows of each begin
-    `kv_stride_rows` after those of the last one.
+    `num_kv_rows` is the KV length rounded up to a class.
     """
 
     num_tokens: int
     num_kv_rows: int
+    num_sequences: int = 1
+    stride_rows: int = 0
+
+    @property
+    def num_queries(self) -> int:
+        return self.num_sequences if self.num_sequences > 1 else self.num_tokens
+
+    @property
+    def is_spread(self) -> bool:
+        """Some sequences have no token."""
+        return self.num_queries > self.num_tokens
+
+    @property
+    def mask_size(self) -> int:
+        return self.num_kv_rows * self.num_queries
+
+    @property
+    def num_cache_rows(self) -> int:
+        """From the first row of the first sequence on."""
+        return (self.num_sequences - 1) * self.stride_rows + self.num_kv_rows
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeClass:
+    """What a graph depends on besides its weights. Graphs are built once per class.
+
+    `num_tokens` are those of all `groups`, one group after another; `num_outputs` the rows that reach the head. The
+    first `num_apart` tokens are each the only one of their sequence, and not alone.
+    """
+
+    num_tokens: int
+    groups: tuple[KvGroup, ...]
     num_outputs: int
     kv_type_k: TensorType
     kv_type_v: TensorType
-    num_sequences: int = 1
-    kv_stride_rows: int = 0
+    num_apart: int = 0
 
     @property
-    def tokens_each(self) -> int:
-        return self.num_tokens // self.num_sequences
+    def is_plain(self) -> bool:
+        """One attention gives the rows of the pass, in order."""
+        return len(self.groups) == 1 and not self.groups[0].is_spread
 
 
 class Sum(Enum):
@@ -201,23 +233,34 @@ class StageBuilder:
         y = self.ops.mul_mat(self.weight(f"{role}.weight"), x)
         for correction in self._corrections:
             if correction.role == role:
-                y = self.ops.add(y, self._corrected(correction, x, y.shape[0]))
+                y = self._corrected(y, correction, x)
         return self.ops.add(y, self.weight(f"{role}.bias")) if self.has(f"{role}.bias") else y
 
-    def _corrected(self, correction: Correction, x: Tensor, num_out: int) -> Tensor:
-        """Scaled where the rows are shortest. Rows of sequences without the adapter are scaled by 0."""
+    def _corrected(self, y: Tensor, correction: Correction, x: Tensor) -> Tensor:
+        """`y`, and what is added to it: for tokens that are apart by themselves, for all others together."""
         self.num_corrected += 1
         a = self.ops.leaf(correction.leaf_a, correction.type_a, x.shape[0], correction.rank)
-        b = self.ops.leaf(correction.leaf_b, correction.type_b, correction.rank, num_out)
-        scaled = self.ops.mul(self.ops.mul_mat(a, self._apart(x)), self._apart(self._scale(correction.scale)))
-        y = self.ops.mul_mat(b, scaled)
-        return y if len(y.shape) == 2 else self.ops.reshape(y, num_out, x.shape[1])
+        b = self.ops.leaf(correction.leaf_b, correction.type_b, correction.rank, y.shape[0])
+        scale, num_apart, num_tokens = self._scale(correction.scale), self.shape.num_apart, x.shape[1]
+        if not num_apart:
+            return self.ops.add(y, self._scaled(a, b, x, scale))
+        if num_apart == num_tokens:
+            return self.ops.add(y, self._each_scaled(a, b, x, scale))
+        first, rest = ((0, num_apart), (num_apart, num_tokens - num_apart))
+        few = self._each_scaled(a, b, self.ops.tokens(x, *first), self.ops.tokens(scale, *first))
+        many = self._scaled(a, b, self.ops.tokens(x, *rest), self.ops.tokens(scale, *rest))
+        return self.ops.add_to_tokens(self.ops.add_to_tokens(y, few, 0), many, num_apart)
 
-    def _apart(self, x: Tensor) -> Tensor:
+    def _scaled(self, a: Tensor, b: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+        """B (scale * A x): scaled where rows are shortest. Those of sequences without the adapter are scaled by 0."""
+        return self.ops.mul_mat(b, self.ops.mul(self.ops.mul_mat(a, x), scale))
+
+    def _each_scaled(self, a: Tensor, b: Tensor, x: Tensor, scale: Tensor) -> Tensor:
         """Tokens of several sequences as so many matrices of a row: ggml multiplies those as it does a single token's,
         so that a sequence gets what it would get alone. F32 rows that stand together take other kernels.
         """
-        return self.ops.reshape(x, x.shape[0], 1, x.shape[1]) if self.shape.num_sequences > 1 else x
+        y = self._scaled(a, b, self.ops.apart(x), self.ops.apart(scale))
+        return self.ops.reshape(y, y.shape[0], x.shape[1])
 
     def _scale(self, name: str) -> Tensor:
         if name not in self._scales:

@@ -28,10 +28,11 @@ class DevicePart(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """`spare_bytes` of RAM are not planned for anything."""
+    """`spare_bytes` of RAM are not planned for anything. `num_sequences` may share a pass."""
 
     ledger: Ledger
     spare_bytes: int
+    num_sequences: int
 
 
 class AdapterRoom:
@@ -46,7 +47,8 @@ class AdapterRoom:
         self._device = device
         self._ledger = budget.ledger
         self._spare_bytes = budget.spare_bytes
-        self._planned_bytes = correction_bytes(stages, self._adapters)
+        self._num_sequences = budget.num_sequences
+        self._planned_bytes = self._correction_bytes(self._adapters)
         self._structures = budget.ledger.reserve("graphs", 0)  # of graphs, beyond those that the plan counted
 
     @property
@@ -86,7 +88,10 @@ class AdapterRoom:
 
     def _structure_bytes(self, adapters: Sequence[Adapter]) -> int:
         """Of graphs, beyond those that the plan counted. What several add is not the sum of what each adds."""
-        return max(correction_bytes(self._stages, adapters) - self._planned_bytes, 0)
+        return max(self._correction_bytes(adapters) - self._planned_bytes, 0)
+
+    def _correction_bytes(self, adapters: Sequence[Adapter]) -> int:
+        return correction_bytes(self._stages, adapters, self._num_sequences)
 
     def _over_budget(self, named: NamedAdapter, needed: int) -> OverBudget:
         smallest = self._ledger.limit_bytes + needed - self._spare_bytes

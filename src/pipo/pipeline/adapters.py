@@ -15,7 +15,7 @@ from pipo.base.manifest import Manifest, RopeLayout, TensorSpec
 from pipo.base.units import PAGE_BYTES, round_up
 from pipo.models.adapters import corrections_of, heads_to_reorder
 from pipo.models.stage import Corrections, Stage
-from pipo.pipeline.buffers import PassRows
+from pipo.pipeline.spans import PassRows
 from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Arena, Place
 from pipo.transfer.files import UncachedFile
@@ -183,7 +183,8 @@ class AdapterStore:
 
     def take_rows(self, rows: PassRows, weights: Sequence[Weights]) -> ActiveAdapters:
         """Those that sequences of a pass have any of, with the scales of its rows set. `weights` by sequence."""
-        ours = weights[rows.first : rows.first + len(rows.starts)]
+        spans = list(rows.spans)
+        ours = [weights[span.sequence] for span in spans]
         ids = tuple(each for each in self._loaded if any(weight.get(each) for weight in ours))
         if not ids:
             return NO_ADAPTERS
@@ -191,7 +192,8 @@ class AdapterStore:
         if active is None:
             active = self._active[ids] = ActiveAdapters([self._loaded[each] for each in ids])
         for loaded in active.loaded:
-            shares = np.repeat([weight.get(loaded.named.id, 0.0) for weight in ours], rows.tokens_each)
+            lengths = [span.num_tokens for span in spans]
+            shares = np.repeat([weight.get(loaded.named.id, 0.0) for weight in ours], lengths)
             for scales, factor in zip(loaded.scales, loaded.factors, strict=True):
                 scales[: rows.num_tokens] = shares * factor
         return active

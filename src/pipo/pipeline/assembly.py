@@ -87,7 +87,7 @@ class Assembly:
         model = Model(stages, units)
         ram, pool = self._places(units, placement)
         chunk = placement.chunk.num_tokens
-        kv, largest = blueprint.kv_shape(context_tokens), blueprint.largest_shape(context_tokens, chunk)
+        kv, largest = blueprint.kv_shape(context_tokens), blueprint.largest_shapes(context_tokens, chunk)
         buffers = self._buffers(blueprint.buffer_shape(context_tokens, chunk))
         kv_in_ram, blocks = blueprint.kv_shape_in_ram(context_tokens), blueprint.kv_blocks_in_ram
         kv_memory = self._kv_memory(kv_in_ram)
@@ -114,10 +114,10 @@ class Assembly:
         schedule = SCHEDULES[blueprint.config.schedule]
         room = None
         if kv_memory is not None:
-            room = KvRoom(kv_in_ram, kv_memory, placement, executor, self.ledger)
+            room = KvRoom(cache, kv_memory, placement, executor, self.ledger)
             self._exit.callback(room.close)
         spare = self.ledger.limit_bytes - placement.num_bytes
-        adapter_room = AdapterRoom(store, stages, graph_room, device, Budget(self.ledger, spare))
+        adapter_room = AdapterRoom(store, stages, graph_room, device, Budget(self.ledger, spare, kv.num_sequences))
         self._exit.callback(adapter_room.close)
         forward = Forward(
             model,

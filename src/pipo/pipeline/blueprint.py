@@ -14,7 +14,7 @@ from pipo.base.units import MIB, PAGE_BYTES, round_up
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import FAST_TO_REPACK, RepackBuffer
 from pipo.kvcache.cache import CACHE_TYPES, ROWS_PER_PAGE, KvShape, kv_rows_class, kv_shape
-from pipo.models.stage import ShapeClass, Stage, banks_of
+from pipo.models.stage import KvGroup, ShapeClass, Stage, banks_of
 from pipo.pipeline.adapters import adapter_bytes
 from pipo.pipeline.buffers import BufferShape, ExpertCounts
 from pipo.pipeline.device_share import DeviceShare
@@ -87,8 +87,17 @@ class Blueprint:
     def buffer_shape(self, context_tokens: int, chunk_tokens: int) -> BufferShape:
         h, rows = self.manifest.hyper, kv_rows_class(context_tokens)
         experts = ExpertCounts(h.num_experts, h.num_experts_per_tok) if h.num_experts else None
-        window = h.sliding_window
-        return BufferShape(h.hidden_size, h.vocab_size, chunk_tokens, rows, self.num_outputs, experts, window)
+        return BufferShape(
+            h.hidden_size,
+            h.vocab_size,
+            chunk_tokens,
+            rows,
+            self.num_outputs,
+            experts,
+            h.sliding_window,
+            self.config.num_sequences,
+            h.head_dim * h.num_q_heads,
+        )
 
     def hyper_at(self, context_tokens: int) -> HyperParameters:
         """For graphs of a context of so many tokens."""
@@ -99,10 +108,17 @@ class Blueprint:
         """Positions of one pass that may ask for logits: the newest of each sequence at least."""
         return max(self.config.max_outputs, self.config.num_sequences)
 
-    def largest_shape(self, context_tokens: int, chunk_tokens: int) -> ShapeClass:
-        """Of one sequence. A token of each takes no more: a chunk has as many."""
+    def largest_shapes(self, context_tokens: int, chunk_tokens: int) -> list[ShapeClass]:
+        """A chunk of one sequence, than which a token of each takes no more. Where there are several sequences, a chunk
+        beside a token of another, with which all others take part in vain: more than any mixed pass has.
+        """
         kv = self.kv_shape(context_tokens)
-        return ShapeClass(chunk_tokens, kv.num_rows, self.num_outputs, kv.type_k, kv.type_v)
+        chunk = KvGroup(chunk_tokens, kv.num_rows)
+        one = ShapeClass(chunk_tokens, (chunk,), self.num_outputs, kv.type_k, kv.type_v)
+        if kv.num_sequences == 1:
+            return [one]
+        single = KvGroup(1, kv.num_rows, kv.num_sequences, kv.num_rows)
+        return [one, replace(one, num_tokens=chunk_tokens + 1, groups=(single, chunk), num_apart=1)]
 
     def is_aborted(self) -> bool:
         assert isinstance(self.compute.backend, CpuBackend)
@@ -178,14 +194,17 @@ def demand(
     finally:
         graphs.close()
     num_sequences, kv = blueprint.config.num_sequences, blueprint.kv_shape_in_ram(context_tokens)
+    hyper = blueprint.manifest.hyper
     fixed = {
         KV_CACHE: kv.used_bytes(round_up(context_tokens, ROWS_PER_PAGE)),
         "transfer buffers": blueprint.bounce_bytes,
         "norms": vector_bytes(blueprint.stages),
-        "graphs": graphs_bytes(len(blueprint.stages), blueprint.manifest.hyper.num_experts_per_tok)
-        + correction_bytes(blueprint.stages, blueprint.adapters),
+        "graphs": graphs_bytes(len(blueprint.stages), hyper.num_experts_per_tok, num_sequences)
+        + correction_bytes(blueprint.stages, blueprint.adapters, num_sequences),
         "encoding": round_up(context_tokens * ENCODING_BYTES_PER_TOKEN, PAGE_BYTES),
-        "answer": round_up(context_tokens * ANSWER_BYTES_PER_TOKEN, PAGE_BYTES) * num_sequences,
+        "answer": round_up(context_tokens * ANSWER_BYTES_PER_TOKEN, PAGE_BYTES) * num_sequences
+        # what joins the logits of several sequences from the head's pieces
+        + (round_up(num_sequences * hyper.vocab_size * 4, PAGE_BYTES) if num_sequences > 1 else 0),
         **_adapter_bytes(blueprint, chunks[-1].num_tokens),
         "process": process_bytes + GROWTH_BYTES,
         **kept_bytes,
@@ -213,8 +232,8 @@ def _chunks(blueprint: Blueprint, context_tokens: int) -> list[int]:
 
 
 def _chunk_bytes(blueprint: Blueprint, graphs: StageGraphs, context_tokens: int, chunk_tokens: int) -> int:
-    shape = blueprint.largest_shape(context_tokens, chunk_tokens)
-    measured = graphs.measure(blueprint.stages, shape, blueprint.adapters)
+    shapes = blueprint.largest_shapes(context_tokens, chunk_tokens)
+    measured = graphs.measure(blueprint.stages, shapes, blueprint.adapters)
     rows = embedding_bytes(blueprint.manifest.tensors[EMBEDDING_TABLE], chunk_tokens)
     return measured + rows + round_up(blueprint.buffer_shape(context_tokens, chunk_tokens).num_bytes, PAGE_BYTES)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from pipo.base.units import round_up
-from pipo.kvcache.cache import kv_rows_class
+from pipo.pipeline.spans import PassRows, SpanGroup
 from pipo.tiers.ram import Place
 
 _ALIGNMENT = 128
@@ -19,8 +19,9 @@ FEW_TOKENS = 16
 # leaves of the stages: of all models, of a mixture, and where the head puts its pieces
 INPUTS = ("hidden", "positions", "kv_rows", "mask", "out_rows", "normed")
 LOCAL_MASK = "local_mask"  # of models with layers that slide
+MIXED = ("mixed", "mixed_rows", "spread")  # where a pass may have tokens of several sequences
 ROUTING = ("ffn_x", "router", "next_router")
-STAGE_ARRAYS = frozenset({*INPUTS, LOCAL_MASK, *ROUTING, "logits"})
+STAGE_ARRAYS = frozenset({*INPUTS, LOCAL_MASK, *MIXED, *ROUTING, "logits"})
 
 
 def row_class(num_rows: int) -> int:
@@ -53,7 +54,7 @@ class ExpertCounts:
 @dataclass(frozen=True, slots=True)
 class BufferShape:
     """`max_tokens` per pass, `num_kv_rows` of the whole context, `max_outputs` rows that reach the head. Layers that
-    slide see the `sliding_window` newest tokens; 0: none slides.
+    slide see the `sliding_window` newest tokens; 0: none slides. What attention gives has `mixed_size` a token.
     """
 
     hidden_size: int
@@ -63,22 +64,35 @@ class BufferShape:
     max_outputs: int
     experts: ExpertCounts | None = None
     sliding_window: int = 0
+    num_sequences: int = 1
+    mixed_size: int = 0
+
+    @property
+    def num_queries(self) -> int:
+        """Rows of a mask: of several sequences those that have no token may have one."""
+        return self.max_tokens + (self.num_sequences if self.num_sequences > 1 else 0)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of each array."""
-        t, rows, out = self.max_tokens, self.num_kv_rows, self.max_outputs
+        t, out = self.max_tokens, self.max_outputs
+        by_query = _query_sizes(self.num_queries, self.num_queries * self.num_kv_rows)
         return {
             "hidden": (t if self.experts is None else t + 1) * self.hidden_size * 4,
             "positions": t * 4,
             "kv_rows": t * 8,
-            "mask": t * rows * 2,
-            **({LOCAL_MASK: t * rows * 2} if self.sliding_window else {}),
+            "mask": by_query["mask"],
+            **({LOCAL_MASK: by_query[LOCAL_MASK]} if self.sliding_window else {}),
+            **(self._mixed_sizes(by_query) if self.num_sequences > 1 else {}),
             "out_rows": out * 4,
             "normed": out * self.hidden_size * 4,
             "logits": out * self.vocab_size * 4,
             **({} if self.experts is None else self._expert_sizes(self.experts)),
         }
+
+    def _mixed_sizes(self, by_query: dict[str, int]) -> dict[str, int]:
+        mixed = {"mixed": (self.max_tokens + 1) * self.mixed_size * 4}
+        return mixed | {name: by_query[name] for name in MIXED if name in by_query}
 
     def _expert_sizes(self, experts: ExpertCounts) -> dict[str, int]:
         t, row, num_rows = self.max_tokens, self.hidden_size * 4, experts.num_rows(self.max_tokens)
@@ -97,27 +111,9 @@ class BufferShape:
         return sum(round_up(size, _ALIGNMENT) for size in self.sizes.values())
 
 
-@dataclass(frozen=True, slots=True)
-class PassRows:
-    """Whose tokens a pass computes: `tokens_each` of each sequence from `first` on, at positions from its start on."""
-
-    starts: Sequence[int]
-    tokens_each: int
-    first: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.starts) * self.tokens_each
-
-    @property
-    def num_positions(self) -> int:
-        """That the longest of them has after the pass."""
-        return max(self.starts) + self.tokens_each
-
-    @property
-    def ends(self) -> Iterator[tuple[int, int]]:
-        """Each sequence and the positions it has after the pass."""
-        return ((self.first + i, start + self.tokens_each) for i, start in enumerate(self.starts))
+def _query_sizes(num_queries: int, mask_size: int) -> dict[str, int]:
+    """Bytes of what queries have: `mask_size` elements of a mask, and each a place for its result."""
+    return {"mask": mask_size * 2, LOCAL_MASK: mask_size * 2, "mixed_rows": num_queries * 8, "spread": num_queries * 4}
 
 
 class PassBuffers:
@@ -136,33 +132,73 @@ class PassBuffers:
         self._masks = [(0, arrays["mask"].view(np.float16))]  # with the tokens that a row sees, 0 for all before it
         if LOCAL_MASK in arrays:
             self._masks.append((shape.sliding_window, arrays[LOCAL_MASK].view(np.float16)))
+        self._mixed_rows, self._spread = None, np.empty(0, np.int32)
+        if MIXED[0] in arrays:
+            self._mixed_rows, self._spread = arrays["mixed_rows"].view(np.int64), arrays["spread"].view(np.int32)
         self._out_rows = arrays["out_rows"].view(np.int32)
         self._logits = arrays["logits"].view(np.float32)
         self.used_bytes: dict[str, int] = {}  # of the pass that was prepared last
+        self.normed = arrays["normed"].view(np.float32).reshape(-1, shape.hidden_size)
         self.hidden = arrays["hidden"].view(np.float32).reshape(-1, shape.hidden_size)[: shape.max_tokens]
         self.arrays = arrays
 
     def prepare(self, rows: PassRows, outputs: npt.NDArray[np.int32], stride_rows: int = 0) -> None:
-        """Positions, KV rows, causal masks. A sequence's rows begin `stride_rows` after those of the last one."""
-        num_tokens, num_rows = rows.num_tokens, kv_rows_class(rows.num_positions)
+        """Positions, KV rows, causal masks, group by group. A sequence's rows begin `stride_rows` after those of the
+        last one.
+        """
+        num_tokens, num_queries = rows.num_tokens, sum(group.num_queries for group in rows.groups)
+        mask_size = sum(group.num_queries * group.num_kv_rows for group in rows.groups)
         assert num_tokens <= self.shape.max_tokens and len(outputs) <= self.shape.max_outputs
-        self.used_bytes = self._used(num_tokens, num_rows, len(outputs))
-        positions = np.add.outer(rows.starts, np.arange(rows.tokens_each))
-        self._positions[:num_tokens] = positions.ravel()
-        self._kv_rows[:num_tokens] = (positions + np.arange(len(rows.starts))[:, None] * stride_rows).ravel()
+        assert mask_size <= self.shape.num_queries * self.shape.num_kv_rows
+        self.used_bytes = self._used(num_tokens, num_queries, mask_size, len(outputs))
         self._out_rows[: len(outputs)] = outputs
+        token = query = mask = 0
+        for group in rows.groups:
+            first = token
+            for span in group.spans:
+                end = token + span.num_tokens
+                self._positions[token:end] = np.arange(span.start, span.end)
+                self._kv_rows[token:end] = self._positions[token:end]
+                self._kv_rows[token:end] += (span.sequence - group.first) * stride_rows
+                token = end
+            self._mask(group, mask, self._positions[first:token].tolist())
+            if self._mixed_rows is not None:
+                self._place(group, query, first, num_tokens)
+            query, mask = query + group.num_queries, mask + group.num_queries * group.num_kv_rows
+
+    def _mask(self, group: SpanGroup, begin: int, positions: list[int]) -> None:
+        """From this element on. `positions` of its tokens; sequences without one see nothing."""
+        num_rows, num_queries = group.num_kv_rows, group.num_queries
         for window, flat in self._masks:
-            mask = flat[: num_tokens * num_rows].reshape(num_tokens, num_rows)
-            for row, position in zip(mask, positions.ravel().tolist(), strict=True):
+            mask = flat[begin : begin + num_queries * num_rows].reshape(num_queries, num_rows)
+            if group.is_spread:
+                mask[:] = -np.inf
+            seeing = (mask[query] for query in group.queries) if group.is_spread else mask
+            for row, position in zip(seeing, positions, strict=True):
                 # in place: an array of conditions would take three times the mask, outside any budget
                 row[: position + 1] = 0
                 row[position + 1 :] = -np.inf
                 if window and position >= window:
                     row[: position + 1 - window] = -np.inf
 
-    def _used(self, num_tokens: int, num_rows: int, num_outputs: int) -> dict[str, int]:
+    def _place(self, group: SpanGroup, query: int, token: int, num_tokens: int) -> None:
+        """Where the results of the group's queries go, from the pass's query and token on."""
+        assert self._mixed_rows is not None
+        end = query + group.num_queries
+        tokens = np.arange(token, token + group.num_tokens)
+        if not group.is_spread:
+            self._mixed_rows[query:end] = tokens
+            return
+        self._mixed_rows[query:end] = num_tokens  # the row of nobody
+        self._spread[query:end] = token
+        at = [query + each for each in group.queries]
+        self._mixed_rows[at] = tokens
+        self._spread[at] = tokens
+
+    def _used(self, num_tokens: int, num_queries: int, mask_size: int, num_outputs: int) -> dict[str, int]:
         s = self.shape
-        return replace(s, max_tokens=num_tokens, num_kv_rows=num_rows, max_outputs=num_outputs).sizes
+        sizes = replace(s, max_tokens=num_tokens, num_kv_rows=1, max_outputs=num_outputs).sizes
+        return sizes | {name: size for name, size in _query_sizes(num_queries, mask_size).items() if name in sizes}
 
     def logits(self, pieces: list[tuple[int, int]], num_outputs: int) -> npt.NDArray[np.float32]:
         """(outputs, vocabulary). A view for one output; a copy that joins the head's pieces for several."""

@@ -45,7 +45,7 @@ class InRam:
 class DeviceEngine:
     """All that lies and runs on one device. Close it to give its memory back.
 
-    `kv` is the shape of all blocks' cache, `shape` the largest pass. Raises OverBudget where the plan exceeds the
+    `kv` is the shape of all blocks' cache, `shapes` the largest passes. Raises OverBudget where the plan exceeds the
     device's limit, OutOfDeviceMemory where the device has less.
     """
 
@@ -56,7 +56,7 @@ class DeviceEngine:
         hyper: HyperParameters,
         ram: InRam,
         kv: KvShape,
-        shape: ShapeClass,
+        shapes: Sequence[ShapeClass],
         *,
         clock: Clock,
         tracer: Tracer,
@@ -74,7 +74,7 @@ class DeviceEngine:
         # closed before the memory is given back: a queue's descriptors name it, and drivers may follow them later
         self._backend = self._exit.enter_context(DeviceBackend(self._device))
         try:
-            self._build(hyper, ram, kv, shape, clock, tracer)
+            self._build(hyper, ram, kv, shapes, clock, tracer)
         except BaseException:
             self.close()
             raise
@@ -88,7 +88,13 @@ class DeviceEngine:
         return [self._model.stages[i] for i in sorted(self.stage_idxs)]
 
     def _build(
-        self, hyper: HyperParameters, ram: InRam, kv: KvShape, shape: ShapeClass, clock: Clock, tracer: Tracer
+        self,
+        hyper: HyperParameters,
+        ram: InRam,
+        kv: KvShape,
+        shapes: Sequence[ShapeClass],
+        clock: Clock,
+        tracer: Tracer,
     ) -> None:
         stages = self._model.stages
         layouts = {unit.unit_id: unit_on_device(stages[unit.stage_idx], self._device) for unit in self._units}
@@ -97,11 +103,11 @@ class DeviceEngine:
         slots, self.pool = self._make_slots(sizes.keys() - homes.keys())
         moving, kv_places = self._place_kv(kv, ram.cache)
         vectors, arrays = self._load_vectors(ram.vectors), self._place_arrays(ram.buffers)
-        self._adapters = self._load_adapters(ram, shape.num_tokens)
+        self._adapters = self._load_adapters(ram, ram.buffers.shape.max_tokens)
         memory = DeviceMemory(vectors, layouts, arrays, kv_places, kv, self._adapters.places)
         graphs = self._graphs(hyper)
         adapters = [each.named.adapter for each in ram.adapters]
-        self._graph_room = GraphRoom(graphs, self._stages_here, shape, self.ledger, adapters)
+        self._graph_room = GraphRoom(graphs, self._stages_here, shapes, self.ledger, adapters)
         self._exit.callback(self._graph_room.close)
         side = Side(self._model, graphs, memory)
         self.stages = DeviceStages(side, memory, ram.buffers, moving)

@@ -27,7 +27,7 @@ PLAIN = WeightLayouts(frozenset())  # repacked kernels are the CPU's
 class PassSizes:
     """Of the largest pass: its graphs, its arrays, and the cache of all blocks."""
 
-    shape: ShapeClass
+    shapes: Sequence[ShapeClass]
     buffers: BufferShape
     kv: KvShape
 
@@ -88,10 +88,10 @@ def device_demand(
     stages = [stage for stage in stages if stage.kind is not StageKind.EXPERTS]
     if isinstance(device, AbsentDevice):
         with closing(StageGraphs(cpu, hyper, PLAIN)) as graphs:
-            workspace = graphs.measure(stages, sizes.shape, adapters)
+            workspace = graphs.measure(stages, sizes.shapes, adapters)
             return _demand_of(stages, device, workspace, sizes, limit_bytes, adapters)
     with DeviceBackend(device) as backend, closing(StageGraphs(Compute(device.lib, backend), hyper, PLAIN)) as graphs:
-        workspace = graphs.measure(stages, sizes.shape, adapters)
+        workspace = graphs.measure(stages, sizes.shapes, adapters)
         return _demand_of(stages, device, workspace, sizes, limit_bytes, adapters)
 
 
@@ -108,7 +108,7 @@ def _demand_of(
         "norms": vectors_on_device(stages, device).num_bytes,
     }
     if adapters:
-        fixed[ADAPTERS] = device_adapter_bytes(adapters, stages, device, sizes.shape.num_tokens)
+        fixed[ADAPTERS] = device_adapter_bytes(adapters, stages, device, sizes.buffers.max_tokens)
     units = [
         DeviceUnit(ROLES[stage.kind], stage.block_idx, unit_on_device(stage, device).num_bytes)
         for stage in stages

@@ -14,10 +14,11 @@ from pipo.compute.graph import Binding, Graph
 from pipo.kvcache.cache import KvCache, KvShape
 from pipo.models.stage import ShapeClass
 from pipo.pipeline.adapters import NO_ADAPTERS, ActiveAdapters
-from pipo.pipeline.buffers import LOCAL_MASK, ROUTING, PassBuffers, PassRows
+from pipo.pipeline.buffers import LOCAL_MASK, MIXED, ROUTING, PassBuffers
 from pipo.pipeline.device_layout import DeviceLayout
 from pipo.pipeline.executor import Places
 from pipo.pipeline.sides import Side
+from pipo.pipeline.spans import PassRows
 from pipo.pipeline.units import Unit
 from pipo.planner.residency import SlotId, UnitId
 from pipo.tiers.ledger import Ledger
@@ -122,7 +123,7 @@ class MovingKv:
         self._slot_of_stage = {stage: i % len(slots) for i, stage in enumerate(block_of_stage)}
         self._slots = slots
         self._saved: dict[int, Handle] = {}  # by slot: the newest save from it
-        self.rows = PassRows([0], 0)  # of the pass: positions before the starts are loaded, those after them saved
+        self.rows = PassRows(())  # of the pass: positions before the starts are loaded, those after them saved
 
     @property
     def places(self) -> dict[int, tuple[DevicePlace, DevicePlace]]:
@@ -131,14 +132,12 @@ class MovingKv:
 
     def load(self, stage_idx: int, up: DeviceTransfer) -> Handle:
         saved = self._saved.get(self._slot_of_stage[stage_idx])
-        first = self.rows.first
-        copies = [c for i, start in enumerate(self.rows.starts) for c in self._rows(stage_idx, first + i, 0, start)]
+        copies = [c for span in self.rows.spans for c in self._rows(stage_idx, span.sequence, 0, span.start)]
         return up.submit(copies, "keys and values", [saved] if saved else [])
 
     def save(self, stage_idx: int, down: DeviceTransfer) -> Handle:
-        first, num_new = self.rows.first, self.rows.tokens_each
         copies = [
-            c for i, start in enumerate(self.rows.starts) for c in self._rows(stage_idx, first + i, start, num_new)
+            c for span in self.rows.spans for c in self._rows(stage_idx, span.sequence, span.start, span.num_tokens)
         ]
         handle = down.submit(copies, "keys and values")
         self._saved[self._slot_of_stage[stage_idx]] = handle
@@ -174,9 +173,11 @@ class DeviceStages:
         self._moving_kv = moving_kv
         self._adapters = NO_ADAPTERS
 
-    def take_shape(self, shape: ShapeClass, stage_idxs: Sequence[int], sequence: int, adapters: ActiveAdapters) -> None:
+    def take_shape(
+        self, shape: ShapeClass, stage_idxs: Sequence[int], firsts: tuple[int, ...], adapters: ActiveAdapters
+    ) -> None:
         self._adapters = adapters
-        self._side.take_shape(shape, stage_idxs, sequence, adapters)
+        self._side.take_shape(shape, stage_idxs, firsts, adapters)
 
     def forget_places(self) -> None:
         self._side.forget_places()
@@ -190,7 +191,7 @@ class DeviceStages:
     def begin_pass(self, rows: PassRows) -> None:
         if self._moving_kv is not None:
             self._moving_kv.rows = rows
-        for name in ("positions", "kv_rows", "mask", LOCAL_MASK, "out_rows"):
+        for name in ("positions", "kv_rows", "mask", LOCAL_MASK, "out_rows", *MIXED[1:]):
             if name in self._memory.arrays:
                 self._move(name, DeviceBuffer.upload)
         for loaded in self._adapters.loaded:
@@ -208,6 +209,9 @@ class DeviceStages:
 
     def return_logits(self) -> None:
         self._move("logits", DeviceBuffer.download)
+
+    def return_normed(self) -> None:
+        self._move("normed", DeviceBuffer.download)
 
     def _move(self, name: str, move: Callable[[DeviceBuffer, int, int, int], None]) -> None:
         place, num_bytes = self._memory.array(name), self._buffers.used_bytes[name]

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from pipo.base.units import round_up
 from pipo.compute.device import DevicePlace
-from pipo.kvcache.cache import KvShape, kv_rows_class
+from pipo.kvcache.cache import ROWS_PER_PAGE, KvShape, kv_rows_class
 from pipo.models.stage import ShapeClass, Stage, StageKind
 from pipo.pipeline.adapters import ActiveAdapters, AdapterStore, Weights
-from pipo.pipeline.buffers import PassBuffers, PassRows
+from pipo.pipeline.buffers import PassBuffers
 from pipo.pipeline.embedding import Embedding
 from pipo.pipeline.executor import Executor
 from pipo.pipeline.expert_stages import ExpertStages
 from pipo.pipeline.kv_room import KvRoom
 from pipo.pipeline.sides import Model, Side
+from pipo.pipeline.spans import MAX_GROUPS, PassRows, Span, passes_of
 from pipo.pipeline.stats import PassStats
 from pipo.pipeline.units import Unit, head_pieces
 from pipo.planner.residency import Need, Step, StepKind
@@ -27,6 +29,7 @@ from pipo.planner.schedule import Schedule
 from pipo.tiers.ram import Place
 
 EMBEDDING_TABLE = "token_embd.weight"
+DEVICE_ALIGNMENT = 256  # the most that Vulkan lets a device ask for
 WHOLE_PASS = -2  # in place of a stage's index: all of them at once, when every unit is in RAM for good
 
 
@@ -34,7 +37,7 @@ class DeviceSide(Protocol):
     """Stages that compute on a device, and what crosses between it and RAM in a pass."""
 
     def take_shape(
-        self, shape: ShapeClass, stage_idxs: Sequence[int], sequence: int, adapters: ActiveAdapters
+        self, shape: ShapeClass, stage_idxs: Sequence[int], firsts: tuple[int, ...], adapters: ActiveAdapters
     ) -> None: ...
 
     def forget_places(self) -> None: ...
@@ -53,6 +56,9 @@ class DeviceSide(Protocol):
         """The hidden state, and of a mixture what its experts are chosen by and read, to RAM."""
 
     def return_logits(self) -> None:
+        """To RAM."""
+
+    def return_normed(self) -> None:
         """To RAM."""
 
 
@@ -118,6 +124,10 @@ class Forward:
         needs = [self._need(i) for i in range(len(model.stages))]
         self._with_outputs = self._split(needs)
         self._without_outputs = self._split([n for n in needs if not self._is_output(n.stage_idx)])
+        kinds = [stage.kind for stage in model.stages]
+        self._norm_idx = kinds.index(StageKind.FINAL_NORM)
+        self._with_norm = self._split([n for n in needs if kinds[n.stage_idx] is not StageKind.HEAD])
+        self._has_head_on_device = self._pieces[0].stage_idx in sides.on_device
         self._all_units = [need.unit_id for need in needs if need.unit_id is not None]
         self._is_hidden_on_device = False
         self._num_positions = [0] * kv.num_sequences  # of each sequence
@@ -143,6 +153,31 @@ class Forward:
         """That have keys and values at a time."""
         return self._kv.num_sequences
 
+    def run_spans(self, spans: Sequence[Span]) -> npt.NDArray[np.float32]:
+        """Tokens of any sequences in one sweep over the weights, at most `max_tokens`, of each sequence one span.
+
+        Returns logits (spans that want them, vocabulary), in the order of the spans, valid until the next pass. Every
+        sequence then holds the positions up to its span's end and no later ones; after an error those before its start.
+        Where a pass cannot hold them all (`can_mix`, MAX_GROUPS) it takes several.
+        Raises as `run`.
+        """
+        assert len({span.sequence for span in spans}) == len(spans), "a sequence has one span in a pass"
+        passes = passes_of(spans, self._max_groups)
+        if len(passes) == 1:
+            return self._run_together(spans)
+        found: dict[int, npt.NDArray[np.float32]] = {}
+        for each in passes:
+            wanting = [span.sequence for span in each if span.wants_logits]
+            found |= zip(wanting, self._run_together(each).copy(), strict=True)
+        return _stacked([found[span.sequence] for span in spans if span.wants_logits])
+
+    def _run_together(self, spans: Sequence[Span]) -> npt.NDArray[np.float32]:
+        rows = PassRows.of(spans, self._max_groups)
+        last = rows.last_rows()
+        outputs = [last[span.sequence] for span in spans if span.wants_logits]
+        self._run(rows, outputs)
+        return self._logits(len(outputs))
+
     def run(
         self, token_ids: Sequence[int], start: int, outputs: Sequence[int] = (), sequence: int = 0
     ) -> npt.NDArray[np.float32]:
@@ -152,8 +187,8 @@ class Forward:
         computed. The KV cache then holds these positions and no later ones; after an error it does not.
         Raises TransferError, ComputeError, Cancelled.
         """
-        self._run(token_ids, PassRows([start], len(token_ids), sequence), outputs)
-        return self._buffers.logits(self._head_rows, len(outputs)) if outputs else np.empty((0, 0), np.float32)
+        self._run(PassRows.of([Span(sequence, start, token_ids, bool(outputs))]), outputs)
+        return self._logits(len(outputs))
 
     def run_rows(
         self, token_ids: Sequence[int], start: int, outputs: Sequence[int]
@@ -161,14 +196,66 @@ class Forward:
         """As `run` of the first sequence, but logits (vocabulary) output by output, each valid until the next is asked
         for: all at once they would be there twice where the head comes in pieces. The pass itself is over.
         """
-        self._run(token_ids, PassRows([start], len(token_ids)), outputs)
+        self._run(PassRows.of([Span(0, start, token_ids, bool(outputs))]), outputs)
         return self._buffers.logit_rows(self._head_rows, len(outputs))
 
     def run_batch(self, token_ids: Sequence[int], starts: Sequence[int]) -> npt.NDArray[np.float32]:
         """One token of each of the first sequences, at its start. Returns logits (sequences, vocabulary), as `run`."""
-        assert len(token_ids) == len(starts) <= self.num_sequences
-        self._run(token_ids, PassRows(starts, 1), range(len(starts)))
-        return self._buffers.logits(self._head_rows, len(starts))
+        pairs = zip(token_ids, starts, strict=True)
+        return self.run_spans([Span(i, start, [token], True) for i, (token, start) in enumerate(pairs)])
+
+    def embed(self, token_ids: Sequence[int], sequence: int = 0) -> npt.NDArray[np.float32]:
+        """The normed hidden state (hidden_size,) of the last of these tokens, which become the sequence's positions
+        from 0 on. The head is neither read nor computed. Raises as `run`.
+        """
+        for start in range(0, len(token_ids), self.max_tokens):
+            span = Span(sequence, start, token_ids[start : start + self.max_tokens], wants_logits=False)
+            is_last = span.end == len(token_ids)
+            outputs = [span.num_tokens - 1] if is_last else []
+            self._run(PassRows.of([span]), outputs, self._with_norm if is_last else None)
+        if self._sides.device is not None and self._norm_idx in self._sides.on_device:
+            self._sides.device.return_normed()
+        normed: npt.NDArray[np.float32] = self._buffers.normed[0].copy()
+        return normed
+
+    def release(self, sequence: int) -> None:
+        """Its keys and values are of no use: their memory is free for others, at once where it is RAM."""
+        self._num_positions[sequence] = 0
+        if self._kv_room is not None:
+            self._kv_room.release(sequence)
+
+    @property
+    def can_mix(self) -> bool:
+        """A pass takes tokens of any sequences together; else `run_spans` sweeps the weights more than once: on a
+        device where a token's row of queries, keys or values may begin where kernels cannot read.
+        """
+        sizes = self._buffers.shape.mixed_size, self._kv.kv_size
+        return self._sides.device is None or not any(size * 4 % DEVICE_ALIGNMENT for size in sizes)
+
+    @property
+    def _max_groups(self) -> int:
+        return MAX_GROUPS if self.can_mix else 1
+
+    @property
+    def can_copy_rows(self) -> bool:
+        """All keys and values live in RAM, and none is under way to or from a device."""
+        in_ram = self._kv_room.num_layers if self._kv_room is not None else 0
+        return in_ram == self._kv.num_layers and not self._moves_kv
+
+    def copy_rows(self, source: int, target: int, num_positions: int) -> None:
+        """Keys and values of the first positions of one sequence become those of another, which forgets its own; only
+        where `can_copy_rows`. Raises Cancelled, where nothing is copied.
+        """
+        assert self.can_copy_rows and self._kv_room is not None and source != target
+        assert num_positions <= self._num_positions[source], "what a sequence has"
+        self._num_positions[target] = num_positions
+        self._hold_kv(self._kv_room)
+        self._kv_room.copy_rows(source, target, num_positions)
+
+    @property
+    def kv_used_bytes(self) -> int:
+        """Of the pages that hold the positions of all sequences, wherever they are."""
+        return self._kv.used_bytes_of([round_up(num, ROWS_PER_PAGE) for num in self._num_positions])
 
     def use_adapters(self, weights: Sequence[Weights]) -> None:
         """How much of which adapters the first sequences have in passes to come; the others have none. Keys and values
@@ -190,48 +277,59 @@ class Forward:
         """The keys and values of all sequences: the memory they grew into is free for others."""
         self._num_positions = [0] * self.num_sequences
 
-    def _run(self, token_ids: Sequence[int], rows: PassRows, outputs: Sequence[int]) -> None:
+    def _run(self, rows: PassRows, outputs: Sequence[int], needs: _Needs | None = None) -> None:
         num_outputs = len(outputs)
-        needs = self._with_outputs if num_outputs else self._without_outputs
-        for sequence, end in rows.ends:
-            self._num_positions[sequence] = end
-        if self._kv_room is not None:
-            if rows.starts[0] == 0:
-                self._kv_room.begin()
-            if self._kv_room.hold(max(self._num_positions)):
-                self._sides.cpu.forget_places()
+        needs = needs or (self._with_outputs if num_outputs else self._without_outputs)
+        self._take_rows(rows)
         self._choose_threads(rows.num_tokens)
-        self._take_shape(rows, max(num_outputs, 1), needs)
+        is_plain = self._take_shape(rows, max(num_outputs, 1), needs)
         self._buffers.prepare(rows, np.asarray(outputs, np.int32), self._kv.num_rows)
-        self._embedding.gather(token_ids, self._buffers.hidden, self._table_address())
+        self._embedding.gather(rows.token_ids, self._buffers.hidden, self._table_address())
         self._is_hidden_on_device = False
         if self._sides.device is not None and needs.on_device:
             self._sides.device.begin_pass(rows)
         if self.experts is not None:
             self.experts.begin_pass(rows.num_tokens, partial(self._hand_over, False))
-        self._executor.run(self._steps(needs), partial(self._compute, needs))
+        self._executor.run(self._steps(needs, is_plain), partial(self._compute, needs))
         if self.experts is not None:
             self.experts.end_pass()
         self._executor.stats.num_tokens += rows.num_tokens
-        if num_outputs and self._sides.device is not None and self._pieces[0].stage_idx in self._sides.on_device:
+        if self._sides.device is not None and needs is self._with_outputs and self._has_head_on_device:
             self._sides.device.return_logits()
 
-    def _steps(self, needs: _Needs) -> list[Step]:
+    def _take_rows(self, rows: PassRows) -> None:
+        """Memory for the positions that the pass will have stored."""
+        for span in rows.spans:
+            self._num_positions[span.sequence] = span.end
+        if self._kv_room is not None:
+            if rows.groups[0].spans[0].start == 0:
+                self._kv_room.begin()
+            self._hold_kv(self._kv_room)
+
+    def _hold_kv(self, room: KvRoom) -> None:
+        if room.hold(self._num_positions):
+            self._sides.cpu.forget_places()
+
+    def _logits(self, num_outputs: int) -> npt.NDArray[np.float32]:
+        return self._buffers.logits(self._head_rows, num_outputs) if num_outputs else np.empty((0, 0), np.float32)
+
+    def _steps(self, needs: _Needs, is_plain: bool) -> list[Step]:
         is_split = (needs.on_cpu and needs.on_device) or self._moves_kv or self.experts is not None
-        if not is_split and self._executor.is_settled:
+        if not is_split and is_plain and self._executor.is_settled:
             return [Step(StepKind.COMPUTE, WHOLE_PASS)]
         return self._schedule(needs.needs, self._all_units, self._executor.residency.copy())
 
-    def _take_shape(self, rows: PassRows, num_outputs: int, needs: _Needs) -> None:
-        kv, kv_rows = self._kv, kv_rows_class(rows.num_positions)
-        assert kv_rows <= kv.num_rows, "the caller keeps to the context"
-        shape = ShapeClass(rows.num_tokens, kv_rows, num_outputs, kv.type_k, kv.type_v)
-        if len(rows.starts) > 1:
-            shape = replace(shape, num_sequences=len(rows.starts), kv_stride_rows=kv.num_rows)
+    def _take_shape(self, rows: PassRows, num_outputs: int, needs: _Needs) -> bool:
+        """Whether one graph may do the whole pass: mixed ones are too many to keep for all stages."""
+        kv = self._kv
+        assert kv_rows_class(rows.num_positions) <= kv.num_rows, "the caller keeps to the context"
+        groups = tuple(group.shape(kv.num_rows) for group in rows.groups)
+        shape = ShapeClass(rows.num_tokens, groups, num_outputs, kv.type_k, kv.type_v, rows.num_apart)
         adapters = self._adapters.take_rows(rows, self._weights)
-        self._sides.cpu.take_shape(shape, needs.on_cpu, rows.first, adapters)
+        self._sides.cpu.take_shape(shape, needs.on_cpu, rows.firsts, adapters)
         if self._sides.device is not None:
-            self._sides.device.take_shape(shape, needs.on_device, rows.first, adapters)
+            self._sides.device.take_shape(shape, needs.on_device, rows.firsts, adapters)
+        return shape.is_plain
 
     def _compute(self, needs: _Needs, stage_idx: int, place: Place | DevicePlace | None) -> None:
         is_whole = stage_idx == WHOLE_PASS
@@ -281,6 +379,10 @@ class Forward:
 
     def _is_output(self, stage_idx: int) -> bool:
         return self._model.stages[stage_idx].kind in (StageKind.FINAL_NORM, StageKind.HEAD)
+
+
+def _stacked(rows: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+    return np.stack(rows) if rows else np.empty((0, 0), np.float32)
 
 
 def _is_plain_table(unit: Unit, stage: Stage) -> bool:

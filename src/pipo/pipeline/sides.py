@@ -116,18 +116,22 @@ class Side(Generic[A]):
         self._shape: ShapeClass | None = None
         self._arrays = memory.stage_arrays
         self._stage_idxs: Sequence[int] = ()
-        self._sequence = 0
+        self._firsts: tuple[int, ...] = ()
         self._adapters = NO_ADAPTERS
 
     def take_shape(
-        self, shape: ShapeClass, stage_idxs: Sequence[int], sequence: int, adapters: ActiveAdapters = NO_ADAPTERS
+        self,
+        shape: ShapeClass,
+        stage_idxs: Sequence[int],
+        firsts: tuple[int, ...],
+        adapters: ActiveAdapters = NO_ADAPTERS,
     ) -> None:
-        """Of the passes to come, the stages that each computes, the first sequence they are for, and the adapters that
-        any of them has. What was bound for others is of no use any more.
+        """Of the passes to come, the stages that each computes, the sequence that each group begins with, and the
+        adapters that any of them has. What was bound for others is of no use any more.
         """
         is_other = stage_idxs is not self._stage_idxs or adapters is not self._adapters
-        if shape != self._shape or is_other or sequence != self._sequence:
-            self._shape, self._stage_idxs, self._sequence = shape, stage_idxs, sequence
+        if shape != self._shape or is_other or firsts != self._firsts:
+            self._shape, self._stage_idxs, self._firsts = shape, stage_idxs, firsts
             self._adapters = adapters
             self.forget_places()
 
@@ -183,7 +187,8 @@ class Side(Generic[A]):
         leaves |= {name: memory.array(name) for name in self._arrays}
         leaves |= {leaf: memory.adapter(key) for leaf, key in self._adapters.keys_of_leaves(stage)}
         if stage.kind is StageKind.ATTENTION:
-            leaves["k_cache"], leaves["v_cache"] = memory.keys_and_values(stage.block_idx, self._sequence)
+            for i, first in enumerate(self._firsts):
+                leaves[f"k_cache.{i}"], leaves[f"v_cache.{i}"] = memory.keys_and_values(stage.block_idx, first)
         elif stage.kind is StageKind.HEAD:
             leaves["logits"] = memory.logits(self._pieces[stage_idx].start, self._shape.num_outputs)
         return leaves

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 
 from pipo.base.adapter import Adapter
 from pipo.base.errors import ComputeError
@@ -21,34 +22,41 @@ from pipo.compute.repack import RepackBuffer
 from pipo.models.adapters import CorrectionsOf, corrections_of
 from pipo.models.stage import Corrections, ExpertShape, ShapeClass, Stage, StageBuilder, StageKind, Sum
 from pipo.pipeline.buffers import FEW_TOKENS, row_class
+from pipo.pipeline.spans import MAX_GROUPS
 from pipo.pipeline.units import WeightLayouts
 
 MAX_GRAPHS = 96  # more than any one request shape needs
 MAX_WHOLE_GRAPHS = 4  # of the whole model, for the newest shapes
 MAX_EXPERT_GRAPHS = 96
+MAX_MIXED_GRAPHS = 32  # of passes whose tokens belong to several groups
 MAX_GROUP = 8  # experts in a graph, unless all of a token's are
 _NODES_PER_STAGE = 48
 _GRAPH_BYTES = 24 << 10  # what one stage's graph touches of its context
 _WHOLE_STAGE_BYTES = 12 << 10  # the same, per stage of a whole graph
-_NODES_PER_CORRECTION = 12
+_NODES_PER_CORRECTION = 20
 _CORRECTION_BYTES = 4 << 10  # of a graph, for each
+_MIXED_CORRECTION_BYTES = 8 << 10  # the same, where some tokens are apart
+_NODES_PER_GROUP = 24
+_GROUP_BYTES = 8 << 10  # of a graph, for each group of tokens
 _NODES_PER_EXPERT = 24
 _EXPERT_BYTES = 8 << 10  # the same as _GRAPH_BYTES, per expert of a graph
 
 
-def graphs_bytes(num_stages: int, num_experts_per_tok: int = 0) -> int:
+def graphs_bytes(num_stages: int, num_experts_per_tok: int = 0, num_sequences: int = 1) -> int:
     """Most that the graphs' own structures take, without the tensors they compute."""
+    mixed = _GRAPH_BYTES + min(num_sequences, MAX_GROUPS) * _GROUP_BYTES if num_sequences > 1 else 0
+    stages = MAX_GRAPHS * _GRAPH_BYTES + MAX_MIXED_GRAPHS * mixed
     if num_experts_per_tok:
-        group = max(num_experts_per_tok, MAX_GROUP)
-        return MAX_GRAPHS * _GRAPH_BYTES + MAX_EXPERT_GRAPHS * group * _EXPERT_BYTES
-    return MAX_GRAPHS * _GRAPH_BYTES + MAX_WHOLE_GRAPHS * num_stages * _WHOLE_STAGE_BYTES
+        return stages + MAX_EXPERT_GRAPHS * max(num_experts_per_tok, MAX_GROUP) * _EXPERT_BYTES
+    return stages + MAX_WHOLE_GRAPHS * num_stages * _WHOLE_STAGE_BYTES
 
 
-def correction_bytes(stages: Sequence[Stage], adapters: Sequence[Adapter]) -> int:
+def correction_bytes(stages: Sequence[Stage], adapters: Sequence[Adapter], num_sequences: int = 1) -> int:
     """Most that graphs' structures take more for what adapters add."""
     counts = [len(corrections_of(adapters)(stage)) for stage in stages]
     num_whole = 0 if any(stage.bank for stage in stages) else MAX_WHOLE_GRAPHS
-    return (MAX_GRAPHS * max(counts, default=0) + num_whole * sum(counts)) * _CORRECTION_BYTES
+    mixed = MAX_MIXED_GRAPHS * max(counts, default=0) * _MIXED_CORRECTION_BYTES if num_sequences > 1 else 0
+    return (MAX_GRAPHS * max(counts, default=0) + num_whole * sum(counts)) * _CORRECTION_BYTES + mixed
 
 
 def variants_of(adapters: Sequence[Adapter]) -> list[CorrectionsOf]:
@@ -84,15 +92,16 @@ class StageGraphs:
         self._layouts = layouts
         self._workspace = Workspace(compute.lib, compute.device)
         self._graphs: OrderedDict[tuple[int, ShapeClass, Corrections], Graph] = OrderedDict()
+        self._mixed: OrderedDict[tuple[int, ShapeClass, Corrections], Graph] = OrderedDict()
         self._whole: OrderedDict[tuple[int, ShapeClass, tuple[Corrections, ...]], Graph] = OrderedDict()
         self._of_experts: OrderedDict[tuple[int, ExpertShape], Graph] = OrderedDict()
         self._numbers: dict[int, int] = {}  # of the stage of this id: equal for those that share graphs
         self._signatures: dict[tuple[object, ...], int] = {}
 
-    def measure(self, stages: Sequence[Stage], shape: ShapeClass, adapters: Sequence[Adapter] = ()) -> int:
+    def measure(self, stages: Sequence[Stage], shapes: Sequence[ShapeClass], adapters: Sequence[Adapter] = ()) -> int:
         """Bytes of intermediates and scratch that the largest of these graphs needs. Allocates next to nothing."""
         workspace = work = 0
-        for graph in self._largest(stages, shape, adapters):
+        for graph in self._largest(stages, shapes, adapters):
             workspace = max(workspace, self._workspace.measure(graph))
             work = max(work, self._work_bytes(graph))
             graph.free()
@@ -103,37 +112,40 @@ class StageGraphs:
         backend = self._compute.backend
         return graph.work_bytes(backend.num_threads) if isinstance(backend, CpuBackend) else 0
 
-    def reserve(self, stages: Sequence[Stage], shape: ShapeClass, adapters: Sequence[Adapter] = ()) -> None:
-        """Make room for the largest shape, before any graph is used. Graphs there were are built anew."""
+    def reserve(self, stages: Sequence[Stage], shapes: Sequence[ShapeClass], adapters: Sequence[Adapter] = ()) -> None:
+        """Make room for the largest shapes, before any graph is used. Graphs there were are built anew."""
         self._free_graphs()
         self._workspace.close()
         self._workspace = Workspace(self._compute.lib, self._compute.device)
-        for graph in self._largest(stages, shape, adapters):
+        for graph in self._largest(stages, shapes, adapters):
             self._workspace.reserve(graph)
             graph.free()
 
-    def _largest(self, stages: Sequence[Stage], shape: ShapeClass, adapters: Sequence[Adapter]) -> Iterator[Graph]:
-        for of in variants_of(adapters):
+    def _largest(
+        self, stages: Sequence[Stage], shapes: Sequence[ShapeClass], adapters: Sequence[Adapter]
+    ) -> Iterator[Graph]:
+        for of, shape in product(variants_of(adapters), shapes):
             distinct = list({(self._number(stage), of(stage)): stage for stage in stages}.values())
             for stage in distinct:
                 if stage.bank is None:
-                    yield self._lay(stage, _relevant(stage.kind, shape), of(stage)).finish()
+                    yield self._lay(stage, _relevant(stage.kind, shape, of(stage)), of(stage)).finish()
                 for expert_shape in _largest_of_experts(stage, shape.num_tokens):
                     yield self._lay_experts(stage, expert_shape).finish()
-            if not any(stage.bank for stage in stages):
+            if shape.is_plain and not any(stage.bank for stage in stages):
                 yield self._lay_all(distinct, shape, [of(stage) for stage in distinct]).finish()
 
     def get(self, stage: Stage, shape: ShapeClass, corrections: Corrections = ()) -> Graph:
         """`corrections` are what adapters add to its products."""
-        key = (self._number(stage), _relevant(stage.kind, shape), corrections)
-        graph = self._graphs.get(key)
+        shape = _relevant(stage.kind, shape, corrections)
+        key = (self._number(stage), shape, corrections)
+        kept, most = (self._mixed, MAX_MIXED_GRAPHS) if _is_mixed(shape) else (self._graphs, MAX_GRAPHS)
+        graph = kept.get(key)
         if graph is None:
-            graph = self._lay(stage, _relevant(stage.kind, shape), corrections).build(self._workspace)
-            self._graphs[key] = graph
-            if len(self._graphs) > MAX_GRAPHS:
-                self._graphs.popitem(last=False)[1].free()
+            graph = kept[key] = self._lay(stage, shape, corrections).build(self._workspace)
+            if len(kept) > most:
+                kept.popitem(last=False)[1].free()
         else:
-            self._graphs.move_to_end(key)
+            kept.move_to_end(key)
         return graph
 
     def get_experts(self, stage: Stage, shape: ExpertShape) -> Graph:
@@ -171,7 +183,7 @@ class StageGraphs:
         self._workspace.close()
 
     def _free_graphs(self) -> None:
-        for graphs in (self._graphs, self._whole, self._of_experts):
+        for graphs in (self._graphs, self._mixed, self._whole, self._of_experts):
             while graphs:
                 graphs.popitem()[1].free()
 
@@ -183,7 +195,8 @@ class StageGraphs:
         return number
 
     def _lay(self, stage: Stage, shape: ShapeClass, corrections: Corrections) -> Builder:
-        with self._builder(MAX_NODES + _NODES_PER_CORRECTION * len(corrections)) as ops:
+        num_more = _NODES_PER_CORRECTION * len(corrections) + _NODES_PER_GROUP * len(shape.groups)
+        with self._builder(MAX_NODES + num_more) as ops:
             self._lay_one(ops, stage, shape, corrections)
         return ops
 
@@ -230,15 +243,21 @@ def _largest_of_experts(stage: Stage, num_tokens: int) -> Iterator[ExpertShape]:
     yield ExpertShape(Sum.IN_ORDER, num_tokens + 1, 1, row_class(num_tokens))
 
 
-_NO_SHAPE = ShapeClass(1, 1, 1, TensorType.F16, TensorType.F16)  # experts look at their own
+_NO_SHAPE = ShapeClass(1, (), 1, TensorType.F16, TensorType.F16)  # experts look at their own
 
 
-def _relevant(kind: StageKind, shape: ShapeClass) -> ShapeClass:
+def _relevant(kind: StageKind, shape: ShapeClass, corrections: Corrections) -> ShapeClass:
     """The shape with what this kind of stage does not look at set to one, so that its graph is shared."""
+    num_apart = shape.num_apart if corrections else 0
     if kind is StageKind.ATTENTION:
-        return replace(shape, num_outputs=1)
+        return replace(shape, num_outputs=1, num_apart=num_apart)
     if kind is StageKind.MLP:
-        return replace(shape, num_outputs=1, num_kv_rows=1)
+        return replace(shape, num_outputs=1, groups=(), num_apart=num_apart)
     if kind is StageKind.FINAL_NORM:
-        return replace(shape, num_kv_rows=1)
-    return replace(shape, num_kv_rows=1, num_tokens=1)
+        return replace(shape, groups=(), num_apart=0)
+    return replace(shape, groups=(), num_apart=0, num_tokens=1)
+
+
+def _is_mixed(shape: ShapeClass) -> bool:
+    """Its graph has parts for tokens of several kinds."""
+    return bool(shape.groups and not shape.is_plain) or 0 < shape.num_apart < shape.num_tokens

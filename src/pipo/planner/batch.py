@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from pipo.planner.cost import PassLoad, step_costs
+from pipo.planner.cost import PassLoad, attention_seconds, step_costs
 from pipo.planner.predict import Placed, Prediction
 from pipo.planner.simulate import Lane
 
@@ -101,5 +101,5 @@ def _kv_share(placed: Placed, load: PassLoad, lane: Lane) -> float:
         return float(lane is Lane.DOWNLOAD)
     device = placed.machine.devices[1] if lane is Lane.DEVICE else placed.machine.cpu
     ours = [i for i in costs.compute if (i in there) is (lane is Lane.DEVICE)]
-    attention = sum(device.attention_s(placed.shapes.stages[i].work, 1, load.num_positions) for i in ours)
-    return attention * load.num_sequences / (sum(costs.compute[i] for i in ours) or 1.0)
+    attention = sum(attention_seconds(placed.shapes.stages[i], device, load) for i in ours)
+    return attention / (sum(costs.compute[i] for i in ours) or 1.0)

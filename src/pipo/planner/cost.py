@@ -32,21 +32,39 @@ class StageCost:
 @dataclass(frozen=True, slots=True)
 class PassLoad:
     """What one pass computes: `num_sequences`, each with `tokens_each` new tokens, of which every one sees
-    `num_positions` on average: those before the pass and half of the pass's own.
+    `num_positions` on average: those before the pass and half of the pass's own. `others` share the pass: chunks of
+    prompts beside a token of each answer, say; their attention is their own, products are over the rows of all.
     """
 
     num_sequences: int = 1
     tokens_each: int = 1
     num_positions: float = 0.0
+    others: tuple[PassLoad, ...] = ()  # which have none themselves
+
+    @property
+    def groups(self) -> tuple[PassLoad, ...]:
+        """This one and the others, each by itself."""
+        return (replace(self, others=()), *self.others) if self.others else (self,)
 
     @property
     def num_tokens(self) -> int:
-        return self.num_sequences * self.tokens_each
+        return sum(each.num_sequences * each.tokens_each for each in self.groups)
+
+    @property
+    def num_rows_of_head(self) -> int:
+        """The newest of each sequence."""
+        return sum(each.num_sequences for each in self.groups)
 
     @property
     def cached_positions(self) -> float:
-        """Of one sequence, before the pass: those whose keys and values have to be there when it begins."""
-        return max(self.num_positions - self.tokens_each / 2, 0.0)
+        """Of all sequences, before the pass: those whose keys and values have to be there when it begins."""
+        return sum(each.num_sequences * max(each.num_positions - each.tokens_each / 2, 0.0) for each in self.groups)
+
+    @property
+    def positions_held(self) -> float:
+        """Of a sequence, on average, after the pass."""
+        held = sum(each.num_sequences * (each.num_positions + each.tokens_each / 2) for each in self.groups)
+        return held / self.num_rows_of_head
 
 
 def step_costs(
@@ -61,7 +79,7 @@ def step_costs(
     up, down = (device.from_host, device.to_host) if device else (None, None)
     unit_bytes = {stage.unit_id: stage.unit_bytes for stage in stages if stage.unit_id is not None}
     kv_bytes = {i: stage.kv_bytes_per_position for i, stage in enumerate(stages) if stage.kv_bytes_per_position}
-    cached = load.cached_positions * load.num_sequences
+    cached = load.cached_positions
     hidden_bytes = 4 * hidden_size * load.num_tokens
     num_experts = max((stage.experts.num_experts for stage in stages if stage.experts is not None), default=0)
     score_bytes = 4 * num_experts * load.num_tokens
@@ -138,6 +156,13 @@ def _seconds(link: LinkProfile | None, num_bytes: float) -> float:
 
 def stage_seconds(stage: StageCost, device: ComputeProfile, load: PassLoad) -> float:
     """Every sequence has keys and values of its own; the products serve all rows at once."""
-    once = device.stage_s(stage.work, load.num_sequences if stage.is_head else load.num_tokens)
-    attention = device.attention_s(stage.work, load.tokens_each, load.num_positions)
-    return once + device.graph_start_s + attention * load.num_sequences
+    once = device.stage_s(stage.work, load.num_rows_of_head if stage.is_head else load.num_tokens)
+    return once + device.graph_start_s + attention_seconds(stage, device, load)
+
+
+def attention_seconds(stage: StageCost, device: ComputeProfile, load: PassLoad) -> float:
+    """Of all sequences, group by group."""
+    return sum(
+        each.num_sequences * device.attention_s(stage.work, each.tokens_each, each.num_positions)
+        for each in load.groups
+    )

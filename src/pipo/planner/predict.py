@@ -161,7 +161,7 @@ def predict(placed: Placed, workload: Workload, schedule: Schedule) -> Predictio
 
 def forecast(placed: Placed, load: PassLoad, schedule: Schedule) -> Forecast:
     """A pass among many of this load."""
-    there = placed.at(load.num_positions + load.tokens_each / 2)
+    there = placed.at(load.positions_held)
     return there.line(schedule).forecast(there.costs(load))
 
 

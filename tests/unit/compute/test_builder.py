@@ -11,7 +11,8 @@ import pytest
 from pipo.base.errors import ComputeError
 from pipo.base.manifest import Rope
 from pipo.base.tensor_type import TensorType
-from pipo.compute.graphs import Builder, Tensor, WeightType
+from pipo.compute.graphs import Builder, WeightType
+from pipo.compute.views import Tensor
 
 F32, F16, Q4_0, Q8_0 = TensorType.F32, TensorType.F16, TensorType.Q4_0, TensorType.Q8_0
 I32, I64 = TensorType.I32, TensorType.I64
