@@ -23,7 +23,8 @@ from pipo.hardware.probe import PROBE_BYTES, Progress
 from pipo.model_file import PROCESS_BYTES, ModelFile
 from pipo.pipeline.device_layout import AbsentDevice
 from pipo.pipeline.stage_graphs import Compute
-from pipo.plan import Plan, PlanMaker, check_types, open_adapters, probe_kind, process_bytes_now
+from pipo.pipeline.type_checks import check_types
+from pipo.plan import Plan, PlanMaker, open_adapters, probe_kind, process_bytes_now
 from pipo.planner.batch import BatchCurve, BatchPoint, batch_point
 from pipo.planner.experts import ExpectedRouting
 from pipo.planner.predict import Workload, decode_load
@@ -68,7 +69,7 @@ class Outlook:
         self._config = config
         self._routing = routing
         self._lib = ggml.load()
-        check_types(self._lib, model)
+        check_types(self._lib, model.manifest)
         self._adapters = open_adapters(self._lib, model, config)
         self._compute = Compute(self._lib, CpuBackend(self._lib, config.num_threads), RepackBuffer.find(self._lib))
 

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from pipo.base.adapter import Adapter, NamedAdapter
+from pipo.base.adapter import NamedAdapter
 from pipo.base.config import EngineConfig
-from pipo.base.errors import OverBudget, UnsupportedModel, UsageError
+from pipo.base.errors import OverBudget, UsageError
 from pipo.base.machine import MachineProfile
-from pipo.base.manifest import TensorSpec
 from pipo.base.tensor_type import TensorType
 from pipo.base.units import MIB, PAGE_BYTES, round_down, round_up
 from pipo.compute.device import ComputeDevice
@@ -25,18 +24,19 @@ from pipo.hardware.probe import PROBE_BYTES, Progress, Scope, probe
 from pipo.kvcache.cache import ROWS_PER_PAGE
 from pipo.model_file import PROCESS_BYTES, ModelFile
 from pipo.models.stage import banks_of
-from pipo.pipeline.adapters import specs_of
-from pipo.pipeline.blueprint import NARROW_DRIVE, Blueprint, choose_layouts, demand
+from pipo.pipeline.blueprint import CHUNKS, NARROW_DRIVE, Blueprint, choose_layouts, demand
 from pipo.pipeline.device_layout import AbsentDevice
 from pipo.pipeline.device_share import DeviceShare
 from pipo.pipeline.stage_costs import stage_costs
 from pipo.pipeline.stage_graphs import Compute
+from pipo.pipeline.type_checks import check_adapter_types
 from pipo.pipeline.units import WeightLayouts
 from pipo.planner.cost import PassLoad
 from pipo.planner.depth import NO_STALL, TOLERANCE, best_depth, simulated_pass
 from pipo.planner.experts import ASSUMED, ExpectedRouting
 from pipo.planner.placement import Demand, Placement, place, smallest_bytes
 from pipo.planner.predict import Placed, Prediction, Shapes, Workload, decode_load, forecast, predict
+from pipo.planner.prefill_share import prefill_beside_decode
 from pipo.planner.schedule import SCHEDULES
 from pipo.planner.simulate import Forecast
 from pipo.transfer.disk import DriveSettings
@@ -95,31 +95,12 @@ class Plan:
         return (self.in_use.streamed_bytes + experts) / self.drive.bytes_per_s
 
 
-def check_types(lib: Library, model: ModelFile) -> None:
-    """Raises UnsupportedModel where this libggml has no products with a type of the model's."""
-    _check_types(lib, model.manifest.name, model.manifest.tensors.values())
-
-
-def check_adapter_types(lib: Library, adapter: Adapter) -> None:
-    """The same for an adapter."""
-    _check_types(lib, str(adapter.path), specs_of(adapter))
-
-
 def open_adapters(lib: Library, model: ModelFile, config: EngineConfig) -> list[NamedAdapter]:
     """Those that the engine begins with. Raises ModelError, UsageError, ReadFailed."""
     opened = model.open_adapters(config.lora)
     for named in opened:
         check_adapter_types(lib, named.adapter)
     return opened
-
-
-def _check_types(lib: Library, of: str, specs: Iterable[TensorSpec]) -> None:
-    for spec in specs:
-        if not lib.multiplies(spec.type):
-            raise UnsupportedModel(
-                f"{of}: {spec.name} is {spec.type.name}, which libggml {lib.version_text} does not compute",
-                hint=None if lib.computes(spec.type) else "pip install 'pipo[native]' brings a newer libggml",
-            )
 
 
 class PlanMaker:
@@ -266,6 +247,15 @@ class PlanMaker:
     def forecast(self, plan: Plan, load: PassLoad, machine: MachineProfile) -> Forecast:
         """A pass among many of this load."""
         return forecast(self.placed(plan, machine), load, SCHEDULES[self.config.schedule])
+
+    def prefill_beside_decode(self, plan: Plan, machine: MachineProfile | None) -> int | None:
+        """Tokens of prompts that may share a pass with sequences that decode; None: as many as fit."""
+        most = plan.placement.chunk.num_tokens
+        if machine is None or plan.prediction is None or self.config.num_sequences == 1:
+            return None
+        load = replace(decode_load(plan.prediction.workload), num_sequences=self.config.num_sequences)
+        chunks = [chunk for chunk in CHUNKS if chunk <= most] or [most]
+        return prefill_beside_decode(lambda each: self.forecast(plan, each, machine), load, chunks)
 
     def placed(self, plan: Plan, machine: MachineProfile) -> Placed:
         """The plan as the planner's arithmetic sees it."""

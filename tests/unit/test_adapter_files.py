@@ -22,7 +22,7 @@ from pipo.formats.adapter import open_adapter
 from pipo.formats.checkpoint import open_checkpoint
 from pipo.models.adapters import check_adapter
 from pipo.models.registry import stages_of
-from pipo.plan import check_adapter_types
+from pipo.pipeline.type_checks import check_adapter_types
 from tests.support.tiny_adapters import ATTENTION, TinyAdapter, write_gguf_adapter, write_peft
 from tests.support.tiny_models import SPECS, TinySpec, make_model, write_gguf
 

@@ -249,7 +249,7 @@ class Even:
     def __init__(self) -> None:
         self.taken: list[int] = []
 
-    def mask(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def apply(self, logits: npt.NDArray[np.float32], *, goes_on: bool = False) -> npt.NDArray[np.float32]:
         masked = logits.copy()
         masked[1::2] = -np.inf
         masked[0] = -np.inf

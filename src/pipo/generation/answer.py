@@ -23,15 +23,15 @@ class Detokenizer(Protocol):
 class Constraint(Protocol):
     """What an answer must look like, token by token."""
 
-    def mask(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The same, -inf where a token would break it. Does not alter `logits`."""
-
-    def take(self, token_id: int) -> None:
-        """One of those that it allows was chosen."""
-
     @property
     def is_finished(self) -> bool:
         """The answer is whole: nothing may follow."""
+
+    def apply(self, logits: npt.NDArray[np.float32], *, goes_on: bool = False) -> npt.NDArray[np.float32]:
+        """The same, -inf where a token would break it, and, where it `goes_on`, where it would end before it must."""
+
+    def take(self, token_id: int) -> None:
+        """One of those that it allows was chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,9 @@ class Answer:
 
     def take(self, logits: npt.NDArray[np.float32], history: Sequence[int]) -> Piece:
         """Choose from logits (vocabulary). `history` is prompt and answer so far. Raises ComputeError."""
-        sampled = self._sampler.sample(logits if self._constraint is None else self._constraint.mask(logits), history)
+        if self._constraint is not None:
+            logits = self._constraint.apply(logits, goes_on=self._params.ignore_eos)
+        sampled = self._sampler.sample(logits, history)
         self.num_passes += 1
         if sampled.token_id in self._end_ids and not self._params.ignore_eos:
             return Piece(None, self._rest(), FinishReason.STOP)

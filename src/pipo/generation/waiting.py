@@ -40,6 +40,9 @@ class QueueSize:
         return self.num_requests * REQUEST_BYTES + self.prompt_tokens * PROMPT_TOKEN_BYTES
 
 
+DEFAULT_QUEUE = QueueSize(num_requests=256, prompt_tokens=1 << 18)  # 2 MiB
+
+
 class WaitingLine:
     """Threads: one."""
 
