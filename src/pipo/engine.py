@@ -235,8 +235,8 @@ class Engine:
             return completions(requests, events)
 
     def stream_requests(self, requests: Iterable[GenerationRequest]) -> Stream[Event]:
-        """What is said of requests, numbered in their order: pieces of the answer, then a summary or the error that ended
-        it. One joins as soon as another has left; prompts that begin alike share what is computed.
+        """What is said of requests, numbered in their order: pieces of the answer, then a summary or the error that
+        ended it. One joins as soon as another has left; prompts that begin alike share what is computed.
 
         Raises Cancelled; TransferError and ComputeError only end the requests that they are of.
         """
