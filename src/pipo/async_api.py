@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
 from types import TracebackType
@@ -64,7 +64,7 @@ class AsyncLLM:
 
     def stream(
         self, prompt: str | Sequence[Message], params: SamplingParams | None = None, *, adapters: Adapters = None
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """The answer to plain text, or to a conversation, as it is made. Closing the iterator cancels it."""
         ids = self.engine.encode(prompt) if isinstance(prompt, str) else self.engine.encode_chat(prompt)
         return self._pieces(GenerationRequest(ids, params or SamplingParams(), adapters))
