@@ -22,7 +22,7 @@ from pipo.compute import ggml
 from pipo.compute.device import choose_device
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
-from pipo.generation.adapters import AdapterSet, find_adapter, weights_of
+from pipo.generation.adapters import AdapterSet, find_adapter, weights_of, weights_of_each
 from pipo.generation.answer import Piece, completion_of
 from pipo.generation.batcher import Batcher
 from pipo.generation.events import Event
@@ -227,10 +227,11 @@ class Engine:
 
         Raises UsageError and ContextOverflow before any work, TransferError, ComputeError and Cancelled.
         """
-        generator, requests = self._running().generator, requests_of(prompts, params, adapters)
+        generator = self._running().generator
+        weights_of_each(adapters, len(prompts), self.adapters)  # raises what is wrong with one of them
+        requests = requests_of(prompts, params, adapters)
         for request in requests:
             generator.check(request.prompt, request.params)
-            weights_of(request.adapters, self.adapters)
         with closing(self.stream_requests(requests)) as events:
             return completions(requests, events)
 

@@ -16,11 +16,11 @@ def requests_of(
     params: SamplingParams | Sequence[SamplingParams] | None,
     adapters: Sequence[AdapterSet] | None,
 ) -> list[GenerationRequest]:
-    """One per prompt. Raises UsageError where there are not as many parameters or adapters."""
+    """One per prompt; of `adapters` there are as many. Raises UsageError where there are not as many parameters."""
     settings = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
     choices = [None] * len(prompts) if adapters is None else [_plain(each) for each in adapters]
-    if len(settings) != len(prompts) or len(choices) != len(prompts):
-        raise UsageError(f"{len(prompts)} prompts with {len(settings)} parameters and {len(choices)} adapters")
+    if len(settings) != len(prompts):
+        raise UsageError(f"{len(prompts)} prompts with {len(settings)} parameters")
     details = zip(prompts, settings, choices, strict=True)
     return [GenerationRequest(prompt, each, choice) for prompt, each, choice in details]
 
