@@ -56,7 +56,7 @@ class Engine:
     """
 
     def __init__(self, model: ModelFile, config: EngineConfig) -> None:
-        _check_can_run(model, config)
+        model.check_can_run()
         self.model = model
         self.config = config
         limit = ram_bytes(config.ram)  # first: a budget that cannot be read must leave nothing behind
@@ -397,8 +397,3 @@ class Engine:
         self.tracer = Tracer.within(0)
         self._planner.kept_bytes["trace"] = self.tracer.most_bytes
         return True
-
-
-def _check_can_run(model: ModelFile, config: EngineConfig) -> None:
-    if model.is_header_only:
-        raise UsageError(f"{model.path}: was opened for its header alone", hint="open it without header_only to run it")
