@@ -22,6 +22,7 @@ from pipo.generation.events import Cancel, Command, Event
 from pipo.generation.inbox import CommandQueue
 from pipo.generation.open_requests import OpenRequests
 from pipo.generation.request import Completion, GenerationRequest, SamplingParams, Summary
+from pipo.generation.waiting import DEFAULT_QUEUE
 from pipo.text.chat_template import Message
 
 Adapters = str | Mapping[str, float] | None
@@ -39,7 +40,9 @@ class AsyncLLM:
     def __init__(self, model: str | Path, ram: str | int = "auto", **settings: object) -> None:
         self.engine = load(model, ram, **settings)
         self._inbox = CommandQueue()
-        self._open = OpenRequests(self._ask)
+        assert self.engine.plan is not None
+        num_sequences, context_tokens = self.engine.config.num_sequences, self.engine.plan.context_tokens
+        self._open = OpenRequests(self._ask, DEFAULT_QUEUE.beside(num_sequences, context_tokens))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._serve, name="serve", daemon=True)
 

@@ -246,9 +246,8 @@ class Engine:
         return self._worker.stream(lambda: chain.from_iterable(answering.answer_requests(inbox)))
 
     def serve(self, inbox: Inbox, deliver: Callable[[list[Event]], None]) -> None:
-        """Answer until nothing more comes; `deliver` hears, on the compute thread, what each pass gave.
-
-        Raises Cancelled, once `deliver` has heard of it for every request.
+        """Answer until nothing more comes; `deliver` hears, on the compute thread, what each pass gave. Close the inbox
+        before the engine. Raises Cancelled, once `deliver` has heard of it for every request.
         """
         answering = self._running()
 

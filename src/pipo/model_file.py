@@ -90,7 +90,9 @@ class ModelFile:
     def check_can_run(self) -> None:
         """Raises UsageError where only its header was opened."""
         if self.is_header_only:
-            raise UsageError(f"{self.path}: was opened for its header alone", hint="open it without header_only to run it")
+            raise UsageError(
+                f"{self.path}: was opened for its header alone", hint="open it without header_only to run it"
+            )
 
     @property
     def has_weights(self) -> bool:

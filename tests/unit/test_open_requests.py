@@ -7,11 +7,12 @@ from contextlib import aclosing
 
 import pytest
 
-from pipo.base.errors import ContextOverflow, EngineDied
+from pipo.base.errors import ContextOverflow, EngineBusy, EngineDied
 from pipo.generation.answer import Piece
 from pipo.generation.events import Cancel, Command, Embed, Embedding, RequestId, Submit
 from pipo.generation.open_requests import OpenRequests
 from pipo.generation.request import GenerationRequest, SamplingParams, Summary, Usage
+from pipo.generation.waiting import QueueSize
 
 REQUEST = GenerationRequest([1, 2], SamplingParams())
 SUMMARY = Summary(Usage(2, 1), 0.0, 0.1, 0.2)
@@ -90,5 +91,23 @@ def test_the_end_of_who_answers_ends_all() -> None:
         with pytest.raises(EngineDied):
             await desk.read()
         assert len(desk.asked) == 3, "nobody is asked any more"
+
+    asyncio.run(main())
+
+
+def test_no_more_are_open_than_may_be() -> None:
+    async def main() -> None:
+        desk = Desk()
+        desk.open.most = QueueSize(num_requests=2, prompt_tokens=4).beside(num_sequences=1, context_tokens=3)
+        tasks = [asyncio.ensure_future(desk.read()) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(EngineBusy, match="3 requests with 6 tokens"):
+            await desk.read()
+        tasks.pop().cancel()
+        await asyncio.sleep(0)
+        with pytest.raises(EngineBusy):
+            await desk.open.embed([1] * 4)
+        desk.open.fail(EngineDied("it has ended"))
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(main())

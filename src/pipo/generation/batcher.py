@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -114,6 +114,7 @@ class Batcher:
         """Raises UsageError, ContextOverflow and EngineBusy; then nothing more is heard of it."""
         max_tokens = self._settings.limits.check(request.prompt, request.params)
         prompt = compact(request.prompt)
+        request = replace(request, prompt=prompt)  # a list takes nine times as much
         self._line.put(Waiting(request_id, prompt, max_tokens, weights, self._clock.now(), request))
 
     def submit_embedding(self, request_id: RequestId, prompt: Sequence[int], weights: Weights) -> None:

@@ -39,6 +39,19 @@ class QueueSize:
     def num_bytes(self) -> int:
         return self.num_requests * REQUEST_BYTES + self.prompt_tokens * PROMPT_TOKEN_BYTES
 
+    def check(self, num_requests: int, prompt_tokens: int, more_tokens: int) -> None:
+        """One more beside so many. Raises EngineBusy, but not where there is none."""
+        if num_requests and (num_requests >= self.num_requests or prompt_tokens + more_tokens > self.prompt_tokens):
+            raise EngineBusy(
+                f"{num_requests} requests with {prompt_tokens} tokens of prompts are waiting, the most are "
+                f"{self.num_requests} with {self.prompt_tokens}",
+                hint="try again later",
+            )
+
+    def beside(self, num_sequences: int, context_tokens: int) -> QueueSize:
+        """Of all that are open: those that wait and those that have a sequence."""
+        return QueueSize(self.num_requests + num_sequences, self.prompt_tokens + num_sequences * context_tokens)
+
 
 DEFAULT_QUEUE = QueueSize(num_requests=256, prompt_tokens=1 << 18)  # 2 MiB
 
@@ -56,15 +69,9 @@ class WaitingLine:
 
     def put(self, waiting: Waiting) -> None:
         """Raises EngineBusy. One that waits alone may be of any length that fits the context."""
-        tokens = self._prompt_tokens + len(waiting.prompt)
-        if self._waiting and (len(self) >= self._size.num_requests or tokens > self._size.prompt_tokens):
-            raise EngineBusy(
-                f"{len(self)} requests with {self._prompt_tokens} tokens of prompts are waiting, the most are "
-                f"{self._size.num_requests} with {self._size.prompt_tokens}",
-                hint="try again later",
-            )
+        self._size.check(len(self), self._prompt_tokens, len(waiting.prompt))
         self._waiting.append(waiting)
-        self._prompt_tokens = tokens
+        self._prompt_tokens += len(waiting.prompt)
 
     def take_first(self) -> Waiting:
         waiting = self._waiting.popleft()

@@ -22,6 +22,7 @@ from pipo.generation.answer import Piece
 from pipo.generation.events import Command
 from pipo.generation.open_requests import OpenRequests
 from pipo.generation.request import GenerationRequest, Summary
+from pipo.generation.waiting import DEFAULT_QUEUE
 from pipo.hardware.memory import PeakSampler
 from pipo.hardware.probe import Progress
 from pipo.serving.contract import EngineInfo, EngineStats
@@ -144,6 +145,7 @@ class ProcessEngine:
         elif isinstance(message, Progressed):
             self._on_progress(message.step, message.fraction)
         elif isinstance(message, Started):
+            self._open.most = DEFAULT_QUEUE.beside(message.info.num_sequences, message.info.context_tokens)
             _set(self._info, message.info)
         elif isinstance(message, Failed):
             self._end(message.error)

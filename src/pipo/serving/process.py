@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from pipo.base.errors import EngineDied, PipoError
+from pipo.base.errors import EngineDied, OverBudget, PipoError
+from pipo.base.units import format_size
 from pipo.engine import Engine
 from pipo.generation.events import Cancel, Event
 from pipo.generation.inbox import CommandQueue
@@ -19,6 +20,7 @@ from pipo.hardware.memory import PeakSampler
 from pipo.model_file import ModelFile
 from pipo.plan import TYPICAL
 from pipo.plan_facts import plan_dict
+from pipo.planner.placement import smallest_ram_text
 from pipo.serving.contract import EngineInfo, EngineStats
 from pipo.serving.wire import Asked, EngineSetup, Failed, Progressed, Said, Started, StatsWanted, Wire
 
@@ -70,7 +72,7 @@ def _start(setup: EngineSetup, wire: Wire) -> Engine:
     """Raises what opening, planning and starting raise."""
     limit = ram_bytes(setup.config.ram)
     config = replace(setup.config, ram=str(limit))  # what is free changes as it is taken
-    engine = Engine(ModelFile(setup.model, max(limit - setup.asking_bytes, 0)), config)
+    engine = Engine(_open(setup, limit), config)
     try:
         engine.charge(setup.asking, setup.asking_bytes)
         engine.charge("queue", DEFAULT_QUEUE.num_bytes)
@@ -85,6 +87,17 @@ def _start(setup: EngineSetup, wire: Wire) -> Engine:
         engine.close()
         raise
     return engine
+
+
+def _open(setup: EngineSetup, limit_bytes: int) -> ModelFile:
+    """Raises OverBudget where building the tokenizer would take more than the asking process leaves."""
+    try:
+        return ModelFile(setup.model, limit_bytes - setup.asking_bytes)
+    except OverBudget as error:
+        smallest = (error.smallest_bytes or 0) + setup.asking_bytes
+        message = f"{error.message} · {setup.asking} {format_size(setup.asking_bytes)} besides"
+        hint = f"the smallest --ram that builds it is {smallest_ram_text(smallest)}"
+        raise OverBudget(message, smallest_bytes=smallest, hint=hint) from None
 
 
 def _info(engine: Engine) -> EngineInfo:

@@ -14,7 +14,7 @@ from pipo.base.config import EngineConfig
 from pipo.base.errors import PipoError
 from pipo.generation.events import Command, Event
 from pipo.planner.predict import Workload
-from pipo.serving.contract import EngineInfo, EngineStats
+from pipo.serving.contract import EngineInfo
 
 _LENGTH = struct.Struct("<Q")
 
@@ -38,12 +38,14 @@ class EngineSetup:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
+    """Since the last one."""
+
     commands: tuple[Command, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class StatsWanted:
-    pass
+    """EngineStats are the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class Progressed:
 
 @dataclass(frozen=True, slots=True)
 class Started:
+    """Requests may come."""
+
     info: EngineInfo
 
 
@@ -68,11 +72,9 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Said:
+    """What a pass gave."""
+
     events: tuple[Event, ...]
-
-
-ToEngine = EngineSetup | Asked | StatsWanted
-FromEngine = Progressed | Started | Failed | Said | EngineStats
 
 
 class Wire:
@@ -105,17 +107,3 @@ class Wire:
         """This end of what the other side reads: it finds the end. What is being sent is sent first."""
         with suppress(OSError), self._lock:  # the other side may have gone already
             self._target.close()
-
-
-__all__ = [
-    "Asked",
-    "EngineSetup",
-    "Failed",
-    "FromEngine",
-    "Progressed",
-    "Said",
-    "Started",
-    "StatsWanted",
-    "ToEngine",
-    "Wire",
-]
