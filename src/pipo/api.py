@@ -83,15 +83,12 @@ class LLM:
         params: SamplingParams | None,
         adapters: Sequence[AdapterSet] | None,
     ) -> list[Completion]:
-        size = self.engine.config.num_sequences
+        if self.engine.config.num_sequences > 1:
+            return self.engine.complete_batch(prompts, params, adapters=adapters)
         # all of them are looked at before the first prompt is answered
         weights = weights_of_each(adapters, len(prompts), self.engine.adapters)
-        if size == 1:
-            answers = zip(prompts, weights, strict=True)
-            return [self.engine.complete(prompt, params, adapters=each) for prompt, each in answers]
-        groups = [slice(start, start + size) for start in range(0, len(prompts), size)]
-        batches = (self.engine.complete_batch(prompts[each], params, adapters=weights[each]) for each in groups)
-        return [answer for batch in batches for answer in batch]
+        answers = zip(prompts, weights, strict=True)
+        return [self.engine.complete(prompt, params, adapters=each) for prompt, each in answers]
 
     def close(self) -> None:
         self.engine.close()

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
-from pipo.answering import Answering, Report
+from pipo.answering import Answering, Report, start_answering
 from pipo.base.adapter import AdapterChoice, AdapterId, NamedAdapter
 from pipo.base.clock import RealClock
 from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget, UsageError
 from pipo.base.machine import MachineProfile
-from pipo.base.trace import MAX_ZONES, ZONE_BYTES, NullTracer, Tracer
-from pipo.base.units import MIB
+from pipo.base.trace import LEAST_TRACE_BYTES, NullTracer, Tracer
 from pipo.compute import ggml
 from pipo.compute.device import choose_device
 from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.generation.adapters import AdapterSet, find_adapter, weights_of, weights_of_each
 from pipo.generation.answer import Piece, completion_of
-from pipo.generation.loop import Generator
-from pipo.generation.request import Completion, SamplingParams
+from pipo.generation.batcher import Batcher
+from pipo.generation.events import Event
+from pipo.generation.inbox import Inbox, Iterated
+from pipo.generation.request import Completion, GenerationRequest, SamplingParams
 from pipo.generation.scoring import Scorer
+from pipo.generation.whole_answers import completions, requests_of
 from pipo.generation.windows import Windows
-from pipo.generation.worker import Stream, Worker
+from pipo.generation.worker import PassInterrupt, Stream, Worker
 from pipo.hardware.budget import ram_bytes
 from pipo.hardware.memory import PeakSampler
 from pipo.hardware.probe import Progress
@@ -35,6 +39,7 @@ from pipo.model_file import ModelFile
 from pipo.pipeline.assembly import Assembly
 from pipo.pipeline.expert_stages import NoteRouting
 from pipo.pipeline.stage_graphs import Compute
+from pipo.pipeline.stats import PassStats
 from pipo.plan import Plan, PlanMaker
 from pipo.planner.cost import PassLoad
 from pipo.planner.predict import Workload
@@ -42,9 +47,6 @@ from pipo.planner.simulate import Forecast
 from pipo.text.chat_template import Message
 from pipo.type_checks import check_adapter_types, check_types, open_adapters
 from pipo.window_plan import plan_windows
-
-TRACE_SHARE = 16  # the zones of a trace may take this fraction of the budget
-LEAST_TRACE_BYTES = 4 * MIB  # or this much: some 70 tokens of 30 blocks
 
 
 class Engine:
@@ -54,12 +56,13 @@ class Engine:
     """
 
     def __init__(self, model: ModelFile, config: EngineConfig) -> None:
-        _check_can_run(model, config)
+        model.check_can_run()
         self.model = model
         self.config = config
         limit = ram_bytes(config.ram)  # first: a budget that cannot be read must leave nothing behind
-        self.tracer = _tracer(limit) if config.trace else NullTracer()
+        self.tracer = Tracer.within(limit) if config.trace else NullTracer()
         self.plan: Plan | None = None
+        self._profile: MachineProfile | None = None  # that plans were made with
         self._clock = RealClock()
         self._lib = ggml.load()
         check_types(self._lib, model)
@@ -84,6 +87,10 @@ class Engine:
         self._assembly: Assembly | None = None
         self._answering: Answering | None = None
         self._worker = Worker(self._backend.abort.set, self._backend.abort.clear)
+
+    def charge(self, name: str, num_bytes: int) -> None:
+        """What plans from now on leave of the budget to somebody else, whom the ledger names."""
+        self._planner.kept_bytes[name] = num_bytes
 
     def make_plan(
         self,
@@ -123,8 +130,8 @@ class Engine:
         """
         # on the thread that will compute: a second one would leave OpenMP with more threads than cores, and from then
         # on every one of them sleeps at each barrier (0.15 ms a block and token, measured on two cores)
-        (profile,) = self._worker.stream(lambda: iter([self._planner.machine(on_probe, before)]))
-        return profile
+        (self._profile,) = self._worker.stream(lambda: iter([self._planner.machine(on_probe, before)]))
+        return self._profile
 
     def plan_windows(self, windows: Windows, kept_bytes: int) -> Plan:
         """A plan to `score` with, whatever the config's `max_outputs`; that keeps `kept_bytes`. Raises OverBudget."""
@@ -163,10 +170,17 @@ class Engine:
             self.tracer,
             plan.decode_threads,
         )
-        forward = self._assembly.forward
-        generator = Generator(forward, self.model.manifest.hyper.vocab_size, plan.context_tokens, self._clock)
-        generator.use_adapters([weights_of(None, self.adapters)])
-        self._answering = Answering(generator, forward, self.model.tokenizer, self._peak)
+        abort = self._backend.abort
+        self._answering = start_answering(
+            self._assembly.forward,
+            self.model,
+            plan,
+            lambda: self.adapters,
+            self._planner.prefill_beside_decode(plan, self._profile),
+            PassInterrupt(abort.set, abort.clear, self._worker),
+            self._peak,
+            self._clock,
+        )
 
     @property
     def report(self) -> Report | None:
@@ -208,36 +222,41 @@ class Engine:
         *,
         adapters: Sequence[AdapterSet] | None = None,
     ) -> list[Completion]:
-        """Whole answers to several prompts, which share every sweep of the weights. Raises as `stream_batch`."""
-        pieces: list[list[Piece]] = [[] for _ in prompts]
-        for i, piece in self.stream_batch(prompts, params, adapters=adapters):
-            pieces[i].append(piece)
-        return [completion_of(prompt, each) for prompt, each in zip(prompts, pieces, strict=True)]
-
-    def stream_batch(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        adapters: Sequence[AdapterSet] | None = None,
-    ) -> Stream[tuple[int, Piece]]:
-        """Tokens and text of each prompt's answer as they are made, with the prompt's index. As many prompts as the
-        config has sequences, at most. `adapters` by prompt: each may have others.
+        """Whole answers to any number of prompts, of which `config.num_sequences` at a time share every sweep of the
+        weights. `adapters` by prompt: each may have others.
 
         Raises UsageError and ContextOverflow before any work, TransferError, ComputeError and Cancelled.
         """
+        generator = self._running().generator
+        weights_of_each(adapters, len(prompts), self.adapters)  # raises what is wrong with one of them
+        requests = requests_of(prompts, params, adapters)
+        for request in requests:
+            generator.check(request.prompt, request.params)
+        with closing(self.stream_requests(requests)) as events:
+            return completions(requests, events)
+
+    def stream_requests(self, requests: Iterable[GenerationRequest]) -> Stream[Event]:
+        """What is said of requests, numbered in their order: pieces of the answer, then a summary or the error that
+        ended it. One joins as soon as another has left; prompts that begin alike share what is computed.
+
+        Raises Cancelled; TransferError and ComputeError only end the requests that they are of.
+        """
         answering = self._running()
-        settings = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
-        if not 0 < len(prompts) <= self.config.num_sequences or len(settings) != len(prompts):
-            raise UsageError(
-                f"a batch of {len(prompts)} prompts and {len(settings)} parameters for an engine of "
-                f"{self.config.num_sequences} sequences",
-                hint="name num_sequences when the engine is opened",
-            )
-        weights = weights_of_each(adapters, len(prompts), self.adapters)
-        for prompt, each in zip(prompts, settings, strict=True):
-            answering.generator.check(prompt, each)
-        return self._worker.stream(lambda: answering.answer_batch(prompts, settings, weights))
+        inbox = Iterated(requests, lambda: answering.batcher.has_free_slot)
+        return self._worker.stream(lambda: chain.from_iterable(answering.answer_requests(inbox)))
+
+    def serve(self, inbox: Inbox, deliver: Callable[[list[Event]], None]) -> None:
+        """Answer until nothing more comes; `deliver` hears, on the compute thread, what each pass gave. Close the inbox
+        before the engine. Raises Cancelled, once `deliver` has heard of it for every request.
+        """
+        answering = self._running()
+
+        def answer() -> Iterator[None]:
+            for events in answering.answer_requests(inbox):
+                deliver(events)
+            yield None
+
+        list(self._worker.stream(answer))
 
     def stream(
         self,
@@ -260,14 +279,14 @@ class Engine:
 
     def logits(self, token_ids: Sequence[int], *, adapters: AdapterSet = None) -> npt.NDArray[np.float32]:
         """(tokens, vocabulary) at every position, computed afresh in chunks of `config.max_outputs`."""
-        generator = self._running().generator
+        answering = self._running()
+        generator = answering.generator
         generator.check(token_ids, SamplingParams(max_tokens=1))
         chunk = min(self.config.max_outputs, generator.max_chunk)
         weights = weights_of(adapters, self.adapters)
 
         def parts() -> Iterator[npt.NDArray[np.float32]]:
-            generator.use_adapters([weights])
-            return (part.copy() for part in generator.logits(token_ids, chunk))
+            return (part.copy() for part in answering.use_generator(weights).logits(token_ids, chunk))
 
         return np.concatenate(list(self._worker.stream(parts)))
 
@@ -295,11 +314,11 @@ class Engine:
 
     def _change_adapters(self, change: Callable[[Assembly], None]) -> None:
         """On the compute thread, once it is at rest. What is in the KV cache is of no use any more."""
-        generator, assembly = self._running().generator, self._assembly
+        answering, assembly = self._running(), self._assembly
         assert assembly is not None
 
         def steps() -> Iterator[None]:
-            generator.forget()
+            answering.forget()
             change(assembly)
             yield None
 
@@ -315,7 +334,7 @@ class Engine:
 
     def cancel(self) -> None:
         """Stop what is being computed; whoever iterates over it gets Cancelled."""
-        self._backend.abort.set()
+        self._worker.interrupt()
 
     def note_experts(self, on_routing: NoteRouting) -> None:
         """`on_routing(block, routing)` hears, on the compute thread, which experts every pass chooses. Of a dense model
@@ -325,6 +344,16 @@ class Engine:
         assert self._assembly is not None
         if self._assembly.forward.experts is not None:
             self._assembly.forward.experts.on_routing = on_routing
+
+    @property
+    def totals(self) -> PassStats:
+        """Of all passes that `serve` and `stream_requests` made."""
+        return self._running().totals
+
+    @property
+    def batcher(self) -> Batcher:
+        """Whose counters tell of what `serve` and `stream_requests` answer. Threads: reading them, any."""
+        return self._running().batcher
 
     @property
     def ledger_breakdown(self) -> dict[str, int]:
@@ -364,16 +393,6 @@ class Engine:
         """To a size that does not depend on the budget: else the smallest budget named would grow with itself."""
         if self._planner.kept_bytes.get("trace", 0) <= LEAST_TRACE_BYTES:
             return False
-        self.tracer = _tracer(0)
+        self.tracer = Tracer.within(0)
         self._planner.kept_bytes["trace"] = self.tracer.most_bytes
         return True
-
-
-def _check_can_run(model: ModelFile, config: EngineConfig) -> None:
-    if model.is_header_only:
-        raise UsageError(f"{model.path}: was opened for its header alone", hint="open it without header_only to run it")
-
-
-def _tracer(limit_bytes: int) -> Tracer:
-    """Keeps as many zones as their share of the budget holds."""
-    return Tracer(min(max(limit_bytes // TRACE_SHARE, LEAST_TRACE_BYTES) // ZONE_BYTES, MAX_ZONES))

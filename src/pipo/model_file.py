@@ -87,6 +87,13 @@ class ModelFile:
     def manifest(self) -> Manifest:
         return self.checkpoint.manifest
 
+    def check_can_run(self) -> None:
+        """Raises UsageError where only its header was opened."""
+        if self.is_header_only:
+            raise UsageError(
+                f"{self.path}: was opened for its header alone", hint="open it without header_only to run it"
+            )
+
     @property
     def has_weights(self) -> bool:
         """The files are as long as they must be, and have no holes: what is read from them tells of a drive."""

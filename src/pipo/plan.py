@@ -26,7 +26,7 @@ from pipo.kvcache.cache import ROWS_PER_PAGE
 from pipo.model_file import PROCESS_BYTES, ModelFile
 from pipo.models.stage import banks_of
 from pipo.native import NativeWeights, Weights
-from pipo.pipeline.blueprint import NARROW_DRIVE, Blueprint, choose_layouts, demand
+from pipo.pipeline.blueprint import CHUNKS, NARROW_DRIVE, Blueprint, choose_layouts, demand
 from pipo.pipeline.device_layout import AbsentDevice
 from pipo.pipeline.device_share import DeviceShare
 from pipo.pipeline.stage_costs import stage_costs
@@ -37,6 +37,7 @@ from pipo.planner.depth import NO_STALL, TOLERANCE, best_depth, simulated_pass
 from pipo.planner.experts import ASSUMED, ExpectedRouting
 from pipo.planner.placement import Demand, Placement, place, smallest_bytes
 from pipo.planner.predict import Placed, Prediction, Shapes, Workload, decode_load, forecast, predict
+from pipo.planner.prefill_share import prefill_beside_decode
 from pipo.planner.schedule import SCHEDULES
 from pipo.planner.simulate import Forecast
 from pipo.transfer.disk import DriveSettings
@@ -248,6 +249,15 @@ class PlanMaker:
     def forecast(self, plan: Plan, load: PassLoad, machine: MachineProfile) -> Forecast:
         """A pass among many of this load."""
         return forecast(self.placed(plan, machine), load, SCHEDULES[self.config.schedule])
+
+    def prefill_beside_decode(self, plan: Plan, machine: MachineProfile | None) -> int | None:
+        """Tokens of prompts that may share a pass with sequences that decode; None: as many as fit."""
+        most = plan.placement.chunk.num_tokens
+        if machine is None or plan.prediction is None or self.config.num_sequences == 1:
+            return None
+        load = replace(decode_load(plan.prediction.workload), num_sequences=self.config.num_sequences)
+        chunks = [chunk for chunk in CHUNKS if chunk <= most] or [most]
+        return prefill_beside_decode(lambda each: self.forecast(plan, each, machine), load, chunks)
 
     def placed(self, plan: Plan, machine: MachineProfile) -> Placed:
         """The plan as the planner's arithmetic sees it."""

@@ -20,12 +20,15 @@ PipoError                     anything we can name; `hint` says what to do, `exi
 │   ├── UnexpectedEof         the file ends before the bytes do                                 (1)
 │   └── FileChanged           the file is not the one that was opened                           (1)
 ├── EngineBusy                as many requests wait as may; later it may be taken                (1)
+├── EngineDied                the process that computes has ended, and what it was asked for with it (1)
 ├── OutputFailed              a file that could not be written: which one, why, how much is free (1)
 ├── DownloadError             a fetch that failed or did not match its checksum                 (1)
 └── Cancelled                 the user or a signal stopped it                                   (130)
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 __all__ = [
     "Cancelled",
@@ -34,6 +37,7 @@ __all__ = [
     "DamagedFile",
     "DownloadError",
     "EngineBusy",
+    "EngineDied",
     "FileChanged",
     "LibraryError",
     "MalformedFile",
@@ -64,19 +68,20 @@ class PipoError(Exception):
         self.message = message
         self.hint = hint
 
-    def __reduce__(self) -> tuple[object, ...]:
-        """Errors go to other processes as they are, whatever their constructor wants."""
-        return _rebuilt, (type(self), self.args, self.__dict__)
-
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n\nhint: {self.hint}"
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """So that it can go to another process, whatever its class is made of."""
+        return _bare, (type(self),), (self.args, self.__dict__)
 
-def _rebuilt(kind: type[PipoError], args: tuple[object, ...], state: dict[str, object]) -> PipoError:
-    error = kind.__new__(kind, *args)
-    error.args = args
-    error.__dict__.update(state)
-    return error
+    def __setstate__(self, state: Any) -> None:
+        self.args, attributes = state
+        self.__dict__.update(attributes)
+
+
+def _bare(kind: type[PipoError]) -> PipoError:
+    return kind.__new__(kind)
 
 
 class UsageError(PipoError):
@@ -191,6 +196,10 @@ class FileChanged(TransferError):
 
 class EngineBusy(PipoError):
     """The queue of an engine is full."""
+
+
+class EngineDied(PipoError):
+    """Of itself, or killed by somebody."""
 
 
 class OutputFailed(PipoError):

@@ -10,10 +10,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from pipo.base.units import MIB
+
 log = logging.getLogger(__name__)
 
 MAX_ZONES = 200_000  # the oldest go first
 ZONE_BYTES = 280  # 233 measured while zones are kept, and what sorting them takes
+TRACE_SHARE = 16  # the zones of a trace may take this fraction of the budget
+LEAST_TRACE_BYTES = 4 * MIB  # or this much: some 70 tokens of 30 blocks
 _PROCESS_ID = 1
 
 
@@ -35,6 +39,11 @@ class Tracer:
 
     def __init__(self, max_zones: int = MAX_ZONES) -> None:
         self._zones: deque[Zone] = deque(maxlen=max_zones)
+
+    @classmethod
+    def within(cls, limit_bytes: int) -> Tracer:
+        """Keeps as many zones as their share of the budget holds."""
+        return cls(min(max(limit_bytes // TRACE_SHARE, LEAST_TRACE_BYTES) // ZONE_BYTES, MAX_ZONES))
 
     @property
     def most_bytes(self) -> int:

@@ -9,16 +9,7 @@ from pathlib import Path
 
 from pipo.answering import Report
 from pipo.base.units import format_rate, format_size
-from pipo.cli.report import (
-    layout_text,
-    part_text,
-    plan_dict,
-    plan_rows,
-    rate_text,
-    seconds_text,
-    stats_dict,
-    stats_text,
-)
+from pipo.cli.report import layout_text, part_text, plan_rows, rate_text, seconds_text, stats_dict, stats_text
 from pipo.cli.session import Session
 from pipo.cli.terminal import Row, print_note, print_rows, stderr, stdout, write_json
 from pipo.generation.scoring import (
@@ -34,6 +25,7 @@ from pipo.generation.scoring import (
 from pipo.generation.windows import Windows
 from pipo.model_file import ModelFile
 from pipo.plan import Plan
+from pipo.plan_facts import plan_dict
 
 
 @dataclass(frozen=True, slots=True)

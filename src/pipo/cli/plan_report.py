@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from pipo.base.units import format_rate, format_size
 from pipo.cli.curve import BATCH_NOTE, advice, plot_lines
-from pipo.cli.report import LANE_NAMES, breakdown_rows, plan_dict, plan_rows, rate_text, routing_rows, seconds_text
+from pipo.cli.report import LANE_NAMES, breakdown_rows, plan_rows, rate_text, routing_rows, seconds_text
 from pipo.cli.session import model_title
 from pipo.cli.terminal import Row, print_columns, print_rows, stdout
 from pipo.model_file import ModelFile
 from pipo.outlook import Case, Change
 from pipo.plan import Plan
+from pipo.plan_facts import plan_dict
 from pipo.planner.batch import BatchCurve, busiest
 from pipo.planner.predict import Prediction
 from pipo.planner.simulate import Lane

@@ -158,8 +158,9 @@ def _answer(session: Session, ids: list[int], params: SamplingParams, json: bool
 
 
 def _write_json(model: ModelFile, session: Session, answer: Answer, num_prompt: int, has_logprobs: bool) -> None:
-    from pipo.cli.report import plan_dict, report_dict
+    from pipo.cli.report import report_dict
     from pipo.cli.terminal import write_json_object
+    from pipo.plan_facts import plan_dict
 
     report = session.engine.report
     assert report is not None

@@ -182,7 +182,7 @@ def _model_dict(model: ModelFile) -> dict[str, object]:
 
 
 def _fit_dict(fit: Fit) -> dict[str, object]:
-    from pipo.cli.report import plan_dict
+    from pipo.plan_facts import plan_dict
     from pipo.planner.placement import smallest_ram_text
 
     smallest = {"smallest_bytes": fit.smallest_bytes, "smallest_ram": smallest_ram_text(fit.smallest_bytes)}

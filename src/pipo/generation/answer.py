@@ -20,6 +20,20 @@ class Detokenizer(Protocol):
     def flush(self) -> str: ...
 
 
+class Constraint(Protocol):
+    """What an answer must look like, token by token."""
+
+    @property
+    def is_finished(self) -> bool:
+        """The answer is whole: nothing may follow."""
+
+    def apply(self, logits: npt.NDArray[np.float32], *, goes_on: bool = False) -> npt.NDArray[np.float32]:
+        """The same, -inf where a token would break it, and, where it `goes_on`, where it would end before it must."""
+
+    def take(self, token_id: int) -> None:
+        """One of those that it allows was chosen."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """What one pass added: a token (None when the last piece only flushes text) and the text that can be shown."""
@@ -30,10 +44,17 @@ class Piece:
 
 
 class Answer:
-    """Ends when the model does, at a stop string, or after `max_tokens`: the piece that says so is the last one."""
+    """Ends when the model does, at a stop string, after `max_tokens`, or where it is all that its constraint wants: the
+    piece that says so is the last one.
+    """
 
     def __init__(
-        self, params: SamplingParams, max_tokens: int, end_ids: frozenset[int], detokenizer: Detokenizer
+        self,
+        params: SamplingParams,
+        max_tokens: int,
+        end_ids: frozenset[int],
+        detokenizer: Detokenizer,
+        constraint: Constraint | None = None,
     ) -> None:
         self.num_passes = 0  # whose logits it has taken
         self._params = params
@@ -42,16 +63,23 @@ class Answer:
         self._detokenizer = detokenizer
         self._sampler = Sampler(params)
         self._stops = StopMatcher(params.stop)
+        self._constraint = constraint
 
     def take(self, logits: npt.NDArray[np.float32], history: Sequence[int]) -> Piece:
         """Choose from logits (vocabulary). `history` is prompt and answer so far. Raises ComputeError."""
+        if self._constraint is not None:
+            logits = self._constraint.apply(logits, goes_on=self._params.ignore_eos)
         sampled = self._sampler.sample(logits, history)
         self.num_passes += 1
         if sampled.token_id in self._end_ids and not self._params.ignore_eos:
             return Piece(None, self._rest(), FinishReason.STOP)
+        if self._constraint is not None:
+            self._constraint.take(sampled.token_id)
         text = self._stops.feed(self._detokenizer.push(sampled.token_id))
         if self._stops.hit is not None:
             return Piece(sampled, text, FinishReason.STOP)
+        if self._constraint is not None and self._constraint.is_finished:
+            return Piece(sampled, text + self._rest(), FinishReason.STOP)
         if self.num_passes == self._max_tokens:
             text += self._rest()
             return Piece(sampled, text, FinishReason.LENGTH if self._stops.hit is None else FinishReason.STOP)

@@ -1,4 +1,4 @@
-"""From prompt ids to answer tokens: chunked prefill, then a pass per token, of one sequence or of several at once."""
+"""From prompt ids to answer tokens of one sequence: chunked prefill, then a pass per token."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipo.base.clock import Clock
-from pipo.base.errors import ContextOverflow, UsageError
 from pipo.generation.answer import Answer, Detokenizer, Piece
+from pipo.generation.limits import Limits
 from pipo.generation.request import SamplingParams
 from pipo.generation.scoring import Scorer
+from pipo.generation.slots import common_prefix
 from pipo.generation.windows import Windows
 from pipo.pipeline.adapters import Weights
 
@@ -36,9 +37,6 @@ class ForwardPass(Protocol):
         self, token_ids: Sequence[int], start: int, outputs: Sequence[int]
     ) -> Iterator[npt.NDArray[np.float32]]:
         """As `run` of the first sequence, logits (vocabulary) one by one."""
-
-    def run_batch(self, token_ids: Sequence[int], starts: Sequence[int]) -> npt.NDArray[np.float32]:
-        """A token of each of the first sequences; logits (sequences, vocabulary)."""
 
     def use_adapters(self, weights: Sequence[Weights]) -> None:
         """How much of which adapters the first sequences have in passes to come; the others have none."""
@@ -70,11 +68,10 @@ class Generator:
 
     def __init__(self, forward: ForwardPass, vocab_size: int, context_tokens: int, clock: Clock) -> None:
         self._forward = forward
-        self._vocab_size = vocab_size
         self._clock = clock
         self._stored: list[int] = []  # the tokens at positions 0, 1, … of the KV cache
         self._weights: list[Weights] = [{}]  # of adapters: what that was computed with
-        self.context_tokens = context_tokens
+        self.limits = Limits(vocab_size, context_tokens)
         self.timing = Timing(0, 0)
 
     @property
@@ -83,23 +80,7 @@ class Generator:
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """Tokens the answer may have. Raises UsageError, ContextOverflow: nothing is ever cut."""
-        if not prompt:
-            raise UsageError("the prompt is empty", hint="give some text")
-        self._check_vocabulary(prompt)
-        room = self.context_tokens - len(prompt)
-        wanted = params.max_tokens
-        if room < (wanted or 1):
-            answer = f"{wanted} tokens of answer" if wanted else "any answer"
-            raise ContextOverflow(
-                f"a prompt of {len(prompt)} tokens and {answer} do not fit the context of {self.context_tokens}",
-                hint=f"-c {len(prompt) + (wanted or 256)} or a shorter prompt",
-            )
-        return wanted or room
-
-    def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
-        outside = next((t for t in token_ids if not 0 <= t < self._vocab_size), None)
-        if outside is not None:
-            raise UsageError(f"token id {outside} is outside the vocabulary of {self._vocab_size}")
+        return self.limits.check(prompt, params)
 
     def generate(
         self,
@@ -124,43 +105,6 @@ class Generator:
                 return
             logits = self._pass([piece.token.token_id], outputs=[0])
 
-    def generate_batch(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: Sequence[SamplingParams],
-        end_ids: frozenset[int],
-        detokenizers: Sequence[Detokenizer],
-    ) -> Iterator[tuple[int, Piece]]:
-        """Answers to several prompts, piece by piece, each with the index of its prompt.
-
-        Each prompt is read by itself; then every pass adds a token to every answer. One that has ended waits for those
-        before it, or takes part in vain: sequences do not change places. Raises what `check` and the passes raise.
-        """
-        limits = [self.check(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
-        details = zip(params, limits, detokenizers, strict=True)
-        answers = [Answer(each, limit, end_ids, detokenizer) for each, limit, detokenizer in details]
-        self.forget()
-        self.timing = Timing(sum(map(len, prompts)), 0)
-        begin, num_tokens = self._clock.now(), 0
-        try:
-            logits = [self._read_prompt(i, prompt) for i, prompt in enumerate(prompts)]
-            histories, going = [list(prompt) for prompt in prompts], set(range(len(prompts)))
-            while going:
-                for i in sorted(going):
-                    piece = answers[i].take(logits[i], histories[i])
-                    num_tokens += piece.token is not None
-                    self._take_time(max(num_tokens - len(prompts) + 1, 1), self._clock.now() - begin)
-                    yield i, piece
-                    if piece.token is None or piece.finish is not None:
-                        going.discard(i)
-                    else:
-                        histories[i].append(piece.token.token_id)
-                if going:
-                    together = histories[: max(going) + 1]
-                    logits = list(self._forward.run_batch([h[-1] for h in together], [len(h) - 1 for h in together]))
-        finally:
-            self._forward.forget()
-
     def use_adapters(self, weights: Sequence[Weights]) -> None:
         """How much of which adapters the sequences of the next request have. Others forget the KV cache."""
         if list(weights) != self._weights:
@@ -172,12 +116,6 @@ class Generator:
         """What is in the KV cache."""
         self._stored.clear()
         self._forward.forget()
-
-    def _read_prompt(self, sequence: int, prompt: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Logits (vocabulary) after it."""
-        for _, logits in self._read(prompt, 0, sequence):
-            last = logits
-        return last.reshape(-1).copy()
 
     def logits(self, token_ids: Sequence[int], chunk: int) -> Iterator[npt.NDArray[np.float32]]:
         """Logits (tokens of the chunk, vocabulary) of every position, computed afresh. For evaluation and tests."""
@@ -191,7 +129,7 @@ class Generator:
 
         Raises UsageError for a token that the model does not have, and what the passes raise.
         """
-        self._check_vocabulary(windows.token_ids)
+        self.limits.check_vocabulary(windows.token_ids)
         self._stored.clear()
         for window in range(windows.num_windows):
             ids = windows.inputs(window)
@@ -203,20 +141,18 @@ class Generator:
                 yield part.num_tokens
 
     def _prefill(self, prompt: Sequence[int], on_prefill: Callable[[int, int], None]) -> npt.NDArray[np.float32]:
-        cached = min(_common_prefix(self._stored, prompt), len(prompt) - 1)
+        cached = min(common_prefix(self._stored, list(prompt)), len(prompt) - 1)
         cached = cached if self._forward.can_resume(cached) else 0
         del self._stored[cached:]
         todo, logits = prompt[cached:], np.empty((0, 0), np.float32)
         self.timing = Timing(len(todo), cached)
-        for part, found in self._read(todo, cached, 0):
+        for part, found in self._read(todo, cached):
             self._stored.extend(part)
             logits = found
             on_prefill(len(self._stored) - cached, len(todo))
         return logits
 
-    def _read(
-        self, tokens: Sequence[int], start: int, sequence: int
-    ) -> Iterator[tuple[Sequence[int], npt.NDArray[np.float32]]]:
+    def _read(self, tokens: Sequence[int], start: int) -> Iterator[tuple[Sequence[int], npt.NDArray[np.float32]]]:
         """Chunk by chunk, at positions from `start` on; with each its logits, of which only the last one's last token
         has any: (1, vocabulary).
         """
@@ -224,7 +160,7 @@ class Generator:
         for done in range(0, len(tokens), chunk):
             part = tokens[done : done + chunk]
             outputs = [len(part) - 1] if done + chunk >= len(tokens) else []
-            yield part, self._forward.run(part, start + done, outputs, sequence)
+            yield part, self._forward.run(part, start + done, outputs)
 
     def _take_time(self, num_done: int, seconds: float) -> None:
         """A token was chosen, the `num_done`th, `seconds` after the request."""
@@ -237,10 +173,3 @@ class Generator:
         logits = self._forward.run(tokens, len(self._stored), outputs)
         self._stored.extend(tokens)
         return logits
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from pipo.base.errors import UsageError
@@ -91,6 +91,15 @@ class GenerationRequest:
     constraint: ConstraintSpec | None = None
 
 
+def copies_of(request: GenerationRequest, num_copies: int) -> list[GenerationRequest]:
+    """Several answers to one prompt, each drawn with a seed of its own: the request's and the numbers after it, where
+    it has one. Asked for together, they share the prompt: it is computed once where keys and values can be copied.
+    """
+    seed = request.params.seed
+    seeds = [None if seed is None else seed + i for i in range(num_copies)]
+    return [replace(request, params=replace(request.params, seed=each)) for each in seeds]
+
+
 class FinishReason(Enum):
     """Why a generation ended. The values are the HTTP API's."""
 
@@ -133,6 +142,16 @@ class Usage:
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The last thing heard of a request that was answered."""
+
+    usage: Usage
+    queued_s: float
+    ttft_s: float  # from submission to the first token
+    decode_s: float  # from the first token to the last
 
 
 @dataclass(frozen=True, slots=True)

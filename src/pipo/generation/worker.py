@@ -35,7 +35,7 @@ class Worker:
     def __init__(self, interrupt: Callable[[], None], resume: Callable[[], None]) -> None:
         self._interrupt = interrupt
         self._resume = resume
-        self._is_closed = False
+        self._is_closed = self._was_interrupted = False
         self._lock = threading.Lock()  # an interrupt goes to the job it is meant for: guards `_running`
         self._running: _Job[object] | None = None
         self._jobs: queue.SimpleQueue[_Job[object] | None] = queue.SimpleQueue()
@@ -65,9 +65,19 @@ class Worker:
                 with self._lock:
                     job.is_abandoned = True
                     if self._running is job:
-                        self._interrupt()
+                        self.interrupt()
                 while not isinstance(job.out.get(), _End):
                     pass
+
+    def interrupt(self) -> None:
+        """Make the job that runs end soon. Threads: any."""
+        self._was_interrupted = True  # first: who clears the interrupt of a pass looks for it afterwards
+        self._interrupt()
+
+    @property
+    def is_interrupted(self) -> bool:
+        """The job that runs is to end, whatever it has made of what interrupted it."""
+        return self._was_interrupted or self._is_closed
 
     def close(self) -> None:
         self._is_closed = True
@@ -82,6 +92,7 @@ class Worker:
                 # An interrupt from now on is this job's. One that came before belonged to an earlier job, or to
                 # `close`, which the job looks for.
                 self._running = job
+                self._was_interrupted = False
                 self._resume()
             try:
                 if self._is_closed:
@@ -93,3 +104,21 @@ class Worker:
             with self._lock:
                 self._running = None
             job.out.put(_End(error))
+
+
+class PassInterrupt:
+    """Ends a pass of the job that runs, not the job. `set_flag` and `clear_flag` are of what the pass looks at.
+
+    Threads: any.
+    """
+
+    def __init__(self, set_flag: Callable[[], None], clear_flag: Callable[[], None], worker: Worker) -> None:
+        self.set = set_flag
+        self._clear_flag = clear_flag
+        self._worker = worker
+
+    def clear(self) -> None:
+        """Raises Cancelled where the job is to end: then clearing may have taken away what says so."""
+        self._clear_flag()
+        if self._worker.is_interrupted:
+            raise Cancelled("stopped")

@@ -32,6 +32,18 @@ class PassStats:
     experts: ExpertStats | None = None
     stall_s: dict[StallCause, float] = field(default_factory=lambda: dict.fromkeys(StallCause, 0.0))
 
+    def add(self, other: PassStats) -> None:
+        """What further passes cost."""
+        for name in ("num_passes", "num_tokens", "num_reads", "bytes_read", "bytes_copied", "compute_s", "wall_s"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.num_bubbles += other.num_bubbles
+        for cause, seconds in other.stall_s.items():
+            self.stall_s[cause] += seconds
+        if other.experts is not None:
+            self.experts = self.experts or ExpertStats.of(len(other.experts.blocks))
+            for mine, theirs in zip(self.experts.blocks, other.experts.blocks, strict=True):
+                mine.add(theirs)
+
     @property
     def total_stall_s(self) -> float:
         return sum(self.stall_s.values())

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pipo.generation.answer import Piece
-from pipo.generation.request import GenerationRequest, Usage
+from pipo.generation.request import GenerationRequest, Summary
+
+__all__ = ["EngineClient", "EngineInfo", "EngineStats", "Summary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +45,6 @@ class EngineStats:
     limit_bytes: int = 0
     anonymous_bytes: int = 0  # of all processes that count against the budget
     peak_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """The last thing heard of a request that was answered."""
-
-    usage: Usage
-    queued_s: float
-    ttft_s: float  # from submission to the first token
-    decode_s: float  # from the first token to the last
 
 
 class EngineClient(Protocol):
