@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+from pipo.base.errors import UsageError
 from pipo.generation.answer import Piece
+from pipo.generation.constraints import Constraint, Grammars
 from pipo.generation.loop import Generator, Timing
-from pipo.generation.request import SamplingParams
+from pipo.generation.request import ConstraintSpec, SamplingParams
 from pipo.generation.scoring import Scorer
 from pipo.generation.windows import Windows
 from pipo.hardware.memory import PeakSampler
@@ -42,24 +44,45 @@ class Report:
 class Answering:
     """`report` is that of the last request. Threads: the one that computes."""
 
-    def __init__(self, generator: Generator, forward: Forward, tokenizer: ModelTokenizer, peak: PeakSampler) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        forward: Forward,
+        tokenizer: ModelTokenizer,
+        peak: PeakSampler,
+        grammars: Grammars | None = None,
+    ) -> None:
         self.report: Report | None = None
         self.generator = generator
         self._forward = forward
         self._tokenizer = tokenizer
         self._peak = peak
+        self._grammars = grammars
+
+    def constraint(self, spec: ConstraintSpec) -> Constraint:
+        """For one answer. Raises UsageError where it cannot be followed, or no memory is kept for any. Threads: any."""
+        if self._grammars is None:
+            raise UsageError("this engine keeps no memory for constraints", hint="open it with constraints=True")
+        return self._grammars.constraint(spec)
 
     def answer(
-        self, prompt: list[int], params: SamplingParams, weights: Weights, on_prefill: Callable[[int, int], None]
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        weights: Weights,
+        on_prefill: Callable[[int, int], None],
+        constraint: Constraint | None = None,
+        shown: frozenset[int] = frozenset(),
     ) -> Iterator[Piece]:
         self.generator.use_adapters([weights])
-        tokenizer = self._tokenizer
+        detokenizer = self._tokenizer.detokenizer(prompt, shown, keeps_space=constraint is not None)
 
         def note_chunk(done: int, total: int) -> None:
             self._peak.sample()
             on_prefill(done, total)
 
-        pieces = self.generator.generate(prompt, params, tokenizer.end_ids, tokenizer.detokenizer(prompt), note_chunk)
+        ends = self._tokenizer.end_ids
+        pieces = self.generator.generate(prompt, params, ends, detokenizer, note_chunk, constraint)
         with closing(self._accounted((0, piece) for piece in pieces)) as accounted:
             for _, piece in accounted:
                 yield piece

@@ -23,8 +23,9 @@ from pipo.compute.devices import CpuBackend
 from pipo.compute.repack import RepackBuffer
 from pipo.generation.adapters import AdapterSet, find_adapter, weights_of, weights_of_each
 from pipo.generation.answer import Piece, completion_of
+from pipo.generation.constraints import Grammars, grammars_bytes
 from pipo.generation.loop import Generator
-from pipo.generation.request import Completion, SamplingParams
+from pipo.generation.request import Completion, ConstraintSpec, SamplingParams
 from pipo.generation.scoring import Scorer
 from pipo.generation.windows import Windows
 from pipo.generation.worker import Stream, Worker
@@ -80,6 +81,9 @@ class Engine:
         self._is_closed = False
         if config.trace:
             self._planner.kept_bytes["trace"] = self.tracer.most_bytes
+        if config.constraints:
+            num_rows = model.manifest.hyper.vocab_size
+            self._planner.kept_bytes["constraints"] = grammars_bytes(model.tokenizer, num_rows, config.num_sequences)
         self._assembly: Assembly | None = None
         self._answering: Answering | None = None
         self._worker = Worker(self._backend.abort.set, self._backend.abort.clear)
@@ -163,9 +167,11 @@ class Engine:
             plan.decode_threads,
         )
         forward = self._assembly.forward
-        generator = Generator(forward, self.model.manifest.hyper.vocab_size, plan.context_tokens, self._clock)
+        num_rows = self.model.manifest.hyper.vocab_size
+        generator = Generator(forward, num_rows, plan.context_tokens, self._clock)
         generator.use_adapters([weights_of(None, self.adapters)])
-        self._answering = Answering(generator, forward, self.model.tokenizer, self._peak)
+        grammars = Grammars(self.model.tokenizer, num_rows) if self.config.constraints else None
+        self._answering = Answering(generator, forward, self.model.tokenizer, self._peak, grammars)
 
     @property
     def report(self) -> Report | None:
@@ -193,10 +199,15 @@ class Engine:
         return None if self.plan is None else self.plan.context_tokens
 
     def complete(
-        self, prompt: Sequence[int], params: SamplingParams | None = None, *, adapters: AdapterSet = None
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        adapters: AdapterSet = None,
+        constraint: ConstraintSpec | None = None,
     ) -> Completion:
-        """The whole answer at once."""
-        pieces = list(self.stream(prompt, params, adapters=adapters))
+        """The whole answer at once. Raises as `stream`."""
+        pieces = list(self.stream(prompt, params, adapters=adapters, constraint=constraint))
         assert self.report is not None
         return completion_of(prompt, pieces, self.report.timing.cached_tokens)
 
@@ -245,8 +256,13 @@ class Engine:
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
         *,
         adapters: AdapterSet = None,
+        constraint: ConstraintSpec | None = None,
+        shown: frozenset[int] = frozenset(),
     ) -> Stream[Piece]:
         """Tokens and text as they are made. Leaving the iterator early stops the computation; the KV cache stays.
+
+        The answer follows the `constraint`, which the config must have kept memory for. `shown` are control tokens
+        that are part of its text.
 
         A prompt that begins with the last one's tokens computes only the rest, where it has the same adapters.
         `on_prefill(done, total)` is called on the compute thread. Raises ContextOverflow and UsageError before any
@@ -255,7 +271,8 @@ class Engine:
         answering, settings = self._running(), params or SamplingParams()
         answering.generator.check(prompt, settings)
         weights = weights_of(adapters, self.adapters)
-        return self._worker.stream(lambda: answering.answer(list(prompt), settings, weights, on_prefill))
+        held = None if constraint is None else answering.constraint(constraint)
+        return self._worker.stream(lambda: answering.answer(list(prompt), settings, weights, on_prefill, held, shown))
 
     def logits(self, token_ids: Sequence[int], *, adapters: AdapterSet = None) -> npt.NDArray[np.float32]:
         """(tokens, vocabulary) at every position, computed afresh in chunks of `config.max_outputs`."""

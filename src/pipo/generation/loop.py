@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from pipo.base.clock import Clock
 from pipo.base.errors import ContextOverflow, UsageError
-from pipo.generation.answer import Answer, Detokenizer, Piece
+from pipo.generation.answer import Answer, Constraint, Detokenizer, Piece
 from pipo.generation.request import SamplingParams
 from pipo.generation.scoring import Scorer
 from pipo.generation.windows import Windows
@@ -86,6 +86,7 @@ class Generator:
         if not prompt:
             raise UsageError("the prompt is empty", hint="give some text")
         self._check_vocabulary(prompt)
+        self._check_vocabulary(params.logit_bias)
         room = self.context_tokens - len(prompt)
         wanted = params.max_tokens
         if room < (wanted or 1):
@@ -96,7 +97,7 @@ class Generator:
             )
         return wanted or room
 
-    def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
+    def _check_vocabulary(self, token_ids: Iterable[int]) -> None:
         outside = next((t for t in token_ids if not 0 <= t < self._vocab_size), None)
         if outside is not None:
             raise UsageError(f"token id {outside} is outside the vocabulary of {self._vocab_size}")
@@ -108,12 +109,14 @@ class Generator:
         end_ids: frozenset[int],
         detokenizer: Detokenizer,
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
+        constraint: Constraint | None = None,
     ) -> Iterator[Piece]:
-        """Yield pieces until the model ends, a stop string appears or the length is reached.
+        """Yield pieces until the model ends, a stop string appears, the constraint is finished or the length is
+        reached.
 
         `on_prefill(done, total)` is called after each prefill chunk. Raises what `check` and the passes raise.
         """
-        answer = Answer(params, self.check(prompt, params), end_ids, detokenizer)
+        answer = Answer(params, self.check(prompt, params), end_ids, detokenizer, constraint)
         begin = self._clock.now()
         logits = self._prefill(prompt, on_prefill)
         while True:
