@@ -20,6 +20,8 @@ from pipo.base.units import MIB
 from pipo.generation.grammar_text import grammar_of, name_of, refuse
 from pipo.generation.grammar_tokens import GrammarTokenizer, GrammarTokens, grammar_tokens_bytes
 from pipo.generation.request import ConstraintKind, ConstraintSpec
+from pipo.generation.sampling import NOTHING_FOLLOWS
+from pipo.hardware.memory import release_free_memory
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits
@@ -29,6 +31,7 @@ Floats = npt.NDArray[np.float32]
 # The most that hostile texts took (tests/system/test_constraint_memory.py): one is made at a time, each keeps its own
 MAKING_BYTES = 12 * MIB
 KEPT_BYTES = 14 * MIB
+NO_TEXT = "no text that the model can write follows it"
 _MAX_SAID_CHARS = 300  # of what llguidance says
 
 
@@ -49,20 +52,27 @@ class Grammars:
         Raises UsageError for a text that is none of its kind, that asks for what llguidance cannot do, or too much.
         """
         with self._lock:
-            constraint = Constraint(self._tokens, self._matcher(spec), spec)
-            try:
-                constraint.prepare()  # what cannot even begin is refused here, before any work
-            except UsageError as error:
-                refuse(spec.kind, error.message.partition(": ")[2], _hint(spec.kind))
-            return constraint
+            return Constraint(self._tokens, self._matcher(spec), spec)
 
     def _matcher(self, spec: ConstraintSpec) -> LLMatcher:
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._tokens.library, grammar_of(spec), log_level=0, limits=self._limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # what cannot even begin is refused here, before any work
         if matcher.is_error():
             refuse(spec.kind, _said(matcher.get_error()), _hint(spec.kind))
         return matcher
+
+
+def check_constraint(spec: ConstraintSpec) -> None:
+    """What can be said of it without a model, before one is opened. Raises UsageError as `Grammars.constraint`."""
+    from llguidance import LLMatcher
+
+    is_error, found = LLMatcher.validate_grammar_with_warnings(grammar_of(spec), limits=_limits())
+    release_free_memory()
+    if is_error:
+        refuse(spec.kind, _said(found[0]), _hint(spec.kind))
 
 
 def grammars_bytes(tokenizer: GrammarTokenizer, num_rows: int, num_sequences: int) -> int:
@@ -148,11 +158,16 @@ class Constraint:
         return bool(self._mask[0, token_id // 32] >> (token_id % 32) & 1)
 
     def _check(self) -> None:
-        if self._matcher.is_error():
-            raise UsageError(
-                f"the {name_of(self._kind)} became too much to follow: {_said(self._matcher.get_error())}",
-                hint="one with fewer alternatives, or with bounded repetitions",
-            )
+        if not self._matcher.is_error():
+            return
+        said = _said(self._matcher.get_error())
+        # where the vocabulary lacks a byte that must come, llguidance allows other tokens, and refuses them when taken
+        if "doesn't satisfy the grammar" in said or said == NO_TEXT:
+            raise UsageError(NOTHING_FOLLOWS, hint="a constraint of what the model can write")
+        raise UsageError(
+            f"the {name_of(self._kind)} became too much to follow: {said}",
+            hint="one with fewer alternatives, or with bounded repetitions",
+        )
 
 
 def _limits() -> LLParserLimits:
@@ -178,7 +193,7 @@ def _said(words: str) -> str:
     lines = [line.strip() for line in words.partition("<backtrace>")[0].splitlines()]
     kept = " ".join(line for line in lines if line and not _SHOWN_PLACE.fullmatch(line))
     if not kept or kept.startswith("NoExtension"):
-        return "no text follows it"
+        return NO_TEXT
     return kept[:_MAX_SAID_CHARS]
 
 

@@ -75,8 +75,10 @@ def _checked_schema(text: str) -> str:
         refuse(kind, "it is nested too deep")
     except ValueError as error:
         refuse(kind, f"it is no JSON: {error!s:.200}")
-    if not isinstance(schema, dict | bool):
-        refuse(kind, f"it must be an object, not {text.strip()!r:.40}")
+    schema = {} if schema is True else schema
+    if not isinstance(schema, dict):
+        why = "nothing is valid by it" if schema is False else f"it must be an object, not {text.strip()!r:.40}"
+        refuse(kind, why)
     _check_schemas(kind, [schema])
     return json.dumps(schema, separators=(",", ":"))
 

@@ -6,7 +6,7 @@ llguidance is imported when the first one is built: only who asks for constraint
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, overload
+from typing import TYPE_CHECKING, NamedTuple, Protocol, overload
 
 from pipo.base.errors import UsageError
 from pipo.base.units import MIB
@@ -98,6 +98,11 @@ def grammar_tokens_bytes(tokenizer: GrammarTokenizer, num_rows: int) -> int:
     return _IMPORT_BYTES + num_rows * _BYTES_PER_TOKEN + num_bytes * _BYTES_PER_TEXT_BYTE
 
 
+class _Prefix(NamedTuple):
+    ids: list[int]
+    num_bytes: int
+
+
 class _Encoder:
     """A tokenizer under the names that llguidance looks for, which asks how the model would write what is forced."""
 
@@ -106,13 +111,27 @@ class _Encoder:
         self.bos_token_id = None
         self.tokens = texts
         self.special_token_ids = [i for i in range(len(texts)) if tokenizer.is_hidden(i)]
+        self._special = frozenset(self.special_token_ids)
         self.library: LLTokenizer | None = None
         self._encode = tokenizer.encode_part
 
     def __call__(self, text: bytes) -> list[int]:
-        """Tokens that stand for exactly these bytes: a space put before them, or a letter changed, would not be what
-        the grammar forces."""
-        ids = self._encode(text.decode(errors="replace"))
-        if b"".join(self.tokens[i] for i in ids if i < len(self.tokens)) == text or self.library is None:
-            return ids
-        return self.library.greedy_tokenize(text.decode(errors="replace"))
+        """Tokens that stand for exactly these bytes, or for as many of the first as there are tokens for: llguidance
+        allows them without a look at what they stand for. A model's own encoding may put a space before, compose
+        letters or leave out what it has no token for.
+        """
+        whole = text.decode(errors="replace")
+        found = self._exact(self._encode(whole), text)
+        if found.num_bytes == len(text) or self.library is None:
+            return found.ids
+        return max(found, self._exact(self.library.greedy_tokenize(whole), text), key=lambda each: each.num_bytes).ids
+
+    def _exact(self, ids: list[int], text: bytes) -> _Prefix:
+        """As many of the first tokens as stand for the first bytes."""
+        num_bytes = 0
+        for i, token_id in enumerate(ids):
+            part = self.tokens[token_id] if token_id < len(self.tokens) else b""
+            if not part or not text.startswith(part, num_bytes) or token_id in self._special:
+                return _Prefix(ids[:i], num_bytes)
+            num_bytes += len(part)
+        return _Prefix(ids, num_bytes)

@@ -22,6 +22,7 @@ __all__ = ["Sampled", "Sampler", "biased", "keep_min_p", "keep_top_k", "keep_top
 Floats = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.intp]
 Constrain = Callable[[Floats], Floats]  # a copy of logits, -inf where a token is forbidden
+NOTHING_FOLLOWS = "no token can follow: the model has none for what the constraint wants"
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -61,10 +62,9 @@ class Sampler:
         """Before all filters: what is forbidden would be among the k largest where few others are allowed."""
         allowed = np.flatnonzero(scores > -np.inf)
         if not len(allowed):
-            raise UsageError(
-                "no token is left to choose: logit_bias forbids all that may come next",
-                hint="forbid fewer tokens, or give them a bias that is no -inf",
-            )
+            if self.params.logit_bias:
+                raise UsageError("no token can follow: logit_bias forbids all that may", hint="forbid fewer tokens")
+            raise UsageError(NOTHING_FOLLOWS, hint="a constraint of what the model can write")
         kept = scores[allowed]
         return int(allowed[int(kept.argmax()) if self.params.is_greedy else self._draw(kept)])
 
