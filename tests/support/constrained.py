@@ -55,11 +55,12 @@ def answer_at_random(
     spec: ConstraintSpec,
     seed: int,
     max_tokens: int = 400,
+    shown: frozenset[int] = frozenset(),
     **params: Any,
 ) -> tuple[str, FinishReason, list[int]]:
     """Text, why it ended, and the tokens."""
     settings = SamplingParams(**{"seed": seed, "temperature": 1.0, **params})
-    detokenizer = tokenizer.detokenizer([], keeps_space=True)
+    detokenizer = tokenizer.detokenizer([], shown, keeps_space=True)
     answer = Answer(settings, max_tokens, tokenizer.end_ids, detokenizer, grammars.constraint(spec))
     text, history = "", []
     for logits in random_logits(tokenizer, num_rows, seed):

@@ -15,6 +15,9 @@ import pipo as api
 from pipo.base.errors import UsageError
 from pipo.engine import Engine
 from pipo.generation.request import ConstraintKind, ConstraintSpec, FinishReason, SamplingParams
+from pipo.text.answer_formats import read_tools
+from pipo.text.call_grammar import call_grammar, forced_format
+from pipo.text.tool_calls import answer_reader
 from tests.support.command_line import CommandLine
 from tests.support.outside_memory import peak_bytes
 from tests.support.schemas import SCHEMAS
@@ -80,6 +83,43 @@ def test_forbidden_tokens_are_not_in_the_answer(engine: Engine, prompt: list[int
     assert other and not set(other) & set(first)
     with pytest.raises(UsageError, match="token id 49152 is outside the vocabulary of 49152"):
         engine.complete(prompt, SamplingParams(logit_bias={49152: 1.0}))
+
+
+def test_a_model_that_must_call_a_tool_does(engine: Engine) -> None:
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": "get_weather",
+                "parameters": {
+                    "type": "object",
+                    "properties": {"city": {"type": "string", "maxLength": 20}},
+                    "required": ["city"],
+                    "additionalProperties": False,
+                },
+            },
+        }
+    ]
+    model, known = engine.model, read_tools(tools)
+    rendered = model.render_chat([{"role": "user", "content": "What is the weather in Paris?"}], tools=tools)
+    text = call_grammar(model.answer_format, known, model.tokenizer)
+    prompt, reader = model.encode_rendered(rendered), answer_reader(forced_format(model.answer_format), known)
+    spec = ConstraintSpec(ConstraintKind.GRAMMAR, text)
+    calls = []
+    for piece in engine.stream(prompt, SamplingParams(temperature=0), constraint=spec):
+        delta = reader.feed(piece.text)
+        assert delta.text == ""
+        calls += delta.calls
+    calls += reader.finish().calls
+    (call,) = calls
+    assert call.name == "get_weather" and isinstance(json.loads(call.arguments)["city"], str)
+
+
+def test_control_tokens_are_shown_where_they_are_asked_for(engine: Engine, prompt: list[int]) -> None:
+    spec = ConstraintSpec(ConstraintKind.GRAMMAR, 'start: "so" <[1]> "ok"')
+    for shown, want in ((frozenset[int](), "sook"), (frozenset({1}), "so<|im_start|>ok")):
+        pieces = engine.stream(prompt, SamplingParams(temperature=0), constraint=spec, shown=shown)
+        assert "".join(piece.text for piece in pieces) == want
 
 
 def test_an_engine_without_the_memory_for_it_says_so(smollm2_path: Path) -> None:

@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from pipo.text.answer_formats import AnswerFormat, Tool
+from pipo.text.answer_parts import AnswerDelta, ToolCall, make_call, partial_length
 from pipo.text.call_bodies import read_calls
+from pipo.text.harmony import HarmonyReader
+
+__all__ = ["AnswerDelta", "AnswerReader", "MarkedReader", "ToolCall", "answer_reader"]
 
 
 class AnswerReader(Protocol):
