@@ -177,6 +177,7 @@ ANSWERS = {
             [],
         ),
         ("Just text.", "Just text.", "", []),
+        ("to=be or not", "to=be or not", "", []),
         ("<|channel|>commentary to=functions.now<|message|>{}", "", "", [("now", {})]),
     ],
     "phi 4": [

@@ -57,6 +57,12 @@ class AnswerFormat:
             found += [self.thinking.begin, self.thinking.end]
         return tuple(marker for marker in found if marker)
 
+    def begins_in_thought(self, prompt: str) -> bool:
+        """Whether the answer to a rendered prompt is thinking until `thinking.end`, which a constraint on the answer has
+        to come after (`ConstraintSpec.after`).
+        """
+        return self.thinking is not None and prompt.rstrip().endswith(self.thinking.begin)
+
 
 @dataclass(frozen=True, slots=True)
 class Tool:

@@ -46,8 +46,8 @@ class HarmonyReader:
         if self._state == self._in_message:
             self._say(held)
             self._end_message()
-        elif self._state == self._at_start:
-            self._out.text += held
+        elif self._state == self._at_start or "<|" not in self._header:  # words that only looked like a header
+            self._out.text += held + self._header
         return self._out
 
     def _at_start(self, text: str) -> str | None:

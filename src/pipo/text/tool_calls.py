@@ -33,8 +33,7 @@ def answer_reader(format: AnswerFormat, tools: Sequence[Tool] = (), *, prompt: s
     """
     if format.tools.body == "harmony":
         return HarmonyReader()
-    thinks = format.thinking is not None and prompt.rstrip().endswith(format.thinking.begin)
-    return MarkedReader(format, tools, is_thinking=thinks)
+    return MarkedReader(format, tools, is_thinking=format.begins_in_thought(prompt))
 
 
 class MarkedReader:
