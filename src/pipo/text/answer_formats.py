@@ -58,8 +58,8 @@ class AnswerFormat:
         return tuple(marker for marker in found if marker)
 
     def begins_in_thought(self, prompt: str) -> bool:
-        """Whether the answer to a rendered prompt is thinking until `thinking.end`, which a constraint on the answer has
-        to come after (`ConstraintSpec.after`).
+        """Whether the answer to a rendered prompt is thinking until `thinking.end`: a constraint has to come after it
+        (`ConstraintSpec.after`).
         """
         return self.thinking is not None and prompt.rstrip().endswith(self.thinking.begin)
 
