@@ -6,15 +6,18 @@ from collections import abc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 
 from pipo.base.clock import Clock
+from pipo.base.errors import UsageError
 from pipo.generation.adapters import Loaded, weights_of
 from pipo.generation.answer import Piece
 from pipo.generation.batcher import Batcher, BatchSettings, Interrupt
+from pipo.generation.constraints import Constraint, Grammars
 from pipo.generation.events import Event
 from pipo.generation.inbox import Inbox
 from pipo.generation.loop import Generator, Timing
-from pipo.generation.request import SamplingParams, Summary
+from pipo.generation.request import ConstraintSpec, SamplingParams, Summary
 from pipo.generation.request_loop import RequestLoop
 from pipo.generation.scoring import Scorer
 from pipo.generation.waiting import DEFAULT_QUEUE
@@ -99,6 +102,7 @@ class Answering:
         tokenizer: ModelTokenizer,
         peak: PeakSampler,
         clock: Clock,
+        grammars: Grammars | None = None,
     ) -> None:
         self.report: Report | None = None
         self.totals = PassStats()
@@ -110,6 +114,11 @@ class Answering:
         self._peak = peak
         self._clock = clock
         self._is_batchers = False  # the KV cache
+        self._grammars = grammars
+
+    def constraint(self, spec: ConstraintSpec) -> Constraint:
+        """For one answer. Raises UsageError where it cannot be followed, or no memory is kept for any. Threads: any."""
+        return constraint_of(spec, self._grammars)
 
     def use_generator(self, weights: Weights) -> Generator:
         """For a sequence with these adapters."""
@@ -125,15 +134,22 @@ class Answering:
         self.generator.forget()
 
     def answer(
-        self, prompt: list[int], params: SamplingParams, weights: Weights, on_prefill: Callable[[int, int], None]
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        weights: Weights,
+        on_prefill: Callable[[int, int], None],
+        constraint: Constraint | None = None,
+        shown: frozenset[int] = frozenset(),
     ) -> Iterator[Piece]:
-        generator, tokenizer = self.use_generator(weights), self._tokenizer
+        generator, ends = self.use_generator(weights), self._tokenizer.end_ids
+        detokenizer = self._tokenizer.detokenizer(prompt, shown, keeps_space=constraint is not None)
 
         def note_chunk(done: int, total: int) -> None:
             self._peak.sample()
             on_prefill(done, total)
 
-        pieces = generator.generate(prompt, params, tokenizer.end_ids, tokenizer.detokenizer(prompt), note_chunk)
+        pieces = generator.generate(prompt, params, ends, detokenizer, note_chunk, constraint)
         with closing(self._accounted(pieces)) as accounted:
             yield from accounted
 
@@ -190,6 +206,13 @@ class Answering:
             self.report = Report(timing, prefill or rest, decode, num_generated, self._peak.peak_bytes)
 
 
+def constraint_of(spec: ConstraintSpec, grammars: Grammars | None) -> Constraint:
+    """Raises UsageError where it cannot be followed, or no memory is kept for any."""
+    if grammars is None:
+        raise UsageError("this engine keeps no memory for constraints", hint="open it with constraints=True")
+    return grammars.constraint(spec)
+
+
 def start_answering(
     forward: Forward,
     model: ModelFile,
@@ -203,7 +226,9 @@ def start_answering(
     """`adapters` are those that are loaded when a request comes; `prefill_tokens` of prompts share a pass."""
     generator = Generator(forward, model.manifest.hyper.vocab_size, plan.context_tokens, clock)
     generator.use_adapters([weights_of(None, adapters())])
-    settings = BatchSettings(generator.limits, DEFAULT_QUEUE, prefill_tokens)
+    grammars = Grammars(model.tokenizer, model.manifest.hyper.vocab_size) if plan.blueprint.config.constraints else None
+    make_constraint = partial(constraint_of, grammars=grammars)
+    settings = BatchSettings(generator.limits, DEFAULT_QUEUE, prefill_tokens, make_constraint)
     batcher = Batcher(forward, model.tokenizer, settings, interrupt, clock)
     loop = RequestLoop(batcher, lambda choice: weights_of(choice, adapters()))
-    return Answering(generator, batcher, loop, forward, model.tokenizer, peak, clock)
+    return Answering(generator, batcher, loop, forward, model.tokenizer, peak, clock, grammars)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from pipo.base.adapter import Adapter
 from pipo.base.config import EngineConfig
-from pipo.base.errors import OverBudget
+from pipo.base.errors import OverBudget, UsageError
 from pipo.base.units import MIB, format_size
-from pipo.compute.device import ComputeDevice
+from pipo.compute.device import ComputeDevice, choose_device
+from pipo.compute.ggml import Library
 from pipo.hardware.host import Host
 from pipo.model_file import ModelFile
 from pipo.pipeline.blueprint import CHUNKS, NARROW_DRIVE, Blueprint, choose_layouts
@@ -19,6 +20,16 @@ from pipo.planner.device_placement import DeviceDemand, place_on_device, smalles
 
 CHUNK_SHARE = 8  # what a prefill chunk computes in on a device may take this fraction of its limit
 FEW = 8  # of the shares worth a look, how many are predicted, evenly apart
+
+
+def device_of(lib: Library, config: EngineConfig) -> ComputeDevice | None:
+    """What computes beside the CPU. Raises UsageError where that is not there."""
+    device = choose_device(lib, config.device)
+    if device is None and config.vram != "auto" and config.device.lower() != "cpu":
+        raise UsageError(
+            f"--vram {config.vram}: libggml sees no device besides the CPU", hint="leave it out, or --device cpu"
+        )
+    return device
 
 
 class DeviceShares:

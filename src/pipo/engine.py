@@ -19,15 +19,14 @@ from pipo.base.errors import OverBudget, UsageError
 from pipo.base.machine import MachineProfile
 from pipo.base.trace import LEAST_TRACE_BYTES, NullTracer, Tracer
 from pipo.compute import ggml
-from pipo.compute.device import choose_device
-from pipo.compute.devices import CpuBackend
-from pipo.compute.repack import RepackBuffer
+from pipo.device_shares import device_of
 from pipo.generation.adapters import AdapterSet, find_adapter, weights_of, weights_of_each
 from pipo.generation.answer import Piece, completion_of
 from pipo.generation.batcher import Batcher
+from pipo.generation.constraints import grammars_bytes
 from pipo.generation.events import Event
 from pipo.generation.inbox import Inbox, Iterated
-from pipo.generation.request import Completion, GenerationRequest, SamplingParams
+from pipo.generation.request import Completion, ConstraintSpec, GenerationRequest, SamplingParams
 from pipo.generation.scoring import Scorer
 from pipo.generation.whole_answers import completions, requests_of
 from pipo.generation.windows import Windows
@@ -38,7 +37,7 @@ from pipo.hardware.probe import Progress
 from pipo.model_file import ModelFile
 from pipo.pipeline.assembly import Assembly
 from pipo.pipeline.expert_stages import NoteRouting
-from pipo.pipeline.stage_graphs import Compute
+from pipo.pipeline.stage_graphs import compute_on_cpu
 from pipo.pipeline.stats import PassStats
 from pipo.plan import Plan, PlanMaker
 from pipo.planner.cost import PassLoad
@@ -67,30 +66,28 @@ class Engine:
         self._lib = ggml.load()
         check_types(self._lib, model)
         adapters = open_adapters(self._lib, model, config)
-        self._backend = CpuBackend(self._lib, config.num_threads)
+        self._compute, self._backend = compute_on_cpu(self._lib, config.num_threads)
         try:
-            self._compute = Compute(self._lib, self._backend, RepackBuffer.find(self._lib))
-            device = choose_device(self._lib, config.device)
-            if device is None and config.vram != "auto" and config.device.lower() != "cpu":
-                raise UsageError(
-                    f"--vram {config.vram}: libggml sees no device besides the CPU",
-                    hint="leave it out, or --device cpu",
-                )
+            device = device_of(self._lib, config)
             self._planner = PlanMaker(model, config, self._compute, device, adapters=adapters)
         except BaseException:
-            self._backend.close()
+            self._compute.close()
             raise
         self._peak = PeakSampler()
         self._is_closed = False
-        if config.trace:
-            self._planner.kept_bytes["trace"] = self.tracer.most_bytes
+        self.charge("trace", self.tracer.most_bytes if config.trace else 0)
+        if config.constraints:
+            num_rows = model.manifest.hyper.vocab_size
+            self.charge("constraints", grammars_bytes(model.tokenizer, num_rows, config.num_sequences))
         self._assembly: Assembly | None = None
         self._answering: Answering | None = None
         self._worker = Worker(self._backend.abort.set, self._backend.abort.clear)
 
     def charge(self, name: str, num_bytes: int) -> None:
         """What plans from now on leave of the budget to somebody else, whom the ledger names."""
-        self._planner.kept_bytes[name] = num_bytes
+        self._planner.kept_bytes.pop(name, None)
+        if num_bytes:
+            self._planner.kept_bytes[name] = num_bytes
 
     def make_plan(
         self,
@@ -109,7 +106,8 @@ class Engine:
         Raises OverBudget naming the smallest budget that works; UsageError for a context the model was not made for.
         """
         self._check_open()
-        self._planner.kept_bytes |= {"log-probabilities": logprobs_bytes} if logprobs_bytes else {}
+        self.charge("log-probabilities", logprobs_bytes)
+        self.charge("scores", 0)
         try:
             return self._planned(context_tokens, workload, on_probe)
         except OverBudget:
@@ -136,7 +134,8 @@ class Engine:
     def plan_windows(self, windows: Windows, kept_bytes: int) -> Plan:
         """A plan to `score` with, whatever the config's `max_outputs`; that keeps `kept_bytes`. Raises OverBudget."""
         self._check_open()
-        self._planner.kept_bytes |= {"scores": kept_bytes}
+        self.charge("log-probabilities", 0)
+        self.charge("scores", kept_bytes)
         return plan_windows(self._planner, windows)
 
     def forecast(self, plan: Plan, load: PassLoad, on_probe: Progress = lambda step, fraction: None) -> Forecast:
@@ -160,16 +159,8 @@ class Engine:
         self._check_open()
         if self._assembly is not None:
             raise UsageError("the engine is running already", hint="an engine starts once; open another")
-        self.plan = plan
-        self._assembly = Assembly(
-            plan.blueprint,
-            plan.placement,
-            plan.context_tokens,
-            plan.limit_bytes,
-            self._clock,
-            self.tracer,
-            plan.decode_threads,
-        )
+        sizes = plan.blueprint, plan.placement, plan.context_tokens, plan.limit_bytes
+        self._assembly = Assembly(*sizes, self._clock, self.tracer, plan.decode_threads)
         abort = self._backend.abort
         self._answering = start_answering(
             self._assembly.forward,
@@ -181,6 +172,7 @@ class Engine:
             self._peak,
             self._clock,
         )
+        self.plan = plan
 
     @property
     def report(self) -> Report | None:
@@ -208,10 +200,15 @@ class Engine:
         return None if self.plan is None else self.plan.context_tokens
 
     def complete(
-        self, prompt: Sequence[int], params: SamplingParams | None = None, *, adapters: AdapterSet = None
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        adapters: AdapterSet = None,
+        constraint: ConstraintSpec | None = None,
     ) -> Completion:
-        """The whole answer at once."""
-        pieces = list(self.stream(prompt, params, adapters=adapters))
+        """The whole answer at once. Raises as `stream`."""
+        pieces = list(self.stream(prompt, params, adapters=adapters, constraint=constraint))
         assert self.report is not None
         return completion_of(prompt, pieces, self.report.timing.cached_tokens)
 
@@ -265,8 +262,13 @@ class Engine:
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
         *,
         adapters: AdapterSet = None,
+        constraint: ConstraintSpec | None = None,
+        shown: frozenset[int] = frozenset(),
     ) -> Stream[Piece]:
         """Tokens and text as they are made. Leaving the iterator early stops the computation; the KV cache stays.
+
+        The answer follows the `constraint`, which the config must have kept memory for. `shown` are control tokens
+        that are part of its text.
 
         A prompt that begins with the last one's tokens computes only the rest, where it has the same adapters.
         `on_prefill(done, total)` is called on the compute thread. Raises ContextOverflow and UsageError before any
@@ -275,7 +277,8 @@ class Engine:
         answering, settings = self._running(), params or SamplingParams()
         answering.generator.check(prompt, settings)
         weights = weights_of(adapters, self.adapters)
-        return self._worker.stream(lambda: answering.answer(list(prompt), settings, weights, on_prefill))
+        held = None if constraint is None else answering.constraint(constraint)
+        return self._worker.stream(lambda: answering.answer(list(prompt), settings, weights, on_prefill, held, shown))
 
     def logits(self, token_ids: Sequence[int], *, adapters: AdapterSet = None) -> npt.NDArray[np.float32]:
         """(tokens, vocabulary) at every position, computed afresh in chunks of `config.max_outputs`."""
@@ -394,5 +397,5 @@ class Engine:
         if self._planner.kept_bytes.get("trace", 0) <= LEAST_TRACE_BYTES:
             return False
         self.tracer = Tracer.within(0)
-        self._planner.kept_bytes["trace"] = self.tracer.most_bytes
+        self.charge("trace", self.tracer.most_bytes)
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from pipo.base.adapter import MAX_ADAPTERS, AdapterChoice, AdapterId, NamedAdapter, free_id
@@ -18,9 +19,11 @@ from pipo.models.adapters import check_adapter
 from pipo.models.registry import check_architecture, stages_of
 from pipo.pipeline.blueprint import GROWTH_BYTES
 from pipo.planner.placement import smallest_ram_text
+from pipo.text.answer_formats import AnswerFormat, answer_format_of
 from pipo.text.byte_pairs import MERGES_KEY
-from pipo.text.chat_template import ChatTemplate, Message
+from pipo.text.chat_template import TEMPLATE_KEY, ChatTemplate, Message
 from pipo.text.contract import ModelTokenizer
+from pipo.text.conversation import template_messages
 from pipo.text.gguf_text import GgufText, gguf_text_of
 from pipo.text.hf_tokenizer import HfTokenizer
 from pipo.text.same_vocabulary import check_same_vocabulary
@@ -137,12 +140,42 @@ class ModelFile:
         ids = self.tokenizer.encode(prompt, add_special=True, parse_special=parse_special)
         return _after_encoding(ids)
 
-    def encode_chat(self, messages: Sequence[Message], max_tokens: int | None = None) -> list[int]:
-        """Token ids of a conversation. Raises UsageError when the model has no chat template, else as `encode`."""
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's own, None where it has none."""
+        source = self.checkpoint.metadata.get(TEMPLATE_KEY)
+        return source if isinstance(source, str) else None
+
+    @cached_property
+    def answer_format(self) -> AnswerFormat:
+        """How the model writes tool calls and thinking."""
+        return answer_format_of(self.chat_template)
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Message] | None = None,
+        variables: Mapping[str, object] | None = None,
+    ) -> str:
+        """A conversation in the words of OpenAI's API, as the model was trained to read it. `variables` are for the
+        template alone. Raises UsageError when the model has no chat template, or what is no conversation.
+        """
+        made = template_messages(messages, self.answer_format.tools.id_chars)
+        return self._template.render(made, tools=tools, variables=variables)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
         ids = self.tokenizer.special_ids
         names = [None if i is None else self.tokenizer.token_text(i) for i in (ids.bos, ids.eos)]
-        template = ChatTemplate.from_metadata(self.checkpoint.metadata, names[0], names[1])
-        rendered = template.render(messages)
+        return ChatTemplate.from_metadata(self.checkpoint.metadata, names[0], names[1])
+
+    def encode_chat(self, messages: Sequence[Message], max_tokens: int | None = None) -> list[int]:
+        """Token ids of a conversation. Raises as `render_chat` and `encode`."""
+        return self.encode_rendered(self.render_chat(messages), max_tokens)
+
+    def encode_rendered(self, rendered: str, max_tokens: int | None = None) -> list[int]:
+        """Token ids of what `render_chat` gave. Raises as `encode`."""
         self._refuse_longer(rendered, max_tokens, parse_special=True)
         return _after_encoding(self.tokenizer.encode_chat(rendered))
 

@@ -13,8 +13,6 @@ from pipo.base.machine import MachineProfile
 from pipo.base.units import format_size
 from pipo.compute import ggml
 from pipo.compute.device import ComputeDevice, choose_device
-from pipo.compute.devices import CpuBackend
-from pipo.compute.repack import RepackBuffer
 from pipo.hardware.budget import part_of
 from pipo.hardware.cache import kept_profile
 from pipo.hardware.drive import DriveRate
@@ -23,7 +21,7 @@ from pipo.hardware.probe import PROBE_BYTES, Progress
 from pipo.model_file import PROCESS_BYTES, ModelFile
 from pipo.native import NativeWeights
 from pipo.pipeline.device_layout import AbsentDevice
-from pipo.pipeline.stage_graphs import Compute
+from pipo.pipeline.stage_graphs import compute_on_cpu
 from pipo.plan import Plan, PlanMaker, probe_kind, process_bytes_now
 from pipo.planner.batch import BatchCurve, BatchPoint, batch_point
 from pipo.planner.experts import ExpectedRouting
@@ -72,7 +70,7 @@ class Outlook:
         self._lib = ggml.load()
         check_types(self._lib, model)
         self._adapters = open_adapters(self._lib, model, config)
-        self._compute = Compute(self._lib, CpuBackend(self._lib, config.num_threads), RepackBuffer.find(self._lib))
+        self._compute, _ = compute_on_cpu(self._lib, config.num_threads)
         self._weights = NativeWeights(model, self._compute.repack, config.layout)
         self._plain_weights = NativeWeights(model, None, "plain")
 

@@ -19,7 +19,7 @@ MAX_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h; it checks none: 20,000 hang, 
 ENV_PREFIX = "PIPO_"
 _ELSEWHERE = {"PIPO_GGML", "PIPO_TEST_MODEL"}  # read by compute.ggml and by the tests
 # mean nothing without a program that uses what they give, or without the model they are for
-_CODE_ONLY = {"trace", "max_outputs", "num_sequences", "lora"}
+_CODE_ONLY = {"trace", "max_outputs", "num_sequences", "lora", "constraints"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class EngineConfig:
     max_outputs: int = 1  # positions of one pass that may ask for logits
     num_sequences: int = 1  # that have keys and values at a time, for Engine.complete_batch
     trace: bool = False
+    constraints: bool = False  # answers may be held to a schema or a grammar: memory is kept for that
     lora: tuple[AdapterChoice, ...] = ()  # adapters that every sequence has, unless a request says otherwise
 
     def __post_init__(self) -> None:

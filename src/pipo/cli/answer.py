@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pipo.cli.flags import OutputFlags
 from pipo.cli.progress import progress_display
 from pipo.engine import Engine
-from pipo.generation.request import FinishReason, Sampled, SamplingParams
+from pipo.generation.request import ConstraintSpec, FinishReason, Sampled, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ def stream_answer(
     params: SamplingParams,
     output: OutputFlags,
     on_text: Callable[[str], None],
+    constraint: ConstraintSpec | None = None,
 ) -> Answer:
     """`on_text` gets the pieces as they come. Whatever is raised meanwhile stops the computation first."""
     texts: list[str] = []
@@ -35,7 +36,7 @@ def stream_answer(
     prefill = progress_display("prefill", len(prompt), output)
     try:
         prefill.start()
-        with closing(engine.stream(prompt, params, prefill.advance)) as pieces:
+        with closing(engine.stream(prompt, params, prefill.advance, constraint=constraint)) as pieces:
             for piece in pieces:
                 prefill.stop()
                 if piece.text:

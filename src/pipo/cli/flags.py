@@ -222,11 +222,13 @@ ModelFlag = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL",
 SystemFlag = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
 
 
-def make_config(memory: MemoryFlags, compute: ComputeFlags, *, trace: bool = False) -> EngineConfig:
+def make_config(
+    memory: MemoryFlags, compute: ComputeFlags, *, trace: bool = False, constraints: bool = False
+) -> EngineConfig:
     """argument > environment > file > default. Raises UsageError."""
     if memory.vram is not None and compute.device is not None and compute.device.lower() == "cpu":
         raise UsageError("--vram and --device cpu contradict each other", hint="leave one of them out")
-    arguments = memory.arguments | compute.arguments | {"trace": trace or None}
+    arguments = memory.arguments | compute.arguments | {"trace": trace or None, "constraints": constraints or None}
     return resolve_config(arguments, os.environ, config_folder() / "config.toml")
 
 

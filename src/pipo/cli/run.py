@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipo.base.errors import ContextOverflow, UsageError
+from pipo.cli.constraint import ConstraintFlags
 from pipo.cli.flags import (
     ComputeFlags,
     JsonFlag,
@@ -26,7 +27,7 @@ from pipo.cli.prompt import check_is_piped, check_not_empty, piped_prompt, sort_
 if TYPE_CHECKING:
     from pipo.cli.answer import Answer
     from pipo.cli.session import Session
-    from pipo.generation.request import Sampled, SamplingParams
+    from pipo.generation.request import ConstraintSpec, Sampled, SamplingParams
     from pipo.model_file import ModelFile
 
 DEFAULT_ANSWER_TOKENS = 256
@@ -60,6 +61,7 @@ def run(
     memory: MemoryFlags,
     compute: ComputeFlags,
     sampling: SamplingFlags,
+    constraint: ConstraintFlags,
 ) -> None:
     """Answer one prompt, within a memory budget.
 
@@ -72,7 +74,8 @@ def run(
         raise UsageError(f"--logprobs {logprobs} is more than {MAX_LOGPROBS}", hint="as many as OpenAI's API gives")
     if system is not None and raw:
         raise UsageError("--system needs the chat template, which --raw leaves out")
-    config = make_config(memory, compute, trace=trace is not None)
+    spec = constraint.spec()
+    config = make_config(memory, compute, trace=trace is not None, constraints=spec is not None)
     sampling.params(sampling.max_tokens, logprobs)  # refuse bad values before anything is opened
     for flag, file in (("--trace", trace), ("--expert-trace", expert_trace)):
         if file is not None:
@@ -83,9 +86,12 @@ def run(
         check_not_empty(text, is_raw=raw)
 
     from pipo.cli.session import open_model, open_session
+    from pipo.generation.constraints import check_constraint
     from pipo.generation.request import logprobs_bytes
     from pipo.planner.predict import Workload
 
+    if spec is not None:
+        check_constraint(spec)
     opened = open_model(name, config.ram)
     if expert_trace is not None and not opened.manifest.hyper.num_experts:
         raise UsageError(f"--expert-trace {expert_trace}: {opened.manifest.name} has no experts", hint="leave it out")
@@ -98,7 +104,7 @@ def run(
     workload = Workload(len(ids), max_tokens)
     with open_session(opened, config, context, output, workload, kept_bytes) as session:
         with _noting_experts(session, opened, expert_trace):
-            answer = _answer(session, ids, sampling.params(max_tokens, logprobs), json)
+            answer = _answer(session, ids, sampling.params(max_tokens, logprobs), spec, json=json)
         if trace is not None:
             session.engine.tracer.write_perfetto(trace)
         if json:
@@ -147,11 +153,14 @@ def _messages(text: str, system: str | None) -> list[dict[str, object]]:
     return [user] if system is None else [{"role": "system", "content": system}, user]
 
 
-def _answer(session: Session, ids: list[int], params: SamplingParams, json: bool) -> Answer:
+def _answer(
+    session: Session, ids: list[int], params: SamplingParams, spec: ConstraintSpec | None, *, json: bool
+) -> Answer:
     from pipo.cli.answer import stream_answer
     from pipo.cli.terminal import write_answer
 
-    answer = stream_answer(session.engine, ids, params, session.output, (lambda text: None) if json else write_answer)
+    on_text = (lambda text: None) if json else write_answer
+    answer = stream_answer(session.engine, ids, params, session.output, on_text, spec)
     if not json and not answer.text.endswith("\n"):
         write_answer("\n")
     return answer

@@ -14,24 +14,21 @@ from pipo.generation.sampling import Sampled, Sampler
 from pipo.generation.stops import StopMatcher
 
 
+class Constraint(Protocol):
+    """What `generation.constraints.Constraint` is to an answer."""
+
+    @property
+    def is_finished(self) -> bool: ...
+
+    def apply(self, logits: npt.NDArray[np.float32], *, goes_on: bool = False) -> npt.NDArray[np.float32]: ...
+
+    def take(self, token_id: int) -> None: ...
+
+
 class Detokenizer(Protocol):
     def push(self, token_id: int) -> str: ...
 
     def flush(self) -> str: ...
-
-
-class Constraint(Protocol):
-    """What an answer must look like, token by token."""
-
-    @property
-    def is_finished(self) -> bool:
-        """The answer is whole: nothing may follow."""
-
-    def apply(self, logits: npt.NDArray[np.float32], *, goes_on: bool = False) -> npt.NDArray[np.float32]:
-        """The same, -inf where a token would break it, and, where it `goes_on`, where it would end before it must."""
-
-    def take(self, token_id: int) -> None:
-        """One of those that it allows was chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +41,10 @@ class Piece:
 
 
 class Answer:
-    """Ends when the model does, at a stop string, after `max_tokens`, or where it is all that its constraint wants: the
-    piece that says so is the last one.
+    """Ends when the model does, at a stop string, once a constraint is finished, or after `max_tokens`: the piece that
+    says so is the last one.
+
+    With `ignore_eos` a constrained answer goes on as long as the constraint allows it.
     """
 
     def __init__(
@@ -66,24 +65,31 @@ class Answer:
         self._constraint = constraint
 
     def take(self, logits: npt.NDArray[np.float32], history: Sequence[int]) -> Piece:
-        """Choose from logits (vocabulary). `history` is prompt and answer so far. Raises ComputeError."""
-        if self._constraint is not None:
-            logits = self._constraint.apply(logits, goes_on=self._params.ignore_eos)
-        sampled = self._sampler.sample(logits, history)
+        """Choose from logits (vocabulary). `history` is prompt and answer so far. Raises ComputeError, and UsageError
+        where a constraint has become too much to follow, or leaves nothing to choose.
+        """
+        sampled = self._sampler.sample(logits, history, self._constrain if self._constraint is not None else None)
         self.num_passes += 1
-        if sampled.token_id in self._end_ids and not self._params.ignore_eos:
+        if sampled.token_id in self._end_ids and (not self._params.ignore_eos or self._constraint is not None):
             return Piece(None, self._rest(), FinishReason.STOP)
         if self._constraint is not None:
             self._constraint.take(sampled.token_id)
+        return self._piece(sampled)
+
+    def _piece(self, sampled: Sampled) -> Piece:
         text = self._stops.feed(self._detokenizer.push(sampled.token_id))
         if self._stops.hit is not None:
             return Piece(sampled, text, FinishReason.STOP)
-        if self._constraint is not None and self._constraint.is_finished:
-            return Piece(sampled, text + self._rest(), FinishReason.STOP)
-        if self.num_passes == self._max_tokens:
+        is_whole = self._constraint is not None and self._constraint.is_finished
+        if is_whole or self.num_passes == self._max_tokens:
             text += self._rest()
-            return Piece(sampled, text, FinishReason.LENGTH if self._stops.hit is None else FinishReason.STOP)
+            ends_itself = is_whole or self._stops.hit is not None
+            return Piece(sampled, text, FinishReason.STOP if ends_itself else FinishReason.LENGTH)
         return Piece(sampled, text)
+
+    def _constrain(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        assert self._constraint is not None
+        return self._constraint.apply(logits, goes_on=self._params.ignore_eos)
 
     def _rest(self) -> str:
         """What was held back for a whole character, and for a stop string that did not come."""

@@ -41,7 +41,9 @@ class Tokens(Protocol):
     @property
     def end_ids(self) -> frozenset[int]: ...
 
-    def detokenizer(self, after: Sequence[int]) -> Detokenizer: ...
+    def detokenizer(
+        self, after: Sequence[int], shown: frozenset[int] = frozenset(), *, keeps_space: bool = False
+    ) -> Detokenizer: ...
 
 
 def no_constraints(spec: ConstraintSpec) -> Constraint:
@@ -192,7 +194,7 @@ class Batcher:
         if request is None:
             return None
         constraint = self._settings.make_constraint(request.constraint) if request.constraint else None
-        detokenizer = self._tokens.detokenizer(prompt)
+        detokenizer = self._tokens.detokenizer(prompt, request.shown, keeps_space=constraint is not None)
         return Answer(request.params, waiting.max_tokens, self._tokens.end_ids, detokenizer, constraint)
 
     def _seated(self, waiting: Waiting, prompt: Sequence[int], answer: Answer | None) -> Running:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipo.base.errors import ContextOverflow, UsageError
@@ -19,6 +19,7 @@ class Limits:
     def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """Tokens the answer may have. Raises UsageError, ContextOverflow: nothing is ever cut."""
         self.check_prompt(prompt)
+        self.check_vocabulary(params.logit_bias)
         room = self.context_tokens - len(prompt)
         wanted = params.max_tokens
         if room < (wanted or 1):
@@ -40,7 +41,7 @@ class Limits:
                 hint=f"-c {len(prompt)} or a shorter prompt",
             )
 
-    def check_vocabulary(self, token_ids: Sequence[int]) -> None:
+    def check_vocabulary(self, token_ids: Iterable[int]) -> None:
         """Raises UsageError."""
         outside = next((t for t in token_ids if not 0 <= t < self.vocab_size), None)
         if outside is not None:

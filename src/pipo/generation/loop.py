@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipo.base.clock import Clock
-from pipo.generation.answer import Answer, Detokenizer, Piece
+from pipo.generation.answer import Answer, Constraint, Detokenizer, Piece
 from pipo.generation.limits import Limits
 from pipo.generation.request import SamplingParams
 from pipo.generation.scoring import Scorer
@@ -89,12 +89,14 @@ class Generator:
         end_ids: frozenset[int],
         detokenizer: Detokenizer,
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
+        constraint: Constraint | None = None,
     ) -> Iterator[Piece]:
-        """Yield pieces until the model ends, a stop string appears or the length is reached.
+        """Yield pieces until the model ends, a stop string appears, the constraint is finished or the length is
+        reached.
 
         `on_prefill(done, total)` is called after each prefill chunk. Raises what `check` and the passes raise.
         """
-        answer = Answer(params, self.check(prompt, params), end_ids, detokenizer)
+        answer = Answer(params, self.check(prompt, params), end_ids, detokenizer, constraint)
         begin = self._clock.now()
         logits = self._prefill(prompt, on_prefill)
         while True:

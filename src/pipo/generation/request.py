@@ -9,6 +9,8 @@ from enum import Enum
 
 from pipo.base.errors import UsageError
 
+MAX_BIASED_TOKENS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -33,6 +35,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these tokens; -inf forbids
 
     def __post_init__(self) -> None:
+        _check_bias(self.logit_bias)
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1)
         if self.seed is not None:
@@ -75,20 +78,27 @@ class ConstraintKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ConstraintSpec:
-    """What an answer must look like, as text, so that it can go to another process."""
+    """What an answer must look like, as text, so that it can go to another process.
+
+    Where it begins with something free, a model's thinking, `after` is the text that ends that.
+    """
 
     kind: ConstraintKind
     text: str = ""
+    after: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence that is to be answered. `adapters` is what AdapterSet is: None for all that are loaded."""
+    """One sequence that is to be answered. `adapters` is what AdapterSet is: None for all that are loaded. `shown` are
+    control tokens that are part of the answer's text, as the markers of tool calls are.
+    """
 
     prompt: Sequence[int]
     params: SamplingParams
     adapters: str | Mapping[str, float] | None = None
     constraint: ConstraintSpec | None = None
+    shown: frozenset[int] = frozenset()
 
 
 def copies_of(request: GenerationRequest, num_copies: int) -> list[GenerationRequest]:
@@ -181,6 +191,18 @@ def _check_number(field: str, value: object, low: float, high: float = math.inf)
     if not low <= value <= high:
         wanted = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
         raise UsageError(f"{field} must be {wanted}, not {value:g}")
+
+
+def _check_bias(bias: object) -> None:
+    """-inf forbids a token; whether the model has it is known later."""
+    if not isinstance(bias, Mapping):
+        raise UsageError(f"logit_bias must be numbers by token id, not {bias!r:.80}")
+    if len(bias) > MAX_BIASED_TOKENS:
+        raise UsageError(f"logit_bias has {len(bias)} tokens, at most {MAX_BIASED_TOKENS} can be")
+    for token_id, value in bias.items():
+        _check_int("a token id of logit_bias", token_id, 0)
+        if value != -math.inf:
+            _check_number(f"logit_bias of token {token_id}", value, -math.inf)
 
 
 def _check_stop(stop: Sequence[object]) -> None:

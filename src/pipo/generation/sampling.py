@@ -1,26 +1,29 @@
 """Choose the next token from the logits.
 
-Order of the steps, as in llama.cpp: penalties, top-k, top-p, min-p, temperature, draw. Each filter is a function
-from values to the positions that stay, in ascending order, so equal logits always resolve to the lowest id.
+Order of the steps, as in llama.cpp: bias, penalties, constraint, top-k, top-p, min-p, temperature, draw. Each filter is
+a function from values to the positions that stay, in ascending order, so equal logits always resolve to the lowest id.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from pipo.base.errors import ComputeError
+from pipo.base.errors import ComputeError, UsageError
 from pipo.generation.request import Sampled, SamplingParams, TopLogprobs
 
-__all__ = ["Sampled", "Sampler", "keep_min_p", "keep_top_k", "keep_top_p", "penalised"]
+__all__ = ["Sampled", "Sampler", "biased", "keep_min_p", "keep_top_k", "keep_top_p", "penalised"]
 
 Floats = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.intp]
+Constrain = Callable[[Floats], Floats]  # a copy of logits, -inf where a token is forbidden
+NOTHING_FOLLOWS = "no token can follow: the model has none for what the constraint wants"
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Sampler:
@@ -36,21 +39,34 @@ class Sampler:
         self._rng = np.random.Generator(np.random.PCG64(self.seed))
         self._filters = _filters(params)
 
-    def sample(self, logits: Floats, history: Sequence[int]) -> Sampled:
+    def sample(self, logits: Floats, history: Sequence[int], constrain: Constrain | None = None) -> Sampled:
         """Choose a token. `history` is prompt and answer so far; only the penalties read it. Does not alter `logits`.
 
         Shapes: logits (vocab).
-        Raises: ComputeError if any logit is NaN or +inf, or all are -inf.
+        Raises: ComputeError if any logit is NaN or +inf, or all are -inf; UsageError where bias and constraint leave
+        nothing to choose.
         """
         best = _finite_argmax(logits)
-        scores = penalised(logits, history, self.params) if self.params.has_penalties else logits
-        if not self.params.is_greedy:
-            token_id = self._draw(scores)
+        scores = biased(logits, self.params.logit_bias) if self.params.logit_bias else logits
+        scores = penalised(scores, history, self.params) if self.params.has_penalties else scores
+        scores = scores if constrain is None else constrain(scores)
+        if scores is logits:
+            token_id = best if self.params.is_greedy else self._draw(scores)
         else:
-            token_id = best if scores is logits else int(scores.argmax())
+            token_id = self._choose_allowed(scores)
         if self.params.logprobs is None:
             return Sampled(token_id)
         return _with_logprobs(logits, float(logits[best]), token_id, self.params.logprobs)
+
+    def _choose_allowed(self, scores: Floats) -> int:
+        """Before all filters: what is forbidden would be among the k largest where few others are allowed."""
+        allowed = np.flatnonzero(scores > -np.inf)
+        if not len(allowed):
+            if self.params.logit_bias:
+                raise UsageError("no token can follow: logit_bias forbids all that may", hint="forbid fewer tokens")
+            raise UsageError(NOTHING_FOLLOWS, hint="a constraint of what the model can write")
+        kept = scores[allowed]
+        return int(allowed[int(kept.argmax()) if self.params.is_greedy else self._draw(kept)])
 
     def _draw(self, scores: Floats) -> int:
         ids: Positions | None = None
@@ -67,6 +83,15 @@ class Sampler:
         cumulative = np.exp((wide - wide.max()) / self.params.temperature).cumsum()
         position = int(np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right"))
         return min(position, len(scores) - 1)
+
+
+def biased(logits: Floats, bias: Mapping[int, float]) -> Floats:
+    """A copy with what is to be added to some tokens; -inf forbids, and no finite bias does."""
+    scores = logits.copy()
+    ids, values = np.fromiter(bias.keys(), np.intp), np.fromiter(bias.values(), np.float64)
+    sums = scores[ids] + values
+    scores[ids] = np.where(np.isfinite(sums), np.clip(sums, -_LARGEST, _LARGEST), sums)
+    return scores
 
 
 def penalised(logits: Floats, history: Sequence[int], params: SamplingParams) -> Floats:

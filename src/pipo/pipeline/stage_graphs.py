@@ -83,6 +83,16 @@ class Compute:
             self.repack.close()
 
 
+def compute_on_cpu(lib: Library, num_threads: int) -> tuple[Compute, CpuBackend]:
+    """With repacked kernels where there are any, and its backend. Raises LibraryError."""
+    backend = CpuBackend(lib, num_threads)
+    try:
+        return Compute(lib, backend, RepackBuffer.find(lib)), backend
+    except BaseException:
+        backend.close()
+        raise
+
+
 class StageGraphs:
     """`get` gives the graph of a stage for a shape class; equal stages share one. Threads: one."""
 

@@ -176,9 +176,11 @@ class Tokenizer:
         detokenizer = IncrementalDetokenizer(self)
         return "".join([*map(detokenizer.push, ids), detokenizer.flush()])
 
-    def detokenizer(self, after: Sequence[int]) -> IncrementalDetokenizer:
+    def detokenizer(
+        self, after: Sequence[int], shown: frozenset[int] = frozenset(), *, keeps_space: bool = False
+    ) -> IncrementalDetokenizer:
         """For tokens that are generated one by one after the tokens `after`."""
-        return IncrementalDetokenizer(self, after)
+        return IncrementalDetokenizer(self, after, shown, keeps_space=keeps_space)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for in text; of a control token its name. Raises UsageError where there is none."""
