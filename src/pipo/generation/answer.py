@@ -22,11 +22,15 @@ class Detokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one pass added: a token (None when the last piece only flushes text) and the text that can be shown."""
+    """What one pass added: a token (None when the last piece only flushes text) and the text that can be shown.
+
+    `stop` is the stop string that ended the answer, where one did.
+    """
 
     token: Sampled | None
     text: str
     finish: FinishReason | None = None
+    stop: str | None = None
 
 
 class Answer:
@@ -48,13 +52,15 @@ class Answer:
         sampled = self._sampler.sample(logits, history)
         self.num_passes += 1
         if sampled.token_id in self._end_ids and not self._params.ignore_eos:
-            return Piece(None, self._rest(), FinishReason.STOP)
+            text = self._rest()  # which may complete a stop string
+            return Piece(None, text, FinishReason.STOP, self._stops.hit)
         text = self._stops.feed(self._detokenizer.push(sampled.token_id))
         if self._stops.hit is not None:
-            return Piece(sampled, text, FinishReason.STOP)
+            return Piece(sampled, text, FinishReason.STOP, self._stops.hit)
         if self.num_passes == self._max_tokens:
             text += self._rest()
-            return Piece(sampled, text, FinishReason.LENGTH if self._stops.hit is None else FinishReason.STOP)
+            finish = FinishReason.LENGTH if self._stops.hit is None else FinishReason.STOP
+            return Piece(sampled, text, finish, self._stops.hit)
         return Piece(sampled, text)
 
     def _rest(self) -> str:

@@ -1,0 +1,196 @@
+"""OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from secrets import token_hex
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from pipo.generation.answer import Piece
+from pipo.generation.request import FinishReason, GenerationRequest, Sampled
+from pipo.server.answer_reader import AnswerReader, Part, Reading, ToolCall, reading_of
+from pipo.server.answers import Answers, UsageSum, finish_text, openai_usage
+from pipo.server.body import body_of
+from pipo.server.errors import ApiError, invalid, openai_error
+from pipo.server.event_stream import OPENAI_DONE, OPENAI_PING, Events, data_event, open_stream
+from pipo.server.logprobs import chat_logprobs, check_kept
+from pipo.server.replies import JsonResponse
+from pipo.server.schemas.chat import ChatBody
+from pipo.server.service import Service, service_of
+
+router = APIRouter()
+
+
+@router.post("/chat/completions")
+async def chat_completions(body: Annotated[ChatBody, Depends(body_of(ChatBody))], request: Request) -> Response:
+    service = service_of(request)
+    reply = await _prepared(service, body)
+    if not body.stream:
+        return JsonResponse(await reply.whole())
+    return await open_stream(
+        reply.events(body.includes_usage),
+        ping=OPENAI_PING,
+        ping_s=service.settings.limits.ping_s,
+        error_event=openai_error_event,
+    )
+
+
+def openai_error_event(error: ApiError) -> bytes:
+    return data_event(openai_error(error))
+
+
+async def _prepared(service: Service, body: ChatBody) -> _Reply:
+    """Everything that can be refused is refused here. Raises ApiError, PipoError."""
+    info, choice = service.info, body.choice
+    adapters, reading = service.adapters_of(body.model), reading_of(service.prompts, choice)
+    constraint = body.constraint or reading.constraint
+    if body.constraint is not None and reading.constraint is not None:
+        raise invalid("response_format and a tool_choice that must be kept contradict each other", "response_format")
+    check_choices(service, body.num_answers)
+    prompt = await service.prompts.encode_chat(
+        body.template_messages(),
+        info.context_tokens,
+        tools=choice.tools if choice.tools and choice.mode != "none" else None,
+        variables=body.variables,
+    )
+    max_tokens = service.check_lengths(len(prompt), body.answer_tokens)
+    if not body.stream:
+        check_kept(body.num_answers, max_tokens, body.num_logprobs, service.settings.limits.max_logprob_bytes)
+    params = body.params(max_tokens, body.num_logprobs)
+    service.prompts.check_ids(list(params.logit_bias))
+    body.includes_usage  # noqa: B018 - refuses options of a stream that is none
+    return _Reply(service, body, body.copies(GenerationRequest(prompt, params, adapters, constraint)), reading)
+
+
+def check_choices(service: Service, num_choices: int) -> None:
+    most = service.settings.limits.max_choices
+    if num_choices > most:
+        raise invalid(f"{num_choices} answers are more than the {most} that one request may ask for", "n")
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One answer as it was read so far."""
+
+    reader: AnswerReader
+    texts: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
+    tokens: list[Sampled] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+    def read(self, piece: Piece) -> list[Part]:
+        parts = [*self.reader.feed(piece.text)]
+        if piece.finish is not None:
+            self.finish = piece.finish
+            parts += self.reader.end()
+        return parts
+
+
+class _Reply:
+    """One request and its answers, as they are told."""
+
+    def __init__(
+        self, service: Service, body: ChatBody, requests: Sequence[GenerationRequest], reading: Reading
+    ) -> None:
+        self._service = service
+        self._body = body
+        self._answers = Answers(service, requests)
+        self._choices = [_Choice(reading.make()) for _ in requests]
+        self._usage = UsageSum(len(requests))
+        self._head: dict[str, object] = {
+            "id": f"chatcmpl-{token_hex(12)}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": body.model or service.settings.name,
+            "system_fingerprint": service.fingerprint(),
+        }
+
+    async def whole(self) -> dict[str, object]:
+        async for growth in self._answers.grow():
+            choice = self._choices[growth.index]
+            if not isinstance(growth.item, Piece):
+                self._usage.take(growth.index, growth.item)
+                continue
+            for part in choice.read(growth.item):
+                choice.texts.append(part.text)
+                choice.thoughts.append(part.reasoning)
+                choice.calls += [part.call] if part.call else []
+            if self._body.logprobs and growth.item.token is not None:
+                choice.tokens.append(growth.item.token)
+        choices = [self._choice_dict(index, choice) for index, choice in enumerate(self._choices)]
+        return self._head | {"choices": choices, "usage": openai_usage(self._usage.total)}
+
+    def _choice_dict(self, index: int, choice: _Choice) -> dict[str, object]:
+        text, thoughts = "".join(choice.texts), "".join(choice.thoughts)
+        message: dict[str, object] = {"role": "assistant", "content": text if text or not choice.calls else None}
+        message["refusal"] = None
+        if thoughts:
+            message["reasoning_content"] = thoughts
+        if choice.calls:
+            message["tool_calls"] = [_call_dict(call) for call in choice.calls]
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": chat_logprobs(self._service.prompts, choice.tokens) if self._body.logprobs else None,
+            "finish_reason": finish_text(choice.finish, bool(choice.calls)),
+        }
+
+    async def events(self, has_usage: bool) -> Events:
+        self._head["object"] = "chat.completion.chunk"
+        extra: dict[str, object] = {"usage": None} if has_usage else {}
+        begun: set[int] = set()
+        async for growth in self._answers.grow():
+            if not isinstance(growth.item, Piece):
+                self._usage.take(growth.index, growth.item)
+                continue
+            if growth.index not in begun:
+                begun.add(growth.index)
+                yield self._chunk(growth.index, {"role": "assistant", "content": ""}, extra)
+            for event in self._events_of(growth.index, growth.item, extra):
+                yield event
+        if has_usage:
+            yield data_event(self._head | {"choices": [], "usage": openai_usage(self._usage.total)})
+        yield OPENAI_DONE
+
+    def _events_of(self, index: int, piece: Piece, extra: dict[str, object]) -> list[bytes]:
+        choice, events = self._choices[index], []
+        logprobs = None
+        if self._body.logprobs and piece.token is not None:
+            logprobs = chat_logprobs(self._service.prompts, [piece.token])
+        for part in choice.read(piece):
+            events.append(self._chunk(index, self._delta(choice, part), extra, logprobs))
+            logprobs = None
+        if logprobs is not None:  # of a token whose text is held back
+            events.append(self._chunk(index, {}, extra, logprobs))
+        if choice.finish is not None:
+            finish = finish_text(choice.finish, bool(choice.calls))
+            events.append(self._chunk(index, {}, extra, finish=finish))
+        return events
+
+    def _delta(self, choice: _Choice, part: Part) -> dict[str, object]:
+        if part.call is not None:
+            choice.calls.append(part.call)
+            return {"tool_calls": [{"index": len(choice.calls) - 1, **_call_dict(part.call)}]}
+        return {"reasoning_content": part.reasoning} if part.reasoning else {"content": part.text}
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, object],
+        extra: dict[str, object],
+        logprobs: dict[str, object] | None = None,
+        finish: str | None = None,
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return data_event(self._head | {"choices": [choice]} | extra)
+
+
+def _call_dict(call: ToolCall) -> dict[str, object]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{token_hex(12)}", "type": "function", "function": function}
