@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -32,19 +33,20 @@ def serve(
     `open_engine(progress)` is awaited while /health is answered already; `on_ready` is called when it is there.
     Raises what `open_engine` raises. Threads: the main one.
     """
-    server = _Server(_config(service), service)
-    asyncio.run(_serve(server, service, listener, open_engine, on_ready))
+    server = Server(service)
+    asyncio.run(serve_with(server, service, listener, open_engine, on_ready))
     if server.signal is not None:
         signal.raise_signal(server.signal)
 
 
-async def _serve(
-    server: _Server,
+async def serve_with(
+    server: Server,
     service: Service,
     listener: socket.socket,
     open_engine: OpenEngine,
-    on_ready: Callable[[EngineClient], None],
+    on_ready: Callable[[EngineClient], None] = lambda client: None,
 ) -> None:
+    """Until `server.end` is called. Raises what `open_engine` raises."""
     serving = asyncio.ensure_future(server.serve([listener]))
     loading = asyncio.ensure_future(_load(service, open_engine, on_ready))
     try:
@@ -87,25 +89,34 @@ def _config(service: Service) -> uvicorn.Config:
     )
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Tells running requests at the first signal; later ones change nothing. `signal` is the one that came."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
+    def __init__(self, service: Service) -> None:
+        super().__init__(_config(service))
         self.signal: int | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._service = service
         self._log = logging.getLogger("uvicorn")
         self._log.setLevel(logging.ERROR)  # strangers' nonsense is not worth a line each
 
+    def end(self) -> None:
+        """From any thread, and from a signal's handler."""
+        self.should_exit = True
+        self._log.setLevel(logging.CRITICAL)  # that running tasks are cancelled is what was asked for
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._service.stop)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def end(number: int, frame: FrameType | None) -> None:
             self.signal = self.signal or number
-            self.should_exit = True
-            self._log.setLevel(logging.CRITICAL)  # that running tasks are cancelled is what was asked for
-            loop.call_soon_threadsafe(self._service.stop)
+            self.end()
 
         before = {number: signal.signal(number, end) for number in _SIGNALS}
         try:
