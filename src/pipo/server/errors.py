@@ -33,6 +33,7 @@ class Fault(Enum):
     WRONG_METHOD = (405, "invalid_request_error", "invalid_request_error")
     TOO_SLOW = (408, "timeout_error", "timeout_error")
     TOO_LARGE = (413, "invalid_request_error", "request_too_large")
+    HEAD_TOO_LARGE = (431, "invalid_request_error", "request_too_large")
     TOO_MANY = (429, "rate_limit_error", "rate_limit_error")
     BROKEN = (500, "server_error", "api_error")
     UNAVAILABLE = (503, "unavailable_error", "overloaded_error")

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipo.base.units import format_size
 from pipo.server.errors import ApiError, Fault
 from pipo.server.replies import error_response
 from pipo.server.settings import ServerSettings
@@ -77,6 +78,9 @@ class Guard:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Raises ApiError."""
+        most_bytes = self._settings.limits.max_header_bytes  # uvicorn looks only at what arrives in parts
+        if len(scope["raw_path"]) + sum(len(name) + len(value) for name, value in headers.raw) > most_bytes:
+            raise ApiError(Fault.HEAD_TOO_LARGE, f"the request's head is larger than {format_size(most_bytes)}")
         self._check_host(headers.get("host", ""))
         self._check_origin(headers.get("origin"), headers.get("host", ""))
         is_open = scope["path"] in self._open_paths or scope["method"] == "OPTIONS"

@@ -104,7 +104,7 @@ class Server(uvicorn.Server):
         """From any thread, and from a signal's handler."""
         self.should_exit = True
         self._log.setLevel(logging.CRITICAL)  # that running tasks are cancelled is what was asked for
-        if self._loop is not None:
+        if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._service.stop)
 
     @contextmanager
