@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipo.generation.request import ConstraintKind
-from pipo.server.answer_reader import Part, ToolCall
+from pipo.server.answer_reader import AnswerDelta, ToolCall
 from pipo.server.body import parse
 from pipo.server.errors import ApiError
 from pipo.server.metrics import Metrics
@@ -135,14 +135,20 @@ def test_sampling_of_anthropic() -> None:
 
 def test_blocks_of_an_answer() -> None:
     blocks = _Blocks()
-    parts = [Part(reasoning="h"), Part(reasoning="m"), Part("I "), Part("look."), Part(call=ToolCall("f", '{"a": 1}'))]
-    changes = [blocks.take(part) for part in parts]
-    assert [change.block is not None for change in changes] == [True, False, True, False, True]
+    deltas = [
+        AnswerDelta(reasoning="h"),
+        AnswerDelta(reasoning="m", text="I "),
+        AnswerDelta("look.", calls=[ToolCall("c1", "f", '{"a": 1}'), ToolCall("c2", "g", "{}")]),
+    ]
+    changes = [change for delta in deltas for change in blocks.take(delta)]
+    assert [change.block is not None for change in changes] == [True, False, True, False, True, True]
     assert changes[0].block == {"type": "thinking", "thinking": "", "signature": ""}
     assert changes[3].delta == {"type": "text_delta", "text": "look."}
+    assert changes[4].block == {"type": "tool_use", "id": "c1", "name": "f", "input": {}}
     assert changes[4].delta == {"type": "input_json_delta", "partial_json": '{"a": 1}'}
-    thought, text, call = blocks.whole()
-    assert (thought["thinking"], text["text"], call["input"], blocks.has_calls) == ("hm", "I look.", {"a": 1}, True)
+    thought, text, call, other = blocks.whole()
+    assert (thought["thinking"], text["text"], call["input"], other["input"]) == ("hm", "I look.", {"a": 1}, {})
+    assert blocks.has_calls
 
 
 def test_rates_are_of_the_last_seconds() -> None:

@@ -1,55 +1,61 @@
 """What an answer's text means: words for the reader, thoughts before them, calls of tools.
 
-The formats by which models write calls and thoughts are the text package's; this is all that the server asks of them.
+The formats by which models write calls and thoughts are the text package's. This is the one place of the server that
+asks for them: what may be called, what an answer is held to, how it is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipo.generation.request import ConstraintSpec
+from pipo.generation.request import ConstraintSpec, GenerationRequest, SamplingParams
 from pipo.server.errors import invalid
-from pipo.server.prompts import Prompts
+from pipo.server.prompts import Encoded, Prompts
 
 Tool = Mapping[str, object]  # as OpenAI writes it, and as templates read it: {"type": "function", "function": {…}}
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """`arguments` are the JSON text of an object."""
+    """`arguments` is the text of a JSON object."""
 
+    id: str
     name: str
     arguments: str
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One of them is there."""
+@dataclass(slots=True)
+class AnswerDelta:
+    """What a piece of the answer adds: thoughts, then text, then calls."""
 
     text: str = ""
     reasoning: str = ""
-    call: ToolCall | None = None
+    calls: list[ToolCall] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.text or self.reasoning or self.calls)
 
 
 class AnswerReader(Protocol):
     """Reads one answer as it comes. Threads: one."""
 
-    def feed(self, text: str) -> Sequence[Part]: ...
+    def feed(self, text: str) -> AnswerDelta: ...
 
-    def end(self) -> Sequence[Part]:
-        """No more text will come: what was held back."""
+    def finish(self) -> AnswerDelta:
+        """The rest: the answer has ended."""
 
 
 class PlainReader:
     """All text is for the reader."""
 
-    def feed(self, text: str) -> Sequence[Part]:
-        return (Part(text),) if text else ()
+    def feed(self, text: str) -> AnswerDelta:
+        return AnswerDelta(text)
 
-    def end(self) -> Sequence[Part]:
-        return ()
+    def finish(self) -> AnswerDelta:
+        return AnswerDelta()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +66,27 @@ class ToolChoice:
     mode: str = "auto"
     is_parallel: bool = True
 
+    @property
+    def shown(self) -> Sequence[Tool] | None:
+        """What the template is told of."""
+        return self.tools if self.tools and self.mode != "none" else None
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How the answers to one request are read, and what they are held to."""
+    """How the answers to one request are read, and what they are held to. `make` takes the prompt's last words, which
+    tell whether the answer begins with thoughts.
+    """
 
-    make: Callable[[], AnswerReader]
+    make: Callable[[str], AnswerReader]
     constraint: ConstraintSpec | None = None
 
+    def request(self, prompt: Encoded, params: SamplingParams, adapters: str | None) -> GenerationRequest:
+        return GenerationRequest(prompt.ids, params, adapters, self.constraint)
 
-def reading_of(prompts: Prompts, choice: ToolChoice) -> Reading:
-    """Raises ApiError where the model's template knows no tools."""
-    if choice.tools and choice.mode != "none":
+
+def reading_of(prompts: Prompts, choice: ToolChoice, constraint: ConstraintSpec | None = None) -> Reading:
+    """`constraint` is what the request itself asks for. Raises ApiError where both cannot be, or no tool can."""
+    if choice.shown:
         raise invalid("tools are not supported with this model", "tools", "unsupported_field")
-    return Reading(PlainReader)
+    return Reading(lambda tail: PlainReader(), constraint)

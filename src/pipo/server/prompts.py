@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 from pipo.base.errors import ContextOverflow, UsageError
@@ -14,7 +15,16 @@ from pipo.text.chat_template import ChatTemplate, Message
 from pipo.text.contract import ModelTokenizer
 
 T = TypeVar("T")
+_TAIL_CHARS = 200  # more than any marker has
 _NUM_THREADS = 2  # a long prompt takes a second, and a short one does not wait for it
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt as token ids, and the last words of its text."""
+
+    ids: list[int]
+    tail: str
 
 
 class Prompts:
@@ -56,19 +66,19 @@ class Prompts:
         tools: Sequence[Message] | None = None,
         variables: Mapping[str, object] | None = None,
         continues: bool = False,
-    ) -> list[int]:
+    ) -> Encoded:
         """A conversation in the model's template. With `continues` the answer goes on where the last message ends.
 
         Raises ApiError, UsageError and MalformedFile with the template's words, ContextOverflow.
         """
         template = self.template
 
-        def encode() -> list[int]:
+        def encode() -> Encoded:
             rendered = template.render(messages, not continues, tools=tools, variables=variables)
             if continues:
                 rendered = _up_to(rendered, messages[-1])
             self._refuse_longer(rendered, context_tokens)
-            return self.tokenizer.encode_chat(rendered)
+            return Encoded(self.tokenizer.encode_chat(rendered), rendered[-_TAIL_CHARS:])
 
         return await self._run(encode)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Annotated
@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from pipo.generation.answer import Piece
 from pipo.generation.request import FinishReason, GenerationRequest, Sampled
-from pipo.server.answer_reader import AnswerReader, Part, Reading, ToolCall, reading_of
+from pipo.server.answer_reader import AnswerDelta, AnswerReader, ToolCall, reading_of
 from pipo.server.answers import Answers, UsageSum, finish_text, openai_usage
 from pipo.server.body import body_of
 from pipo.server.errors import ApiError, invalid, openai_error
@@ -47,24 +47,19 @@ def openai_error_event(error: ApiError) -> bytes:
 async def _prepared(service: Service, body: ChatBody) -> _Reply:
     """Everything that can be refused is refused here. Raises ApiError, PipoError."""
     info, choice = service.info, body.choice
-    adapters, reading = service.adapters_of(body.model), reading_of(service.prompts, choice)
-    constraint = body.constraint or reading.constraint
-    if body.constraint is not None and reading.constraint is not None:
-        raise invalid("response_format and a tool_choice that must be kept contradict each other", "response_format")
+    adapters, reading = service.adapters_of(body.model), reading_of(service.prompts, choice, body.constraint)
     check_choices(service, body.num_answers)
     prompt = await service.prompts.encode_chat(
-        body.template_messages(),
-        info.context_tokens,
-        tools=choice.tools if choice.tools and choice.mode != "none" else None,
-        variables=body.variables,
+        body.template_messages(), info.context_tokens, tools=choice.shown, variables=body.variables
     )
-    max_tokens = service.check_lengths(len(prompt), body.answer_tokens)
+    max_tokens = service.check_lengths(len(prompt.ids), body.answer_tokens)
     if not body.stream:
         check_kept(body.num_answers, max_tokens, body.num_logprobs, service.settings.limits.max_logprob_bytes)
     params = body.params(max_tokens, body.num_logprobs)
     service.prompts.check_ids(list(params.logit_bias))
-    body.includes_usage  # noqa: B018 - refuses options of a stream that is none
-    return _Reply(service, body, body.copies(GenerationRequest(prompt, params, adapters, constraint)), reading)
+    body.check_stream_options()
+    readers = [reading.make(prompt.tail) for _ in range(body.num_answers)]
+    return _Reply(service, body, body.copies(reading.request(prompt, params, adapters)), readers)
 
 
 def check_choices(service: Service, num_choices: int) -> None:
@@ -84,24 +79,25 @@ class _Choice:
     tokens: list[Sampled] = field(default_factory=list)
     finish: FinishReason | None = None
 
-    def read(self, piece: Piece) -> list[Part]:
-        parts = [*self.reader.feed(piece.text)]
+    def read(self, piece: Piece) -> Iterator[AnswerDelta]:
+        """What a piece adds, if anything; the last piece may add twice."""
+        deltas = [self.reader.feed(piece.text)]
         if piece.finish is not None:
             self.finish = piece.finish
-            parts += self.reader.end()
-        return parts
+            deltas.append(self.reader.finish())
+        return (delta for delta in deltas if not delta.is_empty)
 
 
 class _Reply:
     """One request and its answers, as they are told."""
 
     def __init__(
-        self, service: Service, body: ChatBody, requests: Sequence[GenerationRequest], reading: Reading
+        self, service: Service, body: ChatBody, requests: Sequence[GenerationRequest], readers: Sequence[AnswerReader]
     ) -> None:
         self._service = service
         self._body = body
         self._answers = Answers(service, requests)
-        self._choices = [_Choice(reading.make()) for _ in requests]
+        self._choices = [_Choice(reader) for reader in readers]
         self._usage = UsageSum(len(requests))
         self._head: dict[str, object] = {
             "id": f"chatcmpl-{token_hex(12)}",
@@ -117,10 +113,10 @@ class _Reply:
             if not isinstance(growth.item, Piece):
                 self._usage.take(growth.index, growth.item)
                 continue
-            for part in choice.read(growth.item):
-                choice.texts.append(part.text)
-                choice.thoughts.append(part.reasoning)
-                choice.calls += [part.call] if part.call else []
+            for delta in choice.read(growth.item):
+                choice.texts.append(delta.text)
+                choice.thoughts.append(delta.reasoning)
+                choice.calls += delta.calls
             if self._body.logprobs and growth.item.token is not None:
                 choice.tokens.append(growth.item.token)
         choices = [self._choice_dict(index, choice) for index, choice in enumerate(self._choices)]
@@ -163,8 +159,8 @@ class _Reply:
         logprobs = None
         if self._body.logprobs and piece.token is not None:
             logprobs = chat_logprobs(self._service.prompts, [piece.token])
-        for part in choice.read(piece):
-            events.append(self._chunk(index, self._delta(choice, part), extra, logprobs))
+        for delta in choice.read(piece):
+            events.append(self._chunk(index, _delta_dict(choice, delta), extra, logprobs))
             logprobs = None
         if logprobs is not None:  # of a token whose text is held back
             events.append(self._chunk(index, {}, extra, logprobs))
@@ -172,12 +168,6 @@ class _Reply:
             finish = finish_text(choice.finish, bool(choice.calls))
             events.append(self._chunk(index, {}, extra, finish=finish))
         return events
-
-    def _delta(self, choice: _Choice, part: Part) -> dict[str, object]:
-        if part.call is not None:
-            choice.calls.append(part.call)
-            return {"tool_calls": [{"index": len(choice.calls) - 1, **_call_dict(part.call)}]}
-        return {"reasoning_content": part.reasoning} if part.reasoning else {"content": part.text}
 
     def _chunk(
         self,
@@ -191,6 +181,19 @@ class _Reply:
         return data_event(self._head | {"choices": [choice]} | extra)
 
 
+def _delta_dict(choice: _Choice, delta: AnswerDelta) -> dict[str, object]:
+    """Calls are counted over the whole answer."""
+    found: dict[str, object] = {}
+    if delta.reasoning:
+        found["reasoning_content"] = delta.reasoning
+    if delta.text:
+        found["content"] = delta.text
+    if delta.calls:
+        first = len(choice.calls)
+        found["tool_calls"] = [{"index": first + i, **_call_dict(call)} for i, call in enumerate(delta.calls)]
+        choice.calls += delta.calls
+    return found
+
+
 def _call_dict(call: ToolCall) -> dict[str, object]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{token_hex(12)}", "type": "function", "function": function}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -47,7 +47,7 @@ async def _prepared(service: Service, body: CompletionBody) -> _Reply:
     if body.echo and body.logprobs is not None:
         raise invalid("log-probabilities of a prompt are not supported: echo without logprobs", "logprobs")
     num_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-    body.includes_usage  # noqa: B018 - refuses options of a stream that is none
+    body.check_stream_options()
     requests: list[GenerationRequest] = []
     echoes: list[str] = []
     for prompt in prompts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from secrets import token_hex
 from typing import Annotated
@@ -12,11 +13,12 @@ from starlette.responses import Response
 
 from pipo.generation.answer import Piece
 from pipo.generation.request import FinishReason, GenerationRequest, Usage
-from pipo.server.answer_reader import Part, Reading, reading_of
+from pipo.server.answer_reader import AnswerDelta, AnswerReader, reading_of
 from pipo.server.answers import Answers
 from pipo.server.body import body_of
 from pipo.server.errors import ApiError, Fault, anthropic_error
 from pipo.server.event_stream import Events, named_event, open_stream
+from pipo.server.prompts import Encoded
 from pipo.server.replies import JsonResponse
 from pipo.server.schemas.messages import ConversationBody, CountBody, MessagesBody
 from pipo.server.service import Service, service_of
@@ -28,11 +30,12 @@ _PING = named_event("ping", {"type": "ping"})
 @router.post("/messages")
 async def messages(body: Annotated[MessagesBody, Depends(body_of(MessagesBody))], request: Request) -> Response:
     service = service_of(request)
-    adapters, reading = service.adapters_of(body.model), reading_of(service.prompts, body.choice)
+    adapters = service.adapters_of(body.model)
+    reading = reading_of(service.prompts, body.choice, body.constraint)
     prompt = await _encoded(service, body)
-    max_tokens = service.check_lengths(len(prompt), body.max_tokens)
-    asked = GenerationRequest(prompt, body.params(max_tokens), adapters, reading.constraint)
-    reply = _Reply(service, body.model, asked, reading)
+    max_tokens = service.check_lengths(len(prompt.ids), body.max_tokens)
+    asked = reading.request(prompt, body.params(max_tokens), adapters)
+    reply = _Reply(service, body.model, asked, reading.make(prompt.tail))
     if not body.stream:
         return JsonResponse(await reply.whole())
     return await open_stream(
@@ -45,15 +48,14 @@ async def count_tokens(body: Annotated[CountBody, Depends(body_of(CountBody))], 
     service = service_of(request)
     service.adapters_of(body.model)
     reading_of(service.prompts, body.choice)
-    return JsonResponse({"input_tokens": len(await _encoded(service, body))})
+    return JsonResponse({"input_tokens": len((await _encoded(service, body)).ids)})
 
 
-async def _encoded(service: Service, body: ConversationBody) -> list[int]:
-    choice = body.choice
+async def _encoded(service: Service, body: ConversationBody) -> Encoded:
     return await service.prompts.encode_chat(
         body.template_messages(),
         service.info.context_tokens,
-        tools=choice.tools if choice.tools and choice.mode != "none" else None,
+        tools=body.choice.shown,
         continues=body.continues,
     )
 
@@ -88,14 +90,18 @@ class _Blocks:
         self._texts: list[str] = []
         self._key = ""
 
-    def take(self, part: Part) -> _Change:
-        if part.call is not None:
+    def take(self, delta: AnswerDelta) -> Iterator[_Change]:
+        if delta.reasoning:
+            yield self._more("thinking", delta.reasoning)
+        if delta.text:
+            yield self._more("text", delta.text)
+        for call in delta.calls:
             self._close()
-            given = json.loads(part.call.arguments)
-            block = {"type": "tool_use", "id": f"toolu_{token_hex(12)}", "name": part.call.name, "input": given}
-            self.blocks.append(block)
-            return _Change(block | {"input": {}}, {"type": "input_json_delta", "partial_json": part.call.arguments})
-        key, text = ("thinking", part.reasoning) if part.reasoning else ("text", part.text)
+            block = {"type": "tool_use", "id": call.id, "name": call.name}
+            self.blocks.append(block | {"input": json.loads(call.arguments)})
+            yield _Change(block | {"input": {}}, {"type": "input_json_delta", "partial_json": call.arguments})
+
+    def _more(self, key: str, text: str) -> _Change:
         begins = key != self._key
         if begins:
             self._open(key)
@@ -123,11 +129,11 @@ class _Blocks:
 
 
 class _Reply:
-    def __init__(self, service: Service, model: str, asked: GenerationRequest, reading: Reading) -> None:
+    def __init__(self, service: Service, model: str, asked: GenerationRequest, reader: AnswerReader) -> None:
         self._model = model
         self._num_prompt = len(asked.prompt)
         self._answers = Answers(service, [asked])
-        self._reader = reading.make()
+        self._reader = reader
         self._blocks = _Blocks()
         self._usage = Usage(self._num_prompt, 0)
         self._last: Piece | None = None
@@ -137,8 +143,8 @@ class _Reply:
             if not isinstance(growth.item, Piece):
                 self._usage = growth.item.usage
                 continue
-            for part in self._read(growth.item):
-                self._blocks.take(part)
+            for delta in self._read(growth.item):
+                list(self._blocks.take(delta))
         return self._message(self._blocks.whole(), self._stop_fields())
 
     async def events(self) -> Events:
@@ -151,31 +157,28 @@ class _Reply:
             if not isinstance(growth.item, Piece):
                 self._usage = growth.item.usage
                 continue
-            for part in self._read(growth.item):
-                for event in self._events_of(part):
-                    yield event
+            for delta in self._read(growth.item):
+                for change in self._blocks.take(delta):
+                    yield self._event_of(change)
         if self._blocks.blocks:
             yield self._stop_event()
-        delta = {"type": "message_delta", "delta": self._stop_fields(), "usage": _usage_dict(self._usage)}
-        yield named_event("message_delta", delta)
+        end = {"type": "message_delta", "delta": self._stop_fields(), "usage": _usage_dict(self._usage)}
+        yield named_event("message_delta", end)
         yield named_event("message_stop", {"type": "message_stop"})
 
-    def _read(self, piece: Piece) -> list[Part]:
+    def _read(self, piece: Piece) -> list[AnswerDelta]:
         self._last = piece
-        parts = [*self._reader.feed(piece.text)]
-        return parts + ([*self._reader.end()] if piece.finish is not None else [])
+        return [self._reader.feed(piece.text), *([self._reader.finish()] if piece.finish is not None else [])]
 
-    def _events_of(self, part: Part) -> list[bytes]:
-        is_first = not self._blocks.blocks
-        change, events = self._blocks.take(part), []
-        index = len(self._blocks.blocks) - 1
+    def _event_of(self, change: _Change) -> bytes:
+        """With what ends the block before, and begins one."""
+        index, head = len(self._blocks.blocks) - 1, b""
         if change.block is not None:
-            if not is_first:
-                events.append(self._stop_event(index - 1))
+            head = self._stop_event(index - 1) if index else b""
             start = {"type": "content_block_start", "index": index, "content_block": change.block}
-            events.append(named_event("content_block_start", start))
+            head += named_event("content_block_start", start)
         delta = {"type": "content_block_delta", "index": index, "delta": change.delta}
-        return [*events, named_event("content_block_delta", delta)]
+        return head + named_event("content_block_delta", delta)
 
     def _stop_event(self, index: int | None = None) -> bytes:
         index = len(self._blocks.blocks) - 1 if index is None else index

@@ -131,6 +131,7 @@ class ChatBody(SamplingBody):
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: AnyFormat | None = None
+    safety_identifier: str | None = None  # as `user`
     chat_template_kwargs: dict[str, object] | None = None
 
     @property

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipo.generation.request import SamplingParams
+from pipo.generation.request import ConstraintKind, ConstraintSpec, SamplingParams
 from pipo.server.answer_reader import Tool, ToolChoice
 from pipo.server.body import Body
 from pipo.server.errors import invalid
@@ -94,6 +95,15 @@ class NoThinking(Body):
     type: Literal["disabled"]
 
 
+class SchemaFormat(Body):
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, object], Field(alias="schema")]
+
+
+class OutputConfig(Body):
+    format: SchemaFormat | None = None
+
+
 class ConversationBody(Body):
     """What both routes take."""
 
@@ -103,6 +113,14 @@ class ConversationBody(Body):
     tools: Annotated[list[ClientTool], Field(max_length=128)] | None = None
     tool_choice: Annotated[Choice | NamedToolChoice, Field(discriminator="type")] | None = None
     thinking: NoThinking | None = None
+    cache_control: CacheControl | None = None
+    output_config: OutputConfig | None = None
+
+    @property
+    def constraint(self) -> ConstraintSpec | None:
+        if self.output_config is None or self.output_config.format is None:
+            return None
+        return ConstraintSpec(ConstraintKind.JSON_SCHEMA, json.dumps(self.output_config.format.schema_))
 
     @property
     def choice(self) -> ToolChoice:

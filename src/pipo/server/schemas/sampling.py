@@ -64,10 +64,13 @@ class SamplingBody(Body):
 
     @property
     def includes_usage(self) -> bool:
-        """Of a stream. Raises ApiError for options of a stream that is none."""
+        """Of a stream."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check_stream_options(self) -> None:
+        """Raises ApiError for options of a stream that is none."""
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is for streams: set stream too", "stream_options")
-        return self.stream_options is not None and self.stream_options.include_usage
 
     def params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """Raises UsageError."""
