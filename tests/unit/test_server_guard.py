@@ -243,16 +243,17 @@ def test_signs_of_life_on_a_stream_that_says_nothing() -> None:
 
 def test_bodies_together_have_a_limit() -> None:
     with running(_engine(), PROMPTS, limits=Limits(max_body_bytes=10_000, read_timeout_s=5)) as server:
-        slow = [server.connect() for _ in range(3)]
-        head = b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\n\r\n"
-        for connection in slow[:2]:
-            connection.sendall(head + b"x" * 8999)
-        server.wait_for(lambda: server.service.body_room.num_bytes == 2 * 8999)
-        slow[2].sendall(head + b"x" * 8999)
-        assert b"503" in slow[2].recv(1000).split(b"\r\n")[0]
+        slow = [server.connect() for _ in range(9)]
+        head = b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\n"
+        for connection in slow[:8]:
+            connection.sendall(head + b"x" * 9998)
+        server.wait_for(lambda: server.service.body_room.num_bytes == 8 * 9998)
+        slow[8].sendall(head + b"x" * 9998)
+        assert b"503" in slow[8].recv(1000).split(b"\r\n")[0]
         for connection in slow:
             connection.close()
         server.wait_for(lambda: server.service.body_room.num_bytes == 0)
+        assert server.http.post(CHAT, json={"messages": HELLO}).status_code == 200
 
 
 def test_running_requests_are_told_of_the_end() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 from fastapi import Request
@@ -58,16 +58,18 @@ class _Share:
         self.num_bytes += num_bytes
 
 
-def body_of(kind: type[B]) -> Callable[[Request], Awaitable[B]]:
-    """A dependency that gives the body as a `kind`. Raises ApiError."""
-
-    async def read(request: Request) -> B:
-        service = service_of(request)
-        with service.body_room.account() as share:
-            data = await _read(request, share)
-            return parse(kind, data)
-
-    return read
+@asynccontextmanager
+async def body_of(kind: type[B], request: Request) -> AsyncIterator[B]:
+    """The body as a `kind`, for a block that makes token ids of it. One block runs at a time: a body takes many times
+    its size until then, and must not be kept after it. Raises ApiError.
+    """
+    service = service_of(request)
+    with service.body_room.account() as share:
+        data = await _read(request, share)
+        async with service.text_turn:
+            body = parse(kind, data)
+            data.clear()
+            yield body
 
 
 def parse(kind: type[B], data: bytes | bytearray) -> B:

@@ -1,4 +1,4 @@
-"""Requests' texts to token ids and back, on threads beside the event loop."""
+"""Requests' texts to token ids and back, on a thread beside the event loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipo.text.contract import ModelTokenizer
 
 T = TypeVar("T")
 _TAIL_CHARS = 200  # more than any marker has
-_NUM_THREADS = 2  # a long prompt takes a second, and a short one does not wait for it
+_NUM_THREADS = 1  # the plan has memory for one text to be encoded at a time
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from pipo import __version__
 from pipo.server.errors import ApiError, Fault, invalid, stopping
 from pipo.server.metrics import Metrics
 from pipo.server.prompts import Prompts
-from pipo.server.settings import BODIES_IN_FLIGHT, ServerSettings
+from pipo.server.settings import BODIES_READ, ServerSettings
 from pipo.serving.contract import EngineClient, EngineInfo
 
 LOADING_BODY_TOKENS = 8192  # before the context is known
@@ -34,6 +34,7 @@ class Service:
         self.prompts = prompts
         self.metrics = Metrics()
         self.body_room = BodyRoom()
+        self.text_turn = asyncio.Semaphore(1)
         self.progress: tuple[str, float] = ("starting", 0.0)
         self.started_s = time.time()
         self.page: dict[str, object] = {}
@@ -70,7 +71,7 @@ class Service:
 
     @property
     def most_bodies_bytes(self) -> int:
-        return BODIES_IN_FLIGHT * self.max_body_bytes
+        return BODIES_READ * self.max_body_bytes
 
     def fingerprint(self) -> str:
         """Changes with what may change an answer: version, model, plan."""

@@ -12,9 +12,9 @@ from pipo.base.units import KIB, MIB, round_up
 
 BODY_BYTES_PER_TOKEN = 16  # of context: a token of English is 4 bytes, JSON may write each of them as 6
 LEAST_BODY_BYTES = 256 * KIB  # schemas and tools are text that no context counts
-BODIES_IN_FLIGHT = 2  # bodies of the largest size that are read or parsed at a time
+BODIES_READ = 8  # of the largest size, that arrive or wait for their turn; smaller ones are more
 PROCESS_BYTES = 64 * MIB  # anonymous memory of a serving process with a tokenizer of 49k tokens; 56 measured
-BODY_COPIES = 8  # a body as bytes, as parsed text, rendered, and as token ids: measured 5.5 times its size
+BODY_COPIES = 26  # what a body takes at most while its turn lasts, in its own size: 25 measured, of tiny messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Limits:
 
     def kept_bytes(self, context_tokens: int) -> int:
         """What requests take at most, besides the process as it is without any."""
-        return BODY_COPIES * BODIES_IN_FLIGHT * self.body_bytes(context_tokens) + self.max_logprob_bytes
+        return (BODIES_READ + BODY_COPIES) * self.body_bytes(context_tokens) + self.max_logprob_bytes
 
     def process_bytes(self, context_tokens: int, measured_bytes: int) -> int:
         """What a serving process takes of the budget, where it has `measured_bytes` before the first request: declared,

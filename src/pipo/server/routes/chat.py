@@ -6,9 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
-from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pipo.generation.answer import Piece
@@ -27,13 +26,12 @@ router = APIRouter()
 
 
 @router.post("/chat/completions")
-async def chat_completions(body: Annotated[ChatBody, Depends(body_of(ChatBody))], request: Request) -> Response:
-    service = service_of(request)
-    reply = await _prepared(service, body)
-    if not body.stream:
+async def chat_completions(request: Request) -> Response:
+    service, reply = service_of(request), await _prepared(request)
+    if not reply.is_stream:
         return JsonResponse(await reply.whole())
     return await open_stream(
-        reply.events(body.includes_usage),
+        reply.events(),
         ping=OPENAI_PING,
         ping_s=service.settings.limits.ping_s,
         error_event=openai_error_event,
@@ -44,22 +42,24 @@ def openai_error_event(error: ApiError) -> bytes:
     return data_event(openai_error(error))
 
 
-async def _prepared(service: Service, body: ChatBody) -> _Reply:
+async def _prepared(request: Request) -> _Reply:
     """Everything that can be refused is refused here. Raises ApiError, PipoError."""
-    info, choice = service.info, body.choice
-    adapters, reading = service.adapters_of(body.model), reading_of(service.prompts, choice, body.constraint)
-    check_choices(service, body.num_answers)
-    prompt = await service.prompts.encode_chat(
-        body.template_messages(), info.context_tokens, tools=choice.shown, variables=body.variables
-    )
-    max_tokens = service.check_lengths(len(prompt.ids), body.answer_tokens)
-    if not body.stream:
-        check_kept(body.num_answers, max_tokens, body.num_logprobs, service.settings.limits.max_logprob_bytes)
-    params = body.params(max_tokens, body.num_logprobs)
-    service.prompts.check_ids(list(params.logit_bias))
-    body.check_stream_options()
-    readers = [reading.make(prompt.tail) for _ in range(body.num_answers)]
-    return _Reply(service, body, body.copies(reading.request(prompt, params, adapters)), readers)
+    service = service_of(request)
+    async with body_of(ChatBody, request) as body:
+        info, choice, limits = service.info, body.choice, service.settings.limits
+        adapters, reading = service.adapters_of(body.model), reading_of(service.prompts, choice, body.constraint)
+        check_choices(service, body.num_answers)
+        prompt = await service.prompts.encode_chat(
+            body.template_messages(), info.context_tokens, tools=choice.shown, variables=body.variables
+        )
+        max_tokens = service.check_lengths(len(prompt.ids), body.answer_tokens)
+        if not body.stream:
+            check_kept(body.num_answers, max_tokens, body.num_logprobs, limits.max_logprob_bytes)
+        params = body.params(max_tokens, body.num_logprobs)
+        service.prompts.check_ids(list(params.logit_bias))
+        body.check_stream_options()
+        readers = [reading.make(prompt.tail) for _ in range(body.num_answers)]
+        return _Reply(service, body, body.copies(reading.request(prompt, params, adapters)), readers)
 
 
 def check_choices(service: Service, num_choices: int) -> None:
@@ -89,13 +89,14 @@ class _Choice:
 
 
 class _Reply:
-    """One request and its answers, as they are told."""
+    """One request and its answers, as they are told. Keeps nothing of the body's texts."""
 
     def __init__(
         self, service: Service, body: ChatBody, requests: Sequence[GenerationRequest], readers: Sequence[AnswerReader]
     ) -> None:
+        self.is_stream = body.stream
         self._service = service
-        self._body = body
+        self._has_logprobs, self._has_usage = bool(body.logprobs), body.includes_usage
         self._answers = Answers(service, requests)
         self._choices = [_Choice(reader) for reader in readers]
         self._usage = UsageSum(len(requests))
@@ -117,7 +118,7 @@ class _Reply:
                 choice.texts.append(delta.text)
                 choice.thoughts.append(delta.reasoning)
                 choice.calls += delta.calls
-            if self._body.logprobs and growth.item.token is not None:
+            if self._has_logprobs and growth.item.token is not None:
                 choice.tokens.append(growth.item.token)
         choices = [self._choice_dict(index, choice) for index, choice in enumerate(self._choices)]
         return self._head | {"choices": choices, "usage": openai_usage(self._usage.total)}
@@ -133,13 +134,13 @@ class _Reply:
         return {
             "index": index,
             "message": message,
-            "logprobs": chat_logprobs(self._service.prompts, choice.tokens) if self._body.logprobs else None,
+            "logprobs": chat_logprobs(self._service.prompts, choice.tokens) if self._has_logprobs else None,
             "finish_reason": finish_text(choice.finish, bool(choice.calls)),
         }
 
-    async def events(self, has_usage: bool) -> Events:
+    async def events(self) -> Events:
         self._head["object"] = "chat.completion.chunk"
-        extra: dict[str, object] = {"usage": None} if has_usage else {}
+        extra: dict[str, object] = {"usage": None} if self._has_usage else {}
         begun: set[int] = set()
         async for growth in self._answers.grow():
             if not isinstance(growth.item, Piece):
@@ -150,14 +151,14 @@ class _Reply:
                 yield self._chunk(growth.index, {"role": "assistant", "content": ""}, extra)
             for event in self._events_of(growth.index, growth.item, extra):
                 yield event
-        if has_usage:
+        if self._has_usage:
             yield data_event(self._head | {"choices": [], "usage": openai_usage(self._usage.total)})
         yield OPENAI_DONE
 
     def _events_of(self, index: int, piece: Piece, extra: dict[str, object]) -> list[bytes]:
         choice, events = self._choices[index], []
         logprobs = None
-        if self._body.logprobs and piece.token is not None:
+        if self._has_logprobs and piece.token is not None:
             logprobs = chat_logprobs(self._service.prompts, [piece.token])
         for delta in choice.read(piece):
             events.append(self._chunk(index, _delta_dict(choice, delta), extra, logprobs))

@@ -6,9 +6,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
-from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pipo.generation.answer import Piece
@@ -27,39 +26,47 @@ router = APIRouter()
 
 
 @router.post("/completions")
-async def completions(body: Annotated[CompletionBody, Depends(body_of(CompletionBody))], request: Request) -> Response:
-    service = service_of(request)
-    reply = await _prepared(service, body)
-    if not body.stream:
+async def completions(request: Request) -> Response:
+    service, reply = service_of(request), await _prepared(request)
+    if not reply.is_stream:
         return JsonResponse(await reply.whole())
     return await open_stream(
-        reply.events(body.includes_usage),
+        reply.events(),
         ping=OPENAI_PING,
         ping_s=service.settings.limits.ping_s,
         error_event=openai_error_event,
     )
 
 
-async def _prepared(service: Service, body: CompletionBody) -> _Reply:
+async def _prepared(request: Request) -> _Reply:
     """Everything that can be refused is refused here. Raises ApiError, PipoError."""
-    adapters, prompts = service.adapters_of(body.model), prompts_in(body.prompt)
-    check_choices(service, body.num_answers * len(prompts))
-    if body.echo and body.logprobs is not None:
-        raise invalid("log-probabilities of a prompt are not supported: echo without logprobs", "logprobs")
-    num_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-    body.check_stream_options()
-    requests: list[GenerationRequest] = []
-    echoes: list[str] = []
-    for prompt in prompts:
-        ids, text = await _encoded(service, prompt, needs_text=bool(body.echo))
-        max_tokens = service.check_lengths(len(ids), num_tokens)
-        params = body.params(max_tokens, body.logprobs)
-        service.prompts.check_ids(list(params.logit_bias))
-        requests += body.copies(GenerationRequest(ids, params, adapters))
-        echoes += [text if body.echo else ""] * body.num_answers
-    if not body.stream:
-        check_kept(len(requests), num_tokens, body.logprobs, service.settings.limits.max_logprob_bytes)
-    return _Reply(service, body, requests, echoes)
+    service = service_of(request)
+    async with body_of(CompletionBody, request) as body:
+        prompts = prompts_in(body.prompt)
+        check_choices(service, body.num_answers * len(prompts))
+        if body.echo and body.logprobs is not None:
+            raise invalid("log-probabilities of a prompt are not supported: echo without logprobs", "logprobs")
+        body.check_stream_options()
+        requests: list[GenerationRequest] = []
+        echoes: list[str] = []
+        for prompt in prompts:
+            ids, text = await _encoded(service, prompt, needs_text=bool(body.echo))
+            requests += body.copies(_request(service, body, ids))
+            echoes += [text if body.echo else ""] * body.num_answers
+        if not body.stream:
+            limits = service.settings.limits
+            check_kept(len(requests), _num_tokens(body), body.logprobs, limits.max_logprob_bytes)
+        return _Reply(service, body, requests, echoes)
+
+
+def _num_tokens(body: CompletionBody) -> int:
+    return DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+
+
+def _request(service: Service, body: CompletionBody, ids: list[int]) -> GenerationRequest:
+    params = body.params(service.check_lengths(len(ids), _num_tokens(body)), body.logprobs)
+    service.prompts.check_ids(list(params.logit_bias))
+    return GenerationRequest(ids, params, service.adapters_of(body.model))
 
 
 async def _encoded(service: Service, prompt: str | list[int], *, needs_text: bool) -> tuple[list[int], str]:
@@ -88,8 +95,9 @@ class _Reply:
     def __init__(
         self, service: Service, body: CompletionBody, requests: Sequence[GenerationRequest], echoes: Sequence[str]
     ) -> None:
+        self.is_stream = body.stream
         self._service = service
-        self._body = body
+        self._has_logprobs, self._has_usage = body.logprobs is not None, body.includes_usage
         self._answers = Answers(service, requests)
         self._choices = [_Choice(echo, offset=len(echo)) for echo in echoes]
         self._usage = UsageSum(body.num_answers)
@@ -109,7 +117,7 @@ class _Reply:
                 continue
             choice.texts.append(piece.text)
             choice.finish = piece.finish
-            if self._body.logprobs is not None and piece.token is not None:
+            if self._has_logprobs and piece.token is not None:
                 choice.tokens.append(piece.token)
         choices = [self._choice_dict(index, choice) for index, choice in enumerate(self._choices)]
         return self._head | {"choices": choices, "usage": openai_usage(self._usage.total)}
@@ -122,13 +130,13 @@ class _Reply:
         self, index: int, choice: _Choice, text: str, tokens: Sequence[Sampled], finish: str | None
     ) -> dict[str, object]:
         logprobs = None
-        if self._body.logprobs is not None:
+        if self._has_logprobs:
             logprobs = completion_logprobs(self._service.prompts, tokens, choice.offset)
             choice.offset += sum(len(self._service.prompts.token_text(token.token_id)[0]) for token in tokens)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
-    async def events(self, has_usage: bool) -> Events:
-        extra: dict[str, object] = {"usage": None} if has_usage else {}
+    async def events(self) -> Events:
+        extra: dict[str, object] = {"usage": None} if self._has_usage else {}
         async for growth in self._answers.grow():
             choice, piece = self._choices[growth.index], growth.item
             if not isinstance(piece, Piece):
@@ -137,9 +145,9 @@ class _Reply:
             text, choice.echo = choice.echo + piece.text, ""
             finish = finish_text(piece.finish) if piece.finish is not None else None
             tokens = [piece.token] if piece.token is not None else []
-            if text or finish is not None or self._body.logprobs is not None:
+            if text or finish is not None or self._has_logprobs:
                 part = self._part(growth.index, choice, text, tokens, finish)
                 yield data_event(self._head | {"choices": [part]} | extra)
-        if has_usage:
+        if self._has_usage:
             yield data_event(self._head | {"choices": [], "usage": openai_usage(self._usage.total)})
         yield OPENAI_DONE

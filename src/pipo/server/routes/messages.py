@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from secrets import token_hex
-from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pipo.generation.answer import Piece
@@ -28,27 +27,34 @@ _PING = named_event("ping", {"type": "ping"})
 
 
 @router.post("/messages")
-async def messages(body: Annotated[MessagesBody, Depends(body_of(MessagesBody))], request: Request) -> Response:
-    service = service_of(request)
-    adapters = service.adapters_of(body.model)
-    reading = reading_of(service.prompts, body.choice, body.constraint)
-    prompt = await _encoded(service, body)
-    max_tokens = service.check_lengths(len(prompt.ids), body.max_tokens)
-    asked = reading.request(prompt, body.params(max_tokens), adapters)
-    reply = _Reply(service, body.model, asked, reading.make(prompt.tail))
-    if not body.stream:
+async def messages(request: Request) -> Response:
+    service, reply = service_of(request), await _prepared(request)
+    if not reply.is_stream:
         return JsonResponse(await reply.whole())
     return await open_stream(
         reply.events(), ping=_PING, ping_s=service.settings.limits.ping_s, error_event=_error_event
     )
 
 
-@router.post("/messages/count_tokens")
-async def count_tokens(body: Annotated[CountBody, Depends(body_of(CountBody))], request: Request) -> Response:
+async def _prepared(request: Request) -> _Reply:
+    """Everything that can be refused is refused here. Raises ApiError, PipoError."""
     service = service_of(request)
-    service.adapters_of(body.model)
-    reading_of(service.prompts, body.choice)
-    return JsonResponse({"input_tokens": len((await _encoded(service, body)).ids)})
+    async with body_of(MessagesBody, request) as body:
+        adapters = service.adapters_of(body.model)
+        reading = reading_of(service.prompts, body.choice, body.constraint)
+        prompt = await _encoded(service, body)
+        max_tokens = service.check_lengths(len(prompt.ids), body.max_tokens)
+        asked = reading.request(prompt, body.params(max_tokens), adapters)
+        return _Reply(service, body, asked, reading.make(prompt.tail))
+
+
+@router.post("/messages/count_tokens")
+async def count_tokens(request: Request) -> Response:
+    service = service_of(request)
+    async with body_of(CountBody, request) as body:
+        service.adapters_of(body.model)
+        reading_of(service.prompts, body.choice)
+        return JsonResponse({"input_tokens": len((await _encoded(service, body)).ids)})
 
 
 async def _encoded(service: Service, body: ConversationBody) -> Encoded:
@@ -129,8 +135,9 @@ class _Blocks:
 
 
 class _Reply:
-    def __init__(self, service: Service, model: str, asked: GenerationRequest, reader: AnswerReader) -> None:
-        self._model = model
+    def __init__(self, service: Service, body: MessagesBody, asked: GenerationRequest, reader: AnswerReader) -> None:
+        self.is_stream = body.stream
+        self._model = body.model
         self._num_prompt = len(asked.prompt)
         self._answers = Answers(service, [asked])
         self._reader = reader

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pipo.server.body import body_of
@@ -13,23 +11,28 @@ from pipo.server.schemas.completions import DetokenizeBody, TokenizeBody
 from pipo.server.service import Service, service_of
 
 router = APIRouter()
-_MAX_TOKENS = 1 << 20  # the body is smaller
 
 
 @router.post("/tokenize")
-async def tokenize(body: Annotated[TokenizeBody, Depends(body_of(TokenizeBody))], request: Request) -> Response:
+async def tokenize(request: Request) -> Response:
+    """As much as the context holds: to encode more, there is no memory in the plan."""
     service = service_of(request)
-    ids = await service.prompts.tokenize(
-        body.content, add_special=body.add_special, parse_special=body.parse_special, max_tokens=_MAX_TOKENS
-    )
-    if not body.with_pieces:
-        return JsonResponse({"tokens": ids})
-    return JsonResponse({"tokens": [{"id": each, "piece": _piece(service, each)} for each in ids]})
+    async with body_of(TokenizeBody, request) as body:
+        ids = await service.prompts.tokenize(
+            body.content,
+            add_special=body.add_special,
+            parse_special=body.parse_special,
+            max_tokens=service.info.context_tokens,
+        )
+        if not body.with_pieces:
+            return JsonResponse({"tokens": ids})
+        return JsonResponse({"tokens": [{"id": each, "piece": _piece(service, each)} for each in ids]})
 
 
 @router.post("/detokenize")
-async def detokenize(body: Annotated[DetokenizeBody, Depends(body_of(DetokenizeBody))], request: Request) -> Response:
-    return JsonResponse({"content": await service_of(request).prompts.decode(body.tokens)})
+async def detokenize(request: Request) -> Response:
+    async with body_of(DetokenizeBody, request) as body:
+        return JsonResponse({"content": await service_of(request).prompts.decode(body.tokens)})
 
 
 def _piece(service: Service, token_id: int) -> str | list[int]:
