@@ -13,7 +13,8 @@ from pipo.base.units import KIB, MIB, round_up
 BODY_BYTES_PER_TOKEN = 16  # of context: a token of English is 4 bytes, JSON may write each of them as 6
 LEAST_BODY_BYTES = 256 * KIB  # schemas and tools are text that no context counts
 BODIES_READ = 8  # of the largest size, that arrive or wait for their turn; smaller ones are more
-PROCESS_BYTES = 64 * MIB  # anonymous memory of a serving process with a tokenizer of 49k tokens; 56 measured
+PROCESS_BYTES = 60 * MIB  # anonymous memory of a serving process with a tokenizer of 49k tokens; 57 measured
+GROWTH_BYTES = 16 * MIB  # more of it after requests of every kind; 14 measured
 BODY_COPIES = 26  # what a body takes at most while its turn lasts, in its own size: 25 measured, of tiny messages
 
 
@@ -57,7 +58,8 @@ class Limits:
         """What a serving process takes of the budget, where it has `measured_bytes` before the first request: declared,
         so that the smallest `--ram` is the same on every run.
         """
-        return max(PROCESS_BYTES, round_up(measured_bytes, 4 * MIB)) + self.kept_bytes(context_tokens)
+        process_bytes = max(PROCESS_BYTES, round_up(measured_bytes, 4 * MIB)) + GROWTH_BYTES
+        return process_bytes + self.kept_bytes(context_tokens)
 
 
 @dataclass(frozen=True, slots=True)
