@@ -132,15 +132,12 @@ class ModelFile:
 
     def encode_chat(self, messages: Sequence[Message], max_tokens: int | None = None) -> list[int]:
         """Token ids of a conversation. Raises UsageError when the model has no chat template, else as `encode`."""
-        rendered = self.chat_template().render(messages)
-        self._refuse_longer(rendered, max_tokens, parse_special=True)
-        return _after_encoding(self.tokenizer.encode_chat(rendered))
-
-    def chat_template(self) -> ChatTemplate:
-        """Compiled. Raises UsageError where the model has none, MalformedFile where it is none."""
         ids = self.tokenizer.special_ids
         names = [None if i is None else self.tokenizer.token_text(i) for i in (ids.bos, ids.eos)]
-        return ChatTemplate.from_metadata(self.checkpoint.metadata, names[0], names[1])
+        template = ChatTemplate.from_metadata(self.checkpoint.metadata, names[0], names[1])
+        rendered = template.render(messages)
+        self._refuse_longer(rendered, max_tokens, parse_special=True)
+        return _after_encoding(self.tokenizer.encode_chat(rendered))
 
     def _refuse_longer(self, text: str, max_tokens: int | None, *, parse_special: bool) -> None:
         if max_tokens is not None and self.tokenizer.is_longer(text, max_tokens, parse_special=parse_special):

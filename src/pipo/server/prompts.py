@@ -11,7 +11,7 @@ from typing import TypeVar
 from pipo.base.errors import ContextOverflow, UsageError
 from pipo.model_file import ModelFile
 from pipo.server.errors import invalid
-from pipo.text.chat_template import ChatTemplate, Message
+from pipo.text.chat_template import TEMPLATE_KEY, ChatTemplate, Message
 from pipo.text.contract import ModelTokenizer
 
 T = TypeVar("T")
@@ -42,10 +42,12 @@ class Prompts:
     @classmethod
     def of_model(cls, model: ModelFile) -> Prompts:
         """Raises MalformedFile where the template is none."""
-        source = model.checkpoint.metadata.get("tokenizer.chat_template")
-        if source is None:
+        source = model.checkpoint.metadata.get(TEMPLATE_KEY)
+        if not isinstance(source, str):
             return cls(model.tokenizer, None)
-        return cls(model.tokenizer, model.chat_template(), str(source))
+        ids = model.tokenizer.special_ids
+        names = [None if each is None else model.tokenizer.token_text(each) for each in (ids.bos, ids.eos)]
+        return cls(model.tokenizer, ChatTemplate(source, names[0], names[1]), source)
 
     @property
     def template(self) -> ChatTemplate:
