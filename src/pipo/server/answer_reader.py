@@ -14,7 +14,7 @@ from pipo.generation.request import ConstraintSpec, GenerationRequest, SamplingP
 from pipo.server.errors import invalid
 from pipo.server.prompts import Encoded, Prompts
 
-Tool = Mapping[str, object]  # as OpenAI writes it, and as templates read it: {"type": "function", "function": {…}}
+ToolDict = Mapping[str, object]  # as OpenAI writes it, and as templates read it: {"type": "function", "function": {…}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,6 @@ class AnswerDelta:
     text: str = ""
     reasoning: str = ""
     calls: list[ToolCall] = field(default_factory=list)
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.text or self.reasoning or self.calls)
 
 
 class AnswerReader(Protocol):
@@ -62,12 +58,12 @@ class PlainReader:
 class ToolChoice:
     """Which tools there are, and whether one must be called: `mode` is auto, none, required, or a tool's name."""
 
-    tools: Sequence[Tool] = ()
+    tools: Sequence[ToolDict] = ()
     mode: str = "auto"
     is_parallel: bool = True
 
     @property
-    def shown(self) -> Sequence[Tool] | None:
+    def shown(self) -> Sequence[ToolDict] | None:
         """What the template is told of."""
         return self.tools if self.tools and self.mode != "none" else None
 

@@ -85,7 +85,7 @@ class _Choice:
         if piece.finish is not None:
             self.finish = piece.finish
             deltas.append(self.reader.finish())
-        return (delta for delta in deltas if not delta.is_empty)
+        return (delta for delta in deltas if delta.text or delta.reasoning or delta.calls)
 
 
 class _Reply:

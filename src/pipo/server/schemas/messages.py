@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pipo.generation.request import ConstraintKind, ConstraintSpec, SamplingParams
-from pipo.server.answer_reader import Tool, ToolChoice
+from pipo.server.answer_reader import ToolChoice, ToolDict
 from pipo.server.body import Body
 from pipo.server.errors import invalid
 from pipo.server.schemas.sampling import MAX_COUNT, Positive, Stop
@@ -173,7 +173,7 @@ class CountBody(ConversationBody):
     pass
 
 
-def _openai_tool(tool: ClientTool) -> Tool:
+def _openai_tool(tool: ClientTool) -> ToolDict:
     function: dict[str, object] = {"name": tool.name, "parameters": tool.input_schema}
     if tool.description is not None:
         function["description"] = tool.description
