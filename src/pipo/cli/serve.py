@@ -208,7 +208,7 @@ class _Serving:
         kept_bytes = self._settings.limits.kept_bytes(self._config.context_tokens or trained)
         engine = Engine(self._model, self._config)
         try:
-            plan = engine.make_plan(None, kept_bytes, TYPICAL, progress)
+            plan = engine.make_plan(None, kept_bytes, TYPICAL, progress)  # log-probabilities are a part of these bytes
             progress("taking memory", 0.0)
             engine.start(plan)
         except BaseException:
