@@ -172,7 +172,7 @@ def test_a_port_that_is_taken(pipo: CommandLine) -> None:
         (("smollm2", "--api-key", ""), "not empty"),
         (("smollm2", "--host", "no.such.host.invalid"), "is no address"),
         (("smollm2", "--max-body", "lots"), "--max-body"),
-        (("smollm2", "--ping-interval", "0"), "ping_s"),
+        (("smollm2", "--ping-interval", "0"), "--ping-interval must be more than 0"),
         (("smollm2", "--cors-origin", "evil"), "is no origin"),
     ],
 )

@@ -16,6 +16,12 @@ BODIES_READ = 8  # of the largest size, that arrive or wait for their turn; smal
 PROCESS_BYTES = 60 * MIB  # anonymous memory of a serving process with a tokenizer of 49k tokens; 57 measured
 GROWTH_BYTES = 16 * MIB  # more of it after requests of every kind; 14 measured
 BODY_COPIES = 26  # what a body takes at most while its turn lasts, in its own size: 25 measured, of tiny messages
+_SECONDS = {
+    "max_request_s": "--max-request-time",
+    "read_timeout_s": "--read-timeout",
+    "write_timeout_s": "--write-timeout",
+    "ping_s": "--ping-interval",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +41,9 @@ class Limits:
     max_logprob_bytes: int = 8 * MIB  # log-probabilities kept until an answer is whole
 
     def __post_init__(self) -> None:
-        for name in ("max_request_s", "read_timeout_s", "write_timeout_s", "ping_s"):
+        for name, flag in _SECONDS.items():
             if not 0 < getattr(self, name) < 1e9:
-                raise UsageError(f"{name} must be more than 0 seconds, not {getattr(self, name):g}")
+                raise UsageError(f"{flag} must be more than 0 seconds, not {getattr(self, name):g}")
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Limits:
