@@ -4,6 +4,7 @@
     python -m bench streaming ttft --model big.gguf
     python -m bench resident --shape tinyllama-1.1b --type q4_0 q4_k
     python -m bench --quick                          all of it in a minute, on a toy: does the bench itself work?
+    python -m bench load --clients 64 smollm2        many clients at once against `pipo serve`; see bench/load.py
 
 Prints tables and appends JSON lines to bench/results/. Numbers are worth something on an idle machine only.
 """
@@ -20,6 +21,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
+from bench import load
 from bench.arguments import asked_for
 from bench.child import Child, ChildFailed
 from bench.lab import FULL, QUICK, Lab, Settings, Unmeasurable
@@ -62,7 +64,10 @@ DEFAULTS: dict[str, tuple[ModelSource, ...]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = _parse(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["load"]:
+        sys.exit(load.main(given[1:]))
+    args = _parse(given)
     console = make_console()
     with TemporaryDirectory(prefix="pipo-bench-") as cache:
         machine = describe_machine(args.scratch, _library())
@@ -119,7 +124,7 @@ def _settings(args: argparse.Namespace, cache: Path) -> Settings:
     return asked_for(args, replace(QUICK if args.quick else FULL, share=args.share, cache_folder=cache))
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+
+import psutil
 
 from pipo.base.units import KIB
 
@@ -37,8 +40,21 @@ class AnonymousPeak:
     def _watch(self) -> None:
         while not self._stop.wait(self._every_s):
             try:
-                lines = self._path.read_text().splitlines()
+                self.peak_bytes = max(self.peak_bytes, _anonymous_bytes(self._path))
             except OSError:  # it ended, or there is no /proc
                 return
-            sizes = (int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "VmSwap:")))
-            self.peak_bytes = max(self.peak_bytes, sum(sizes) * KIB)
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Of a process and all that it started, now; those that end meanwhile count nothing."""
+    family = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    total = 0
+    for each in family:
+        with suppress(OSError):
+            total += _anonymous_bytes(Path(f"/proc/{each}/status"))
+    return total
+
+
+def _anonymous_bytes(status: Path) -> int:
+    lines = status.read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "VmSwap:"))) * KIB

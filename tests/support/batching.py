@@ -32,7 +32,9 @@ class Letters:
         def flush(self) -> str:
             return ""
 
-    def detokenizer(self, after: Sequence[int]) -> Letters._Detokenizer:
+    def detokenizer(
+        self, after: Sequence[int], shown: frozenset[int] = frozenset(), *, keeps_space: bool = False
+    ) -> Letters._Detokenizer:
         return Letters._Detokenizer()
 
 

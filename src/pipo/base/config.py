@@ -17,7 +17,7 @@ COMPUTE_NAMES = ("auto", "device")
 CACHE_TYPE_NAMES = ("f16", "f32", "q8_0", "q4_0")
 MAX_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h; it checks none: 20,000 hang, and 2^31 wrap around to none
 ENV_PREFIX = "PIPO_"
-_ELSEWHERE = {"PIPO_GGML", "PIPO_TEST_MODEL"}  # read by compute.ggml and by the tests
+_ELSEWHERE = {"PIPO_GGML", "PIPO_TEST_MODEL", "PIPO_API_KEY"}  # read by compute.ggml, the tests and `pipo serve`
 # mean nothing without a program that uses what they give, or without the model they are for
 _CODE_ONLY = {"trace", "max_outputs", "num_sequences", "lora", "constraints"}
 

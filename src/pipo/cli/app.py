@@ -22,6 +22,7 @@ from pipo.cli.plan import plan
 from pipo.cli.pull import pull
 from pipo.cli.rm import rm
 from pipo.cli.run import run
+from pipo.cli.serve import serve
 from pipo.cli.show import show
 from pipo.cli.signals import Terminated, raising_on_sigterm
 from pipo.cli.terminal import print_error, printable, set_up_logging, stderr
@@ -30,6 +31,7 @@ from pipo.cli.verify import verify
 # click.UsageError, wherever this version of typer keeps its click
 _ParseError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
 _OUTPUT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EBADF, errno.EIO}  # of a write to no named file: our own output
+_KEY_FLAG = "--api-key"
 _USAGE, _FAILURE, _SIGTERM = 2, 1, 143
 
 app = typer.Typer(
@@ -40,6 +42,7 @@ app = typer.Typer(
 _VERBS: dict[str, Callable[..., None]] = {
     "run": run,
     "chat": chat,
+    "serve": serve,
     "pull": pull,
     "list": list_models,
     "rm": rm,
@@ -138,4 +141,10 @@ def _print_bug(error: Exception, is_verbose: bool) -> None:
 def _command_line() -> str:
     import shlex
 
-    return shlex.join(["pipo", *sys.argv[1:]])
+    return shlex.join(["pipo", *_without_keys(sys.argv[1:])])
+
+
+def _without_keys(arguments: Sequence[str]) -> list[str]:
+    """What is shown may be posted somewhere."""
+    shown = [f"{_KEY_FLAG}=…" if each.startswith(f"{_KEY_FLAG}=") else each for each in arguments]
+    return ["…" if i and shown[i - 1] == _KEY_FLAG else each for i, each in enumerate(shown)]

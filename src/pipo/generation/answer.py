@@ -33,11 +33,15 @@ class Detokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one pass added: a token (None when the last piece only flushes text) and the text that can be shown."""
+    """What one pass added: a token (None when the last piece only flushes text) and the text that can be shown.
+
+    `stop` is the stop string that ended the answer, where one did.
+    """
 
     token: Sampled | None
     text: str
     finish: FinishReason | None = None
+    stop: str | None = None
 
 
 class Answer:
@@ -71,7 +75,8 @@ class Answer:
         sampled = self._sampler.sample(logits, history, self._constrain if self._constraint is not None else None)
         self.num_passes += 1
         if sampled.token_id in self._end_ids and (not self._params.ignore_eos or self._constraint is not None):
-            return Piece(None, self._rest(), FinishReason.STOP)
+            text = self._rest()  # which may complete a stop string
+            return Piece(None, text, FinishReason.STOP, self._stops.hit)
         if self._constraint is not None:
             self._constraint.take(sampled.token_id)
         return self._piece(sampled)
@@ -79,12 +84,13 @@ class Answer:
     def _piece(self, sampled: Sampled) -> Piece:
         text = self._stops.feed(self._detokenizer.push(sampled.token_id))
         if self._stops.hit is not None:
-            return Piece(sampled, text, FinishReason.STOP)
+            return Piece(sampled, text, FinishReason.STOP, self._stops.hit)
         is_whole = self._constraint is not None and self._constraint.is_finished
         if is_whole or self.num_passes == self._max_tokens:
             text += self._rest()
             ends_itself = is_whole or self._stops.hit is not None
-            return Piece(sampled, text, FinishReason.STOP if ends_itself else FinishReason.LENGTH)
+            finish = FinishReason.STOP if ends_itself else FinishReason.LENGTH
+            return Piece(sampled, text, finish, self._stops.hit)
         return Piece(sampled, text)
 
     def _constrain(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -1,0 +1,232 @@
+"""`pipo serve`: OpenAI's and Anthropic's APIs over HTTP, and a page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipo.base.errors import UsageError
+from pipo.cli.flags import ComputeFlags, MemoryFlags, ModelArgument, ModelFlag, OutputFlags, make_config
+from pipo.cli.prompt import only_model
+
+if TYPE_CHECKING:
+    from pipo.base.config import EngineConfig
+    from pipo.engine import Engine
+    from pipo.hardware.probe import Progress
+    from pipo.model_file import ModelFile
+    from pipo.plan import Plan
+    from pipo.server.settings import Limits, ServerSettings
+    from pipo.serving.contract import EngineClient, EngineInfo
+
+_LISTEN, _LIMITS = "Server", "Limits"
+
+
+@dataclass(frozen=True, slots=True)
+class LimitFlags:
+    """What one request, one client and all of them may take. None: the default of `server.settings.Limits`."""
+
+    max_requests: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Requests at a time; 64.", rich_help_panel=_LIMITS)
+    ] = None
+    max_choices: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Answers one request may ask for; 16.", rich_help_panel=_LIMITS),
+    ] = None
+    max_prompt_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens of a prompt; what the context holds.", rich_help_panel=_LIMITS),
+    ] = None
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "-n",
+            "--max-tokens",
+            min=1,
+            metavar="N",
+            help="Tokens of an answer; what the context holds.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None
+    max_request_time: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Of one request; 3600.", rich_help_panel=_LIMITS)
+    ] = None
+    max_body: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Of a request; 256KiB and 16 bytes a token of context.", rich_help_panel=_LIMITS
+        ),
+    ] = None
+    max_header: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of a request's head; 16KiB.", rich_help_panel=_LIMITS)
+    ] = None
+    read_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="For a request to arrive; 30.", rich_help_panel=_LIMITS),
+    ] = None
+    write_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="For a client to read its answer; 30.", rich_help_panel=_LIMITS),
+    ] = None
+    ping_interval: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Between signs of life on a stream; 15.", rich_help_panel=_LIMITS),
+    ] = None
+
+    def limits(self) -> Limits:
+        """Raises UsageError."""
+        from pipo.base.units import parse_size
+        from pipo.server.settings import Limits
+
+        given = {
+            "max_requests": self.max_requests,
+            "max_choices": self.max_choices,
+            "max_prompt_tokens": self.max_prompt_tokens,
+            "max_tokens": self.max_tokens,
+            "max_request_s": self.max_request_time,
+            "max_body_bytes": None if self.max_body is None else parse_size(self.max_body, what="--max-body"),
+            "max_header_bytes": None if self.max_header is None else parse_size(self.max_header, what="--max-header"),
+            "read_timeout_s": self.read_timeout,
+            "write_timeout_s": self.write_timeout,
+            "ping_s": self.ping_interval,
+        }
+        return Limits.of(given)
+
+
+def serve(
+    model: ModelArgument = None,
+    model_flag: ModelFlag = None,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where to listen.", rich_help_panel=_LISTEN)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="0 takes one that is free.", rich_help_panel=_LISTEN)
+    ] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="PIPO_API_KEY",
+            show_envvar=True,
+            metavar="KEY",
+            help="What clients must send; as a flag, others on this machine can see it.",
+            rich_help_panel=_LISTEN,
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Pages that may ask; may be repeated.", rich_help_panel=_LISTEN),
+    ] = None,
+    alias: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What requests call the model.", rich_help_panel=_LISTEN)
+    ] = None,
+    num_sequences: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Requests that share a sweep.", rich_help_panel=_LISTEN)
+    ] = 1,
+    *,
+    output: OutputFlags,
+    memory: MemoryFlags,
+    compute: ComputeFlags,
+    limits: LimitFlags,
+) -> None:
+    """Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a page for a browser.
+
+    Listens on this machine alone, unless --host says otherwise.
+    """
+    name = only_model(model, model_flag)
+    config = make_config(memory, compute)
+    if num_sequences > 1:
+        raise UsageError("--num-sequences: this engine answers one request at a time", hint="leave it out")
+
+    from pipo.cli.session import open_model
+    from pipo.cli.terminal import print_warning
+    from pipo.server.connection import listen
+    from pipo.server.settings import ServerSettings
+
+    settings = ServerSettings(
+        alias or _served_name(name), host, port, api_key, tuple(cors_origin or ()), limits.limits()
+    )
+    with listen(host, port, settings.limits) as listener:
+        opened = open_model(name, config.ram)
+        if not settings.is_loopback and api_key is None:
+            print_warning(f"anybody who reaches {host} can use this server: --api-key asks for a key")
+        _Serving(opened, config, settings, output, listener.getsockname()[1]).run(listener)
+
+
+def _served_name(name: str) -> str:
+    """What the user called it; of a path the file's name, without where it lies."""
+    path = Path(name)
+    return path.name.removesuffix(".gguf") if path.exists() else name
+
+
+class _Serving:
+    """One run of the server, and what it says."""
+
+    def __init__(
+        self, model: ModelFile, config: EngineConfig, settings: ServerSettings, output: OutputFlags, port: int
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._settings = settings
+        self._output = output
+        self._port = port
+        self._plan: Plan | None = None
+
+    def run(self, listener: object) -> None:
+        import socket
+
+        from pipo.cli.session import starting
+        from pipo.server.local_engine import LocalEngine
+        from pipo.server.prompts import Prompts
+        from pipo.server.run import serve as run_server
+        from pipo.server.service import Service
+
+        assert isinstance(listener, socket.socket)
+        service = Service(self._settings, Prompts.of_model(self._model))
+
+        async def open_engine(progress: Progress) -> EngineClient:
+            with starting(self._output) as say:
+
+                def tell(step: str, fraction: float) -> None:
+                    progress(step, fraction)
+                    say(step, fraction)
+
+                return await LocalEngine.open(self._start, tell)
+
+        run_server(service, listener, open_engine, self._say_ready)
+
+    def _start(self, progress: Progress) -> tuple[Engine, EngineInfo]:
+        """Plan and start, on the engine's thread. Raises OverBudget and its like."""
+        from pipo.cli.report import plan_dict
+        from pipo.engine import Engine
+        from pipo.plan import TYPICAL
+        from pipo.serving.contract import EngineInfo
+
+        progress("planning", 0.0)
+        trained = self._model.manifest.hyper.context_tokens
+        kept_bytes = self._settings.limits.kept_bytes(self._config.context_tokens or trained)
+        engine = Engine(self._model, self._config)
+        try:
+            plan = engine.make_plan(None, kept_bytes, TYPICAL, progress)  # log-probabilities are a part of these bytes
+            progress("taking memory", 0.0)
+            engine.start(plan)
+        except BaseException:
+            engine.close()
+            raise
+        self._plan = plan
+        name, adapters = self._model.manifest.name, tuple(engine.adapters)
+        info = EngineInfo(name, plan.context_tokens, 1, plan.limit_bytes, adapters, {"plan": plan_dict(plan)})
+        return engine, info
+
+    def _say_ready(self, client: EngineClient) -> None:
+        from pipo.cli.report import start_rows
+        from pipo.cli.session import model_title
+        from pipo.cli.terminal import print_note, print_rows, stderr
+
+        assert self._plan is not None
+        if not self._output.quiet:
+            print_rows(stderr(), model_title(self._model), start_rows(self._plan), style="dim")
+            stderr().print()
+        # said in any case: with --port 0 there is no other way to know
+        print_note(f"serving {self._settings.name} at http://{self._settings.url_host}:{self._port}")
