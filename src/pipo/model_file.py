@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from pipo.base.adapter import MAX_ADAPTERS, AdapterChoice, AdapterId, NamedAdapter, free_id
@@ -132,12 +133,16 @@ class ModelFile:
 
     def encode_chat(self, messages: Sequence[Message], max_tokens: int | None = None) -> list[int]:
         """Token ids of a conversation. Raises UsageError when the model has no chat template, else as `encode`."""
-        ids = self.tokenizer.special_ids
-        names = [None if i is None else self.tokenizer.token_text(i) for i in (ids.bos, ids.eos)]
-        template = ChatTemplate.from_metadata(self.checkpoint.metadata, names[0], names[1])
-        rendered = template.render(messages)
+        rendered = self.chat_template.render(messages)
         self._refuse_longer(rendered, max_tokens, parse_special=True)
         return _after_encoding(self.tokenizer.encode_chat(rendered))
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The model's own, compiled once. Raises UsageError where it has none, MalformedFile."""
+        ids = self.tokenizer.special_ids
+        names = [None if i is None else self.tokenizer.token_text(i) for i in (ids.bos, ids.eos)]
+        return ChatTemplate.from_metadata(self.checkpoint.metadata, names[0], names[1])
 
     def _refuse_longer(self, text: str, max_tokens: int | None, *, parse_special: bool) -> None:
         if max_tokens is not None and self.tokenizer.is_longer(text, max_tokens, parse_special=parse_special):

@@ -12,6 +12,7 @@ PipoError                     anything we can name; `hint` says what to do, `exi
 │   └── ModelNotFound         no such file or model name                                        (1)
 ├── MalformedProfile          a machine profile that cannot be used: key, wanted, found         (1)
 ├── MalformedTrace            a record of experts that cannot be read: line, wanted, found          (1)
+├── MalformedTable            rows of a job that cannot be read: place, wanted, found           (1)
 ├── LibraryError              libggml is missing, too old, or not laid out as expected          (1)
 ├── ComputeError              a graph could not be built or run                                 (1)
 │   └── OutOfDeviceMemory     a device has not this much memory left; names wanted and free     (1)
@@ -22,6 +23,7 @@ PipoError                     anything we can name; `hint` says what to do, `exi
 ├── EngineBusy                as many requests wait as may; later it may be taken                (1)
 ├── OutputFailed              a file that could not be written: which one, why, how much is free (1)
 ├── DownloadError             a fetch that failed or did not match its checksum                 (1)
+├── RowsFailed                a job is complete, and some of its rows have an error for an answer  (3)
 └── Cancelled                 the user or a signal stopped it                                   (130)
 """
 
@@ -38,6 +40,7 @@ __all__ = [
     "LibraryError",
     "MalformedFile",
     "MalformedProfile",
+    "MalformedTable",
     "MalformedTrace",
     "ModelError",
     "ModelNotFound",
@@ -47,6 +50,7 @@ __all__ = [
     "OverBudget",
     "PipoError",
     "ReadFailed",
+    "RowsFailed",
     "TransferError",
     "UnexpectedEof",
     "UnsupportedModel",
@@ -66,6 +70,16 @@ class PipoError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n\nhint: {self.hint}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """So that another process can raise it: children want more than a message to be made of."""
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[PipoError], args: tuple[object, ...], values: dict[str, object]) -> PipoError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(values)
+    return error
 
 
 class UsageError(PipoError):
@@ -134,6 +148,10 @@ class MalformedTrace(PipoError):
     pass
 
 
+class MalformedTable(PipoError):
+    pass
+
+
 class LibraryError(PipoError):
     pass
 
@@ -184,6 +202,10 @@ class EngineBusy(PipoError):
 
 class OutputFailed(PipoError):
     pass
+
+
+class RowsFailed(PipoError):
+    exit_code = 3
 
 
 class DownloadError(PipoError):

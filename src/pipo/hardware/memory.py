@@ -61,6 +61,21 @@ def process_memory(proc: Path = PROC) -> ProcessMemory:
     return ProcessMemory(anonymous, status.get("VmRSS", 0), status.get("VmHWM", 0))
 
 
+def tree_anonymous_bytes(proc: Path = PROC) -> int:
+    """Anonymous memory of this process and of all that it has started, and they. Without /proc: of this one alone."""
+    total, todo = 0, ["self"]
+    while todo:
+        folder = proc / todo.pop()
+        try:
+            status = _read_kilobytes(folder / "status")
+            children = [(task / "children").read_text().split() for task in (folder / "task").iterdir()]
+        except OSError:  # it has ended meanwhile
+            continue
+        total += status.get("RssAnon", 0) + status.get("VmSwap", 0)
+        todo += [child for of_task in children for child in of_task]
+    return total or process_memory(proc).anonymous_bytes
+
+
 def release_free_memory() -> None:
     """Give back what the allocator keeps after large objects died: 4 MiB after a tokenizer of 49k tokens was built,
     40 MiB after one of 260k. Does nothing where the C library is not glibc.

@@ -1,0 +1,66 @@
+"""What is known of a model before a job, and how many sequences its engine should have: found in a process that ends.
+
+So the job's own process stays small: it counts against the budget while the engine runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipo.base.config import EngineConfig
+from pipo.formats.checkpoint import open_checkpoint
+from pipo.jobs.children import run_in_child
+from pipo.models.registry import check_architecture
+from pipo.planner.predict import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """`identity` tells the model from another one of the same name."""
+
+    name: str
+    trained_tokens: int
+    identity: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """An engine to start: what it answers is known."""
+
+    model: Path
+    config: EngineConfig
+    context_tokens: int
+    workload: Workload
+
+
+def model_facts(path: Path) -> ModelFacts:
+    """Raises ModelError."""
+    return run_in_child(_model_facts, path)
+
+
+def best_num_sequences(spec: EngineSpec) -> int:
+    """The smallest batch that is predicted to give nearly all the tokens per second there are, on this machine.
+
+    Raises OverBudget where not even one sequence fits.
+    """
+    return run_in_child(_best_num_sequences, spec)
+
+
+def _model_facts(path: Path) -> ModelFacts:
+    manifest = open_checkpoint(path, check_architecture).manifest
+    files = [
+        [file.name, identity.num_bytes, identity.modified_ns]
+        for file, identity in zip(manifest.files, manifest.identities, strict=True)
+    ]
+    return ModelFacts(manifest.name, manifest.hyper.context_tokens, {"name": manifest.name, "files": files})
+
+
+def _best_num_sequences(spec: EngineSpec) -> int:
+    from pipo.model_file import ModelFile
+    from pipo.outlook import Outlook
+
+    with Outlook(ModelFile(spec.model), spec.config) as outlook:
+        case = outlook.case_here(spec.workload, spec.context_tokens, lambda step, fraction: None)
+        return outlook.batch_curve(case).knee.num_sequences
