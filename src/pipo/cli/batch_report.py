@@ -66,7 +66,7 @@ class BatchReport:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop()
-        if error is not None:
+        if error is not None and self._job.tally.num_done:
             self._say_how_to_go_on()
 
     @property

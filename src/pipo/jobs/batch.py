@@ -116,6 +116,8 @@ class Batch:
         self.journal.remove()
 
     def close(self) -> None:
+        if not self.journal.has_answers():
+            self.journal.remove()
         self.journal.close()
 
     def __enter__(self) -> Batch:
@@ -139,16 +141,18 @@ class Batch:
     def _opened_journal(self) -> Journal:
         settings = self.settings
         path = settings.output.with_name(f"{settings.output.name}.journal")
-        if path.exists() and not (settings.is_resumed or settings.is_overwritten):
-            raise UsageError(
-                f"{path} is there: a job for this output was not finished",
-                hint="--resume goes on with it, --overwrite begins anew",
-            )
         if settings.is_resumed and settings.output.exists() and not path.exists():
             raise UsageError(
                 f"-o {settings.output} is already there and complete: it has no journal", hint="--overwrite"
             )
-        return Journal(path)
+        journal = Journal(path)
+        if journal.has_answers() and not (settings.is_resumed or settings.is_overwritten):
+            journal.close()
+            raise UsageError(
+                f"{path} is there: a job for this output was not finished",
+                hint="--resume goes on with it, --overwrite begins anew",
+            )
+        return journal
 
     def _begin(self) -> Mapping[str, int]:
         """What was chosen: now, or when the job that is resumed began."""

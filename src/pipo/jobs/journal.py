@@ -99,6 +99,10 @@ class Journal:
             raise UsageError(f"{self.path} is not a journal of this pipo's", hint="--overwrite begins anew")
         return found
 
+    def has_answers(self) -> bool:
+        """At least one: a job that never came so far has nothing to lose."""
+        return os.path.lexists(self.path) and any(i for i, _ in enumerate(self._lines()))
+
     def repair(self, on_answer: Callable[[Answer], None]) -> None:
         """Show the answers there are, and cut off what follows the last whole one."""
         end = 0

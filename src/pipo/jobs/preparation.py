@@ -54,7 +54,7 @@ class Preparer:
             return Answer.failed(idx, _overflow(len(ids), wanted, self._context_tokens), len(ids))
         params = replace(asked.params, max_tokens=wanted or min(DEFAULT_ANSWER_TOKENS, room))
         request = GenerationRequest(tuple(ids), params, constraint=asked.constraint)
-        return Prepared(idx, request, _key(request))
+        return Prepared(idx, request, key_of(request))
 
     def _encode(self, prompt: str | Sequence[Message]) -> list[int]:
         texts = [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
@@ -79,7 +79,7 @@ def _overflow(num_prompt: int, wanted: int | None, context_tokens: int) -> Conte
     return ContextOverflow(f"a prompt of {num_prompt} tokens and {answer} do not fit the context of {context_tokens}")
 
 
-def _key(request: GenerationRequest) -> bytes | None:
+def key_of(request: GenerationRequest) -> bytes | None:
     """Equal for requests that have one answer: those that draw no random numbers, or draw them from one seed."""
     params = request.params
     if not params.is_greedy and params.seed is None:
