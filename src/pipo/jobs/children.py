@@ -59,7 +59,7 @@ def _run(work: Callable[..., None], connection: Connection, *args: object) -> No
         work(connection, *args)
     except PipoError as error:
         connection.send(error)
-    except (BrokenPipeError, EOFError):  # nobody listens any more
+    except (ConnectionError, EOFError):  # nobody listens any more
         return
 
 
