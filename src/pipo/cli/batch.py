@@ -21,6 +21,7 @@ from pipo.cli.flags import (
 if TYPE_CHECKING:
     from pipo.generation.request import ConstraintSpec
     from pipo.jobs.batch import Batch, StartEngine
+    from pipo.jobs.ray_engines import RayPlace
 
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_SEQUENCES = 4096
@@ -63,6 +64,13 @@ def batch(
     column_prefix: Annotated[
         str, typer.Option(metavar="TEXT", help="Before the names of the new columns: answer, error, …")
     ] = "",
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS|auto|local", help="Engines on the nodes of a Ray cluster, one on each."),
+    ] = None,
+    ray_workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --ray: so many engines, not one on each node.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="What happens, as JSON lines on stdout.")] = False,
     *,
     output: OutputFlags,
@@ -84,12 +92,15 @@ def batch(
         raise UsageError("--system needs the chat template, which --raw leaves out")
     if prompt_template is not None and prompt_column is not None:
         raise UsageError("--prompt-template and --prompt-column contradict each other", hint="leave one of them out")
+    if ray_workers is not None and ray is None:
+        raise UsageError("--ray-workers needs --ray", hint="--ray local starts Ray on this machine")
     config = make_config(memory, compute)
     params, wanted = sampling.params(sampling.max_tokens), _num_sequences(num_sequences)
 
     from pipo.jobs.answers import AnswerNames
     from pipo.jobs.batch import Batch, BatchSettings
     from pipo.jobs.prompts import PromptSettings
+    from pipo.jobs.ray_engines import RayPlace
     from pipo.store.library import resolve_model
 
     template = None if prompt_template is None else read_template(prompt_template)
@@ -107,19 +118,20 @@ def batch(
         is_overwritten=overwrite,
     )
     with Batch(settings) as job:
-        _run(job, output, json=json)
+        _run(job, output, None if ray is None else RayPlace(ray, ray_workers), json=json)
 
 
-def _run(job: Batch, output: OutputFlags, *, json: bool) -> None:
+def _run(job: Batch, output: OutputFlags, place: RayPlace | None, *, json: bool) -> None:
     """Raises RowsFailed where a row has an error."""
     import asyncio
 
     from pipo.base.errors import RowsFailed
     from pipo.cli.batch_report import BatchReport
 
-    with BatchReport(job, output, json=json) as report:
+    with BatchReport(job, output, json=json, is_elsewhere=place is not None) as report:
         if not job.is_complete:
-            asyncio.run(job.run(_start_engine(), report.start, report.tick))
+            start = _start_engine() if place is None else _start_workers(job, place)
+            asyncio.run(job.run(start, report.start, report.tick, is_elsewhere=place is not None))
         job.publish()
         report.end()
     if job.tally.num_failed:
@@ -136,6 +148,21 @@ def _start_engine() -> StartEngine:
 
     async def start(spec: EngineSpec) -> EngineClient:
         return LocalEngine(spec)
+
+    return start
+
+
+def _start_workers(job: Batch, place: RayPlace) -> StartEngine:
+    """Each node finds out for itself what `--ram` comes to there, and how many sequences pay."""
+    from dataclasses import replace
+
+    from pipo.jobs.engine_plan import EngineSpec
+    from pipo.jobs.ray_engines import RayEngines
+    from pipo.serving.contract import EngineClient
+
+    async def start(spec: EngineSpec) -> EngineClient:
+        own = replace(spec, config=replace(spec.config, ram=job.settings.config.ram))
+        return await RayEngines.start(place, own, job.settings.num_sequences)
 
     return start
 

@@ -22,7 +22,10 @@ from pipo.serving.contract import EngineClient, EngineStats
 class BatchReport:
     """A context manager: whatever ends the job early, it says how to go on."""
 
-    def __init__(self, job: Batch, output: OutputFlags, *, json: bool) -> None:
+    def __init__(self, job: Batch, output: OutputFlags, *, json: bool, is_elsewhere: bool = False) -> None:
+        """`is_elsewhere`: engines on other machines, whose memory is not this one's."""
+        self._is_elsewhere = is_elsewhere
+        self._limit_bytes = job.limit_bytes
         self._job = job
         self._output = output
         self._json = json
@@ -35,6 +38,8 @@ class BatchReport:
     def start(self, client: EngineClient) -> None:
         """The engine runs."""
         self._begin_s = time.monotonic()
+        if self._is_elsewhere:
+            self._limit_bytes = client.info.limit_bytes
         self._event("start", **self._job_values(), engine=asdict(client.info))
         if not self._output.quiet:
             print_rows(stderr(), f"{client.info.model} · {self._job.num_rows} rows", self._rows(client), style="dim")
@@ -43,7 +48,7 @@ class BatchReport:
 
     def tick(self, tally: Tally, stats: EngineStats, anonymous_bytes: int) -> None:
         self._stats = stats
-        self._peak_bytes = max(self._peak_bytes, anonymous_bytes)
+        self._peak_bytes = max(self._peak_bytes, stats.anonymous_bytes if self._is_elsewhere else anonymous_bytes)
         self._event("progress", **asdict(tally), **self._rates())
         if self._display is not None:
             self._display.advance(tally.num_done, tally.num_rows, self._note(tally))
@@ -51,10 +56,10 @@ class BatchReport:
     def end(self) -> None:
         """The output is there."""
         self._stop()
-        job, tally = self._job, self._job.tally
+        tally = self._job.tally
         self._event("end", **self._job_values(), **asdict(tally), **self._rates(), seconds=self._seconds)
-        if self._peak_bytes > job.limit_bytes:
-            peak, limit = format_size(self._peak_bytes), format_size(job.limit_bytes)
+        if self._peak_bytes > self._limit_bytes:
+            peak, limit = format_size(self._peak_bytes), format_size(self._limit_bytes)
             print_warning(f"the processes had {peak} of anonymous memory, more than the limit of {limit}")
         if not self._output.quiet:
             print_note(" · ".join(self._summary()))
@@ -78,9 +83,11 @@ class BatchReport:
         if self._done_before:
             yield "resumed", f"{self._done_before} rows are answered already"
         yield "sequences", f"{info.num_sequences} at a time, {info.context_tokens} tokens of context each"
+        engine, limit = format_size(info.limit_bytes), format_size(job.limit_bytes)
+        if self._is_elsewhere:
+            yield "memory", f"{engine} for the engines of all nodes"
+            return
         besides = job.limit_bytes - info.limit_bytes
-        engine = format_size(info.limit_bytes)
-        limit = format_size(job.limit_bytes)
         yield "memory", f"{engine} for the engine, {format_size(besides)} for reading and the job, the limit is {limit}"
 
     def _note(self, tally: Tally) -> str:
@@ -101,7 +108,7 @@ class BatchReport:
         yield f"{tally.prompt_tokens} tokens read, {tally.completion_tokens} written"
         yield self._note(tally)
         if self._peak_bytes:
-            yield f"peak {format_size(self._peak_bytes)} of {format_size(self._job.limit_bytes)}"
+            yield f"peak {format_size(self._peak_bytes)} of {format_size(self._limit_bytes)}"
 
     def _rates(self) -> dict[str, object]:
         tally, stats, seconds = self._job.tally, self._stats, max(self._seconds, 1e-9)

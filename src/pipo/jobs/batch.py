@@ -36,6 +36,7 @@ from pipo.serving.contract import EngineClient, EngineStats
 JOB_BYTES = 32 * MIB  # 24 MiB measured with a journal of 100,000 rows, 5 MiB of the process that watches over pipes
 READER_GROWTH_BYTES = 16 * MIB  # beyond its first window: longer rows, windows that lie ready
 USUAL_READER_BYTES = 56 * MIB  # what is left to the reader where it has not been measured yet
+SEQUENCES_ELSEWHERE = 32  # for the size of a window, where nobody has counted them yet
 OPEN_PER_SEQUENCE = 4  # requests with the engine: it never waits for this process to offer the next
 WINDOW_PER_SEQUENCE = 16  # rows that are ordered together
 LEAST_WINDOW, MOST_WINDOW = 64, 2048
@@ -95,15 +96,25 @@ class Batch:
         """Every row has its answer in the journal."""
         return self.tally.num_done >= self.num_rows
 
-    async def run(self, start: StartEngine, on_start: Callable[[EngineClient], None], on_tick: OnTick) -> None:
-        """Answer what is left. Whatever ends it early, `--resume` goes on from there."""
-        num_sequences = await asyncio.to_thread(self._num_sequences)
+    async def run(
+        self,
+        start: StartEngine,
+        on_start: Callable[[EngineClient], None],
+        on_tick: OnTick,
+        *,
+        is_elsewhere: bool = False,
+    ) -> None:
+        """Answer what is left. Whatever ends it early, `--resume` goes on from there.
+
+        Engines that are elsewhere plan for themselves, with all of the budget: here is none.
+        """
+        num_sequences = await asyncio.to_thread(self._num_sequences, is_elsewhere=is_elsewhere)
         reader = await asyncio.to_thread(Reader, self._reading(num_sequences), bytes(self.done))
         try:
             client = await self._started(start, num_sequences, reader.anonymous_bytes)
             try:
                 on_start(client)
-                await self._answer(client, reader, OPEN_PER_SEQUENCE * num_sequences, on_tick)
+                await self._answer(client, reader, OPEN_PER_SEQUENCE * client.info.num_sequences, on_tick)
             finally:
                 await client.close()
         finally:
@@ -219,8 +230,10 @@ class Batch:
         prompt, answer = self.chosen["prompt_tokens"], self.chosen["answer_tokens"]
         return Workload(max(prompt // num, 1), max(answer // num, 1))
 
-    def _num_sequences(self) -> int:
+    def _num_sequences(self, *, is_elsewhere: bool) -> int:
         left = self.num_rows - self.tally.num_done
+        if is_elsewhere:
+            return self.settings.num_sequences or SEQUENCES_ELSEWHERE
         if self.settings.num_sequences is not None:
             return min(self.settings.num_sequences, left)
         spec = self._spec(1, USUAL_READER_BYTES)

@@ -45,7 +45,7 @@ def best_num_sequences(spec: EngineSpec) -> int:
 
     Raises OverBudget where not even one sequence fits.
     """
-    return run_in_child(_best_num_sequences, spec)
+    return run_in_child(plan_num_sequences, spec)
 
 
 def _model_facts(path: Path) -> ModelFacts:
@@ -57,7 +57,8 @@ def _model_facts(path: Path) -> ModelFacts:
     return ModelFacts(manifest.name, manifest.hyper.context_tokens, {"name": manifest.name, "files": files})
 
 
-def _best_num_sequences(spec: EngineSpec) -> int:
+def plan_num_sequences(spec: EngineSpec) -> int:
+    """`best_num_sequences` in this process."""
     from pipo.model_file import ModelFile
     from pipo.outlook import Outlook
 
