@@ -97,6 +97,7 @@ def batch(
     config = make_config(memory, compute)
     params, wanted = sampling.params(sampling.max_tokens), _num_sequences(num_sequences)
 
+    from pipo.cli.batch_report import looking_at
     from pipo.jobs.answers import AnswerNames
     from pipo.jobs.batch import Batch, BatchSettings
     from pipo.jobs.prompts import PromptSettings
@@ -117,7 +118,9 @@ def batch(
         is_resumed=resume,
         is_overwritten=overwrite,
     )
-    with Batch(settings) as job:
+    with looking_at(table, output):
+        job = Batch(settings)
+    with job:
         _run(job, output, None if ray is None else RayPlace(ray, ray_workers), json=json)
 
 

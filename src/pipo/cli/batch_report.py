@@ -7,16 +7,28 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 
 from pipo.base.units import format_rate, format_size
 from pipo.cli.flags import OutputFlags
 from pipo.cli.progress import ProgressDisplay, progress_display
-from pipo.cli.terminal import Row, print_note, print_rows, print_warning, stderr
+from pipo.cli.terminal import Row, print_note, print_rows, print_warning, printable, stderr
 from pipo.jobs.batch import Batch
 from pipo.jobs.job import Tally
 from pipo.serving.contract import EngineClient, EngineStats
+
+
+@contextmanager
+def looking_at(table: Path, output: OutputFlags) -> Iterator[None]:
+    """Show that something goes on: a large table is read and tokenised once before anything is planned."""
+    if output.quiet or not stderr().is_terminal:
+        yield
+        return
+    with stderr().status(printable(f"looking through {table} …"), spinner_style="dim"):
+        yield
 
 
 class BatchReport:

@@ -1,8 +1,9 @@
 """A batch job from its settings to its output: look, begin or resume, answer, publish.
 
 Processes: this one has the event loop, the journal and what is said; the reader prepares rows ahead; the engine
-computes. All of them count against `--ram`: JOB_BYTES are this one's, the reader's are measured once its first window
-is ready, and the engine has the rest.
+computes. All of them count against `--ram`. What this one and the reader have is measured once the reader's first
+window is ready, before there is an engine: that and GROWTH_BYTES, but BESIDES_BYTES at least, are theirs. The engine
+has the rest.
 """
 
 from __future__ import annotations
@@ -33,9 +34,8 @@ from pipo.planner.placement import smallest_ram_text
 from pipo.planner.predict import Workload
 from pipo.serving.contract import EngineClient, EngineStats
 
-JOB_BYTES = 32 * MIB  # 24 MiB measured with a journal of 100,000 rows, 5 MiB of the process that watches over pipes
-READER_GROWTH_BYTES = 16 * MIB  # beyond its first window: longer rows, windows that lie ready
-USUAL_READER_BYTES = 56 * MIB  # what is left to the reader where it has not been measured yet
+BESIDES_BYTES = 80 * MIB  # of this process and the reader with a small vocabulary; more where they measure more
+GROWTH_BYTES = 16 * MIB  # beyond what they have once the first window is ready: longer rows, windows that wait
 SEQUENCES_ELSEWHERE = 32  # for the size of a window, where nobody has counted them yet
 OPEN_PER_SEQUENCE = 4  # requests with the engine: it never waits for this process to offer the next
 WINDOW_PER_SEQUENCE = 16  # rows that are ordered together
@@ -111,7 +111,7 @@ class Batch:
         num_sequences = await asyncio.to_thread(self._num_sequences, is_elsewhere=is_elsewhere)
         reader = await asyncio.to_thread(Reader, self._reading(num_sequences), bytes(self.done))
         try:
-            client = await self._started(start, num_sequences, reader.anonymous_bytes)
+            client = await self._started(start, num_sequences)
             try:
                 on_start(client)
                 await self._answer(client, reader, OPEN_PER_SEQUENCE * client.info.num_sequences, on_tick)
@@ -236,20 +236,20 @@ class Batch:
             return self.settings.num_sequences or SEQUENCES_ELSEWHERE
         if self.settings.num_sequences is not None:
             return min(self.settings.num_sequences, left)
-        spec = self._spec(1, USUAL_READER_BYTES)
-        with _naming_all(JOB_BYTES + USUAL_READER_BYTES):
+        spec = self._spec(1, BESIDES_BYTES)
+        with _naming_all(BESIDES_BYTES):
             return min(best_num_sequences(spec), left)
 
-    def _spec(self, num_sequences: int, reader_bytes: int) -> EngineSpec:
-        ram = max(self.limit_bytes - JOB_BYTES - reader_bytes, 1)
+    def _spec(self, num_sequences: int, besides_bytes: int) -> EngineSpec:
+        ram = max(self.limit_bytes - besides_bytes, 1)
         config = replace(self.settings.config, ram=str(ram), num_sequences=num_sequences)
         workload = replace(self.workload, num_sequences=num_sequences)
         return EngineSpec(self.settings.model, config, self.context_tokens, workload)
 
-    async def _started(self, start: StartEngine, num_sequences: int, reader_bytes: int) -> EngineClient:
-        reader_bytes = round_up(reader_bytes + READER_GROWTH_BYTES, 4 * MIB)
-        with _naming_all(JOB_BYTES + reader_bytes):
-            return await start(self._spec(num_sequences, reader_bytes))
+    async def _started(self, start: StartEngine, num_sequences: int) -> EngineClient:
+        besides_bytes = max(round_up(tree_anonymous_bytes() + GROWTH_BYTES, 4 * MIB), BESIDES_BYTES)
+        with _naming_all(besides_bytes):
+            return await start(self._spec(num_sequences, besides_bytes))
 
     async def _answer(self, client: EngineClient, reader: Reader, max_open: int, on_tick: OnTick) -> None:
         async def tick() -> None:

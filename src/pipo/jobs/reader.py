@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from pipo.hardware.memory import process_memory
 from pipo.jobs.answers import Answer
 from pipo.jobs.children import receive, start_child, stop_child
 from pipo.jobs.grouping import grouped
@@ -64,7 +63,7 @@ def survey(reading: Reading) -> Survey:
 
 
 class Reader:
-    """The process that reads ahead. `anonymous_bytes` is what it has once its first window is ready.
+    """The process that reads ahead; its first window is ready when it is made.
 
     Raises PipoError where it fails: a table that is gone or has changed ends the job.
     """
@@ -73,7 +72,7 @@ class Reader:
         """`done` has a bit for each row that is answered already, the lowest first."""
         self._connection, self._process = start_child(_read, reading, done)
         try:
-            self.anonymous_bytes = int(str(receive(self._connection)))
+            receive(self._connection)
         except BaseException:
             self.close()
             raise
@@ -110,7 +109,7 @@ def _read(connection: Connection, reading: Reading, done: bytes) -> None:
     """What the process does: a window is made before it is asked for."""
     windows = _windows(reading, done)
     window = next(windows, None)
-    connection.send(process_memory().anonymous_bytes)
+    connection.send(None)
     while True:
         connection.recv()
         connection.send(window)
