@@ -143,11 +143,11 @@ class Outlook:
                     found.append(Change(what, prediction.tokens_per_s, prediction.tokens_per_s / now - 1))
         return sorted(found, key=lambda change: -change.gain)
 
-    def batch_curve(self, case: Case) -> BatchCurve:
-        """1, 2, 4, … sequences, as long as their keys and values fit. Raises OverBudget where not even one does."""
+    def batch_curve(self, case: Case, most: int = MAX_SEQUENCES) -> BatchCurve:
+        """1, 2, 4, … `most` sequences, as far as their keys and values fit. Raises OverBudget where not one does."""
         points = [self._point(case, 1)]
         with suppress(OverBudget):
-            while (num := 2 * points[-1].num_sequences) <= MAX_SEQUENCES:
+            while (num := 2 * points[-1].num_sequences) <= most:
                 points.append(self._point(case, num))
         return BatchCurve(points)
 

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -196,6 +197,42 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(model: Path, table: Path, 
         assert job.is_complete
         job.publish()
     assert len(out.read_bytes().splitlines()) == NUM_ROWS
+
+
+def test_a_disk_that_is_full_meanwhile_ends_the_job_and_it_goes_on_later(
+    model: Path, table: Path, tmp_path: Path
+) -> None:
+    room = 2500
+
+    def write(fd: int, data: bytes) -> int:
+        nonlocal room
+        if len(data) > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room -= len(data)
+        return os.write(fd, data)
+
+    settings = settings_of(model, table, tmp_path / "out.jsonl", num_sequences=1)
+    with Batch(settings, write=write) as job, pytest.raises(OutputFailed, match="No space left"):
+        answer_all(job, EchoEngine())
+    engine = EchoEngine()
+    with Batch(replace(settings, is_resumed=True)) as job:
+        assert job.tally.num_done == len(_rows_of(tmp_path / "out.jsonl.journal"))
+        answer_all(job, engine)
+        job.publish()
+    assert len((tmp_path / "out.jsonl").read_bytes().splitlines()) == NUM_ROWS
+
+
+def test_whoever_reads_the_events_may_go_away(
+    command: CommandLine, model: Path, table: Path, expected: bytes, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    process = command.start("batch", str(model), str(table), "-o", str(out), *FLAGS, "--json")
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["event"] == "start"
+    process.stdout.close()
+    assert process.wait(TIMEOUT_S) == 141
+    assert command("batch", str(model), str(table), "-o", str(out), *FLAGS, "--resume").code == 3
+    assert out.read_bytes() == expected
 
 
 def test_a_reader_that_dies_ends_the_job_with_an_error(

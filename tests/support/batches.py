@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipo.base.config import EngineConfig
 from pipo.base.errors import PipoError
@@ -80,3 +84,15 @@ def answer_all(job: Batch, engine: EngineClient) -> None:
 
 def done_answer(row: int, text: str = "yes") -> Answer:
     return Answer(row, text, "stop", 3, 1)
+
+
+def write_tables(folder: Path) -> None:
+    """Those that the documents name."""
+    (folder / "reviews.csv").write_text("id,review\n1,Lovely and quiet.\n2,It leaks.\n3,Lovely and quiet.\n")
+    body = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8, "temperature": 0}
+    request = {"custom_id": "first", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (folder / "requests.jsonl").write_text(json.dumps(request) + "\n")
+    questions = {"question": ["What is the tide?", "What is the moon?"], "id": [1, 2]}
+    pq.write_table(pa.table(questions), folder / "questions.parquet")
+    (folder / "letters").mkdir()
+    (folder / "letters" / "monday.txt").write_text("Dear Anna, it rains and I read.")

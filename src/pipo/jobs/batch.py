@@ -9,8 +9,9 @@ has the rest.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from pipo.jobs.answers import Answer, AnswerNames
 from pipo.jobs.children import run_in_child
 from pipo.jobs.engine_plan import EngineSpec, best_num_sequences, model_facts
 from pipo.jobs.job import Job, Tally
-from pipo.jobs.journal import JobIdentity, Journal
+from pipo.jobs.journal import JobIdentity, Journal, Write
 from pipo.jobs.output import check_output, publish
 from pipo.jobs.prompts import PromptSettings, PromptSource
 from pipo.jobs.reader import Reader, Reading, Survey, bits_of, set_bit, survey
@@ -36,6 +37,7 @@ from pipo.serving.contract import EngineClient, EngineStats
 
 BESIDES_BYTES = 80 * MIB  # of this process and the reader with a small vocabulary; more where they measure more
 GROWTH_BYTES = 16 * MIB  # beyond what they have once the first window is ready: longer rows, windows that wait
+MAX_SEQUENCES = 4096
 SEQUENCES_ELSEWHERE = 32  # for the size of a window, where nobody has counted them yet
 OPEN_PER_SEQUENCE = 4  # requests with the engine: it never waits for this process to offer the next
 WINDOW_PER_SEQUENCE = 16  # rows that are ordered together
@@ -68,13 +70,15 @@ class Batch:
     `chosen` is what the job's first start found out, and `tally` how far it has come.
     """
 
-    def __init__(self, settings: BatchSettings, *, create: Create = create_file) -> None:
+    def __init__(self, settings: BatchSettings, *, create: Create = create_file, write: Write = os.write) -> None:
+        """`create` makes files of the output, `write` appends to the journal: a disk, or one that is full in tests."""
         check_output(
             settings.table, settings.output, is_resumed=settings.is_resumed, is_overwritten=settings.is_overwritten
         )
         self.settings = settings
         self.limit_bytes = ram_bytes(settings.config.ram)
         self._create = create
+        self._write = write
         self._table = open_table(settings.table)
         self._version = self._table.version()
         self._contents = self._table.look()
@@ -156,7 +160,7 @@ class Batch:
             raise UsageError(
                 f"-o {settings.output} is already there and complete: it has no journal", hint="--overwrite"
             )
-        journal = Journal(path)
+        journal = Journal(path, write=self._write)
         if journal.has_answers() and not (settings.is_resumed or settings.is_overwritten):
             journal.close()
             raise UsageError(
@@ -238,7 +242,7 @@ class Batch:
             return min(self.settings.num_sequences, left)
         spec = self._spec(1, BESIDES_BYTES)
         with _naming_all(BESIDES_BYTES):
-            return min(best_num_sequences(spec), left)
+            return best_num_sequences(spec, min(left, MAX_SEQUENCES))
 
     def _spec(self, num_sequences: int, besides_bytes: int) -> EngineSpec:
         ram = max(self.limit_bytes - besides_bytes, 1)
@@ -252,21 +256,26 @@ class Batch:
             return await start(self._spec(num_sequences, besides_bytes))
 
     async def _answer(self, client: EngineClient, reader: Reader, max_open: int, on_tick: OnTick) -> None:
-        async def tick() -> None:
-            while True:
-                on_tick(self.tally, await client.stats(), tree_anonymous_bytes())
-                await asyncio.sleep(TICK_S)
-
-        ticking = asyncio.create_task(tick())
+        """Whichever fails ends the other: answers, and whoever is told of them."""
+        answering = asyncio.create_task(Job(client, self.journal, self.tally, max_open).run(reader.windows()))
+        ticking = asyncio.create_task(self._tick(client, on_tick))
         try:
-            await Job(client, self.journal, self.tally, max_open).run(reader.windows())
+            await asyncio.wait((answering, ticking), return_when=asyncio.FIRST_COMPLETED)
         finally:
+            answering.cancel()
             ticking.cancel()
-            with suppress(asyncio.CancelledError):
-                await ticking
+            ends = await asyncio.gather(answering, ticking, return_exceptions=True)
+        for end in ends:
+            if isinstance(end, BaseException) and not isinstance(end, asyncio.CancelledError):
+                raise end
         if not self.is_complete:
             raise MalformedTable(f"{self.settings.table}: has fewer rows than when the job began")
         on_tick(self.tally, await client.stats(), tree_anonymous_bytes())
+
+    async def _tick(self, client: EngineClient, on_tick: OnTick) -> None:
+        while True:
+            on_tick(self.tally, await client.stats(), tree_anonymous_bytes())
+            await asyncio.sleep(TICK_S)
 
 
 @contextmanager

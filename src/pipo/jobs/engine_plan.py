@@ -40,12 +40,12 @@ def model_facts(path: Path) -> ModelFacts:
     return run_in_child(_model_facts, path)
 
 
-def best_num_sequences(spec: EngineSpec) -> int:
-    """The smallest batch that is predicted to give nearly all the tokens per second there are, on this machine.
+def best_num_sequences(spec: EngineSpec, most: int) -> int:
+    """The smallest batch, up to `most`, that is predicted to give nearly all the tokens per second there are, here.
 
     Raises OverBudget where not even one sequence fits.
     """
-    return run_in_child(plan_num_sequences, spec)
+    return run_in_child(plan_num_sequences, spec, most)
 
 
 def _model_facts(path: Path) -> ModelFacts:
@@ -57,11 +57,11 @@ def _model_facts(path: Path) -> ModelFacts:
     return ModelFacts(manifest.name, manifest.hyper.context_tokens, {"name": manifest.name, "files": files})
 
 
-def plan_num_sequences(spec: EngineSpec) -> int:
+def plan_num_sequences(spec: EngineSpec, most: int) -> int:
     """`best_num_sequences` in this process."""
     from pipo.model_file import ModelFile
     from pipo.outlook import Outlook
 
     with Outlook(ModelFile(spec.model), spec.config) as outlook:
         case = outlook.case_here(spec.workload, spec.context_tokens, lambda step, fraction: None)
-        return outlook.batch_curve(case).knee.num_sequences
+        return min(outlook.batch_curve(case, 2 * most - 1).knee.num_sequences, most)

@@ -23,6 +23,7 @@ from pipo.jobs.engine_plan import EngineSpec, plan_num_sequences
 from pipo.serving.contract import EngineClient, EngineInfo, EngineStats, Summary
 
 LOCAL_STORE_BYTES = 100 * MIB  # requests and answers are some KB; Ray takes no less than 75 MB
+MAX_SEQUENCES = 256  # of a worker that plans for itself: it does not know how many rows there are
 LOST_AFTER_S = 120.0  # with no worker alive
 
 
@@ -72,7 +73,7 @@ class RayWorker:
             if self._client is None:
                 num = self._num_sequences
                 if num is None:
-                    num = await asyncio.to_thread(plan_num_sequences, self._spec)
+                    num = await asyncio.to_thread(plan_num_sequences, self._spec, MAX_SEQUENCES)
                 config = replace(self._spec.config, num_sequences=num)
                 workload = replace(self._spec.workload, num_sequences=num)
                 self._client = LocalEngine(replace(self._spec, config=config, workload=workload))
