@@ -12,11 +12,13 @@ import pytest
 
 from bench.random_model import write_random_model
 from pipo.base.config import EngineConfig
+from pipo.base.errors import PipoError
 from pipo.generation.request import SamplingParams
 from pipo.jobs.batch import Batch
 from pipo.jobs.engine_plan import EngineSpec
 from pipo.jobs.prompts import PromptSettings
 from pipo.jobs.ray_engines import RayEngines, RayPlace
+from pipo.planner.predict import Workload
 from pipo.serving.contract import EngineClient, EngineStats
 from tests.support.batches import settings_of
 
@@ -61,6 +63,15 @@ def _run(model: Path, table: Path, output: Path, *, kill_after: int | None) -> l
         assert job.tally.num_done == NUM_ROWS and not job.tally.num_failed
         job.publish()
     return died
+
+
+@pytest.mark.parametrize(
+    ("address", "says"), [("127.0.0.1:9", "no cluster answers"), ("ray://x:1", "no address"), ("x", "no address")]
+)
+def test_an_address_where_no_cluster_is_says_so_at_once(address: str, says: str) -> None:
+    spec = EngineSpec(Path("none"), EngineConfig(), 1, Workload(1, 1))
+    with pytest.raises(PipoError, match=says):
+        asyncio.run(RayEngines.start(RayPlace(address), spec, 1))
 
 
 def test_a_worker_that_dies_costs_only_the_rows_it_had_open(model: Path, tmp_path: Path) -> None:

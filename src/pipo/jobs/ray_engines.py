@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from pipo.generation.request import GenerationRequest
 from pipo.jobs.engine_plan import EngineSpec, plan_num_sequences
 from pipo.serving.contract import EngineClient, EngineInfo, EngineStats, Summary
 
+LOCAL, AUTO = "local", "auto"
+CONNECT_S = 10.0
 LOCAL_STORE_BYTES = 100 * MIB  # requests and answers are some KB; Ray takes no less than 75 MB
 MAX_SEQUENCES = 256  # of a worker that plans for itself: it does not know how many rows there are
 LOST_AFTER_S = 120.0  # with no worker alive
@@ -210,9 +213,11 @@ def _connected(place: RayPlace) -> ModuleType:
         import ray
     except ImportError as error:
         raise UsageError("--ray needs Ray, which is not here", hint="pip install 'pipo[ray]'") from error
+    if place.address not in (LOCAL, AUTO):
+        _check_answers(place.address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        if place.address == "local":
+        if place.address == LOCAL:
             cores = max(place.num_workers or 1, os.cpu_count() or 1)
             store = LOCAL_STORE_BYTES
             ray.init(num_cpus=cores, object_store_memory=store, include_dashboard=False, address="local", **quiet)
@@ -222,6 +227,17 @@ def _connected(place: RayPlace) -> ModuleType:
         raise PipoError(f"--ray {place.address}: no cluster answers: {error!s:.300}") from error
     module: ModuleType = ray
     return module
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself tries for minutes. Raises UsageError for what is no address, PipoError where nobody listens."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise UsageError(f"--ray {address!r:.80} is no address", hint="host:port of the cluster's head, auto, or local")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise PipoError(f"--ray {address}: no cluster answers: {error}") from error
 
 
 def _actor_classes(ray: ModuleType, place: RayPlace) -> list[Any]:
