@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +152,7 @@ def test_schema_that_is_none_is_refused(pipo: CommandLine, tmp_path: Path) -> No
     assert ended.code == 2 and "objct" in ended.err
 
 
-def test_start_imports_nothing_that_only_batches_need(pipo: CommandLine) -> None:
-    import subprocess
-    import sys
-
+def test_start_imports_nothing_that_only_batches_need() -> None:
     program = (
         "import sys, pipo.cli.app; print([m for m in ('pyarrow', 'llguidance', 'ray', 'pydantic') if m in sys.modules])"
     )

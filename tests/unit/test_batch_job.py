@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.random_model import write_random_model
+from pipo.base.config import EngineConfig
 from pipo.base.errors import ComputeError, EngineBusy, MalformedTable, UsageError
 from pipo.generation.request import SamplingParams
 from pipo.jobs.batch import Batch, BatchSettings
@@ -147,8 +148,6 @@ def test_a_table_that_changes_meanwhile_is_refused_and_the_answers_stay(model: P
 
 
 def test_without_c_the_context_is_what_the_longest_row_needs(model: Path, tmp_path: Path) -> None:
-    from pipo.base.config import EngineConfig
-
     settings = _settings(model, tmp_path, ["a", "one two three", "x " * 3000], config=EngineConfig(ram="2GB"))
     engine = EchoEngine()
     with Batch(settings) as job:

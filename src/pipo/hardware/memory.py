@@ -65,14 +65,12 @@ def tree_anonymous_bytes(proc: Path = PROC) -> int:
     """Anonymous memory of this process and of all that it has started, and they. Without /proc: of this one alone."""
     total, todo = 0, ["self"]
     while todo:
-        folder = proc / todo.pop()
-        try:
-            status = _read_kilobytes(folder / "status")
-            children = [(task / "children").read_text().split() for task in (folder / "task").iterdir()]
-        except OSError:  # it has ended meanwhile
-            continue
-        total += status.get("RssAnon", 0) + status.get("VmSwap", 0)
-        todo += [child for of_task in children for child in of_task]
+        process = proc / todo.pop()
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            status = _read_kilobytes(process / "status")
+            total += status.get("RssAnon", 0) + status.get("VmSwap", 0)
+            for task in (process / "task").iterdir():
+                todo += (task / "children").read_text().split()
     return total or process_memory(proc).anonymous_bytes
 
 

@@ -28,7 +28,7 @@ from pipo.jobs.job import Job, Tally
 from pipo.jobs.journal import JobIdentity, Journal, Write
 from pipo.jobs.output import check_output, publish
 from pipo.jobs.prompts import PromptSettings, PromptSource
-from pipo.jobs.reader import Reader, Reading, Survey, bits_of, set_bit, survey
+from pipo.jobs.reader import Reader, Reading, Survey, bits_of, has_bit, set_bit, survey
 from pipo.jobs.table import Create, OutputForm, create_file
 from pipo.jobs.tables import open_table
 from pipo.planner.placement import smallest_ram_text
@@ -181,8 +181,9 @@ class Batch:
         return known.chosen
 
     def _note_old(self, answer: Answer) -> None:
-        self.tally.note(answer)
-        set_bit(self.done, answer.row)
+        if answer.row < self.num_rows and not has_bit(self.done, answer.row):
+            self.tally.note(answer)
+            set_bit(self.done, answer.row)
 
     def _identity(self, chosen: Mapping[str, int]) -> JobIdentity:
         config, prompts = self.settings.config, self.settings.prompts

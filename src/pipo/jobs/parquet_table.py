@@ -44,7 +44,7 @@ class ParquetTable(Table):
             if wanted == []:  # rows that nothing is read of are rows all the same
                 yield from ({} for _ in range(file.metadata.num_rows))
                 return
-            for batch in file.iter_batches(BATCH_ROWS, columns=wanted, use_threads=False):
+            for batch in self._batches(file, wanted):
                 yield from batch.to_pylist()
 
     def write(self, part: Path, answers: Iterator[Answer], contents: Contents, form: OutputForm) -> None:
@@ -63,9 +63,9 @@ class ParquetTable(Table):
 
     def _answered(self, file: Any, answers: Iterator[Answer], schema: Any, names: AnswerNames) -> Iterator[Any]:
         """Batches of the file with the new columns behind its own."""
-        for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
+        for batch in self._batches(file, None):
             found = [names.values(answer) for answer in islice(answers, batch.num_rows)]
-            types = (schema.field(name).type for name in names.all)
+            types = [schema.field(name).type for name in names.all]
             new = [
                 self._pa.array([row[name] for row in found], kind) for name, kind in zip(names.all, types, strict=True)
             ]
@@ -73,6 +73,16 @@ class ParquetTable(Table):
                 yield self._pa.record_batch([*batch.slice(0, len(found)).columns, *new], schema=schema)
             if len(found) < batch.num_rows:
                 return
+
+    def _batches(self, file: Any, columns: list[str] | None) -> Iterator[Any]:
+        with self._named_errors():
+            batches = file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
+        while True:
+            with self._named_errors():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def _identity(self) -> dict[str, object]:
         """Its size, when it was written, and its footer, which says where everything lies."""
@@ -87,13 +97,20 @@ class ParquetTable(Table):
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
+        with self._named_errors():
+            file = self._pq.ParquetFile(self.path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+        with file:
+            yield file
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """What the library raises for a broken file: its own errors, and OSError for what it cannot decode."""
         try:
-            with self._pq.ParquetFile(self.path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
-                yield file
-        except self._pa.ArrowException as error:
-            raise MalformedTable(f"{self.path} is not a sound Parquet file: {error!s:.200}") from error
+            yield
         except FileNotFoundError as error:
             raise read_failed(self.path, error) from error
+        except (self._pa.ArrowException, OSError, ValueError) as error:
+            raise MalformedTable(f"{self.path} is not a sound Parquet file: {error!s:.200}") from error
 
 
 def _library(path: Path) -> tuple[ModuleType, ModuleType]:
