@@ -77,12 +77,16 @@ class ParquetTable(Table):
     def _batches(self, file: Any, columns: list[str] | None) -> Iterator[Any]:
         with self._named_errors():
             batches = file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
+        wanted, num_rows = file.metadata.num_rows, 0
         while True:
             with self._named_errors():
                 batch = next(batches, None)
             if batch is None:
-                return
+                break
+            num_rows += batch.num_rows
             yield batch
+        if num_rows != wanted:
+            raise MalformedTable(f"{self.path} is not a sound Parquet file: wanted {wanted} rows, found {num_rows}")
 
     def _identity(self) -> dict[str, object]:
         """Its size, when it was written, and its footer, which says where everything lies."""

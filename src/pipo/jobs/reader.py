@@ -101,7 +101,7 @@ def set_bit(bits: bytearray, row: int) -> None:
     bits[row >> 3] |= 1 << (row & 7)
 
 
-def has_bit(bits: bytes, row: int) -> bool:
+def has_bit(bits: bytes | bytearray, row: int) -> bool:
     return row >> 3 < len(bits) and bool(bits[row >> 3] & 1 << (row & 7))
 
 
