@@ -27,16 +27,16 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6)
 class EchoEngine:
     """Says how its prompt ends. Keeps what it was asked, and fails or is full on demand."""
 
-    def __init__(self, *, failures: dict[int, PipoError] | None = None, num_at_once: int = 1000) -> None:
+    def __init__(self, *, failures: dict[int, PipoError] | None = None, num_sequences: int = 4) -> None:
         self.asked: list[GenerationRequest] = []
         self.most_open = 0
         self._failures = failures or {}
-        self._num_at_once = num_at_once
+        self._num_sequences = num_sequences
         self._num_open = 0
 
     @property
     def info(self) -> EngineInfo:
-        return EngineInfo("echo", 256, 4, 1 << 30)
+        return EngineInfo("echo", 256, self._num_sequences, 1 << 30)
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[Piece | Summary]:
         failure = self._failures.pop(len(self.asked), None)

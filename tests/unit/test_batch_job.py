@@ -93,7 +93,7 @@ def test_an_engine_that_is_full_is_asked_again(model: Path, tmp_path: Path) -> N
 
 def test_an_engine_that_fails_ends_the_job_and_what_was_answered_stays(model: Path, tmp_path: Path) -> None:
     prompts = [f"row {'x' * i}" for i in range(20)]
-    failing = EchoEngine(failures={12: ComputeError("broken")})
+    failing = EchoEngine(failures={12: ComputeError("broken")}, num_sequences=1)
     settings = _settings(model, tmp_path, prompts, num_sequences=1)
     with Batch(settings) as job, pytest.raises(ComputeError, match="broken"):
         answer_all(job, failing)
@@ -155,6 +155,12 @@ def test_without_c_the_context_is_what_the_longest_row_needs(model: Path, tmp_pa
         longest = max(len(request.prompt) for request in engine.asked)
         assert job.context_tokens == longest + (GREEDY.max_tokens or 0)
         assert job.tally.num_failed == 1  # the model itself has no room for it
+
+
+def test_a_table_that_is_not_there_is_refused_by_name(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.csv: there is no such file"):
+        Batch(settings_of(model, tmp_path / "none.csv", tmp_path / "out.csv"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_first_rows_alone(model: Path, tmp_path: Path) -> None:

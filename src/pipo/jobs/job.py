@@ -155,16 +155,22 @@ class Job:
 
     async def _store(self, group: list[tuple[bytes | None, Answer]]) -> None:
         if group:
-            offsets = await asyncio.to_thread(self._journal.append, [answer for _, answer in group])
+            offsets = await asyncio.to_thread(self._append, [answer for _, answer in group])
             self._note(group, offsets)
+
+    def _append(self, answers: list[Answer]) -> list[int]:
+        """On a thread, which ends its work even where everything that waits for it is cancelled."""
+        offsets = self._journal.append(answers)
+        for answer in answers:
+            self._tally.note(answer)
+        return offsets
 
     def _taken(self) -> list[tuple[bytes | None, Answer]]:
         group, self._finished = self._finished, []
         return group
 
     def _note(self, group: list[tuple[bytes | None, Answer]], offsets: list[int]) -> None:
-        for (key, answer), offset in zip(group, offsets, strict=True):
-            self._tally.note(answer)
+        for (key, _), offset in zip(group, offsets, strict=True):
             if key is not None:
                 self._known[key] = offset
         while len(self._known) > KNOWN_PROMPTS:

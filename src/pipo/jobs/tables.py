@@ -12,8 +12,6 @@ _KINDS = ".jsonl, .ndjson, .csv, .tsv, .parquet, or a folder of text files"
 
 def open_table(path: Path) -> Table:
     """By its name; nothing is read. Raises UsageError for what is not there or of no such kind."""
-    if not path.exists():
-        raise UsageError(f"{path}: there is no such file or folder", hint=f"a table of rows: {_KINDS}")
     kind = kind_of(path)
     if kind == "folder":
         from pipo.jobs.text_folder import TextFolder
@@ -33,7 +31,9 @@ def open_table(path: Path) -> Table:
 
 
 def kind_of(path: Path) -> str:
-    """Of a table that is there. Raises UsageError."""
+    """Raises UsageError for what is not there, or is no table."""
+    if not path.exists():
+        raise UsageError(f"{path}: there is no such file or folder", hint=f"a table of rows: {_KINDS}")
     kind = "folder" if path.is_dir() else named_kind(path)
     if kind is None or not (path.is_dir() or path.is_file()):
         raise UsageError(f"{path}: is no table that can be read", hint=f"wanted {_KINDS}")
