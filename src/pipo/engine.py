@@ -23,7 +23,6 @@ from pipo.device_shares import device_of
 from pipo.generation.adapters import AdapterSet, find_adapter, weights_of, weights_of_each
 from pipo.generation.answer import Piece, completion_of
 from pipo.generation.batcher import Batcher
-from pipo.generation.constraints import grammars_bytes
 from pipo.generation.events import Event
 from pipo.generation.inbox import Inbox, Iterated
 from pipo.generation.request import Completion, ConstraintSpec, GenerationRequest, SamplingParams
@@ -76,9 +75,6 @@ class Engine:
         self._peak = PeakSampler()
         self._is_closed = False
         self.charge("trace", self.tracer.most_bytes if config.trace else 0)
-        if config.constraints:
-            num_rows = model.manifest.hyper.vocab_size
-            self.charge("constraints", grammars_bytes(model.tokenizer, num_rows, config.num_sequences))
         self._assembly: Assembly | None = None
         self._answering: Answering | None = None
         self._worker = Worker(self._backend.abort.set, self._backend.abort.clear)

@@ -9,12 +9,12 @@ from pathlib import Path
 from pipo.base.adapter import MAX_ADAPTERS, AdapterChoice, AdapterId, NamedAdapter, free_id
 from pipo.base.errors import ContextOverflow, OverBudget, UnsupportedModel, UsageError
 from pipo.base.manifest import Manifest
-from pipo.base.units import MIB, format_size
+from pipo.base.units import MIB, format_size, round_up
 from pipo.formats.adapter import open_adapter
 from pipo.formats.checkpoint import Checkpoint, open_checkpoint
 from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata
 from pipo.formats.hf_text import HfText
-from pipo.hardware.memory import release_free_memory
+from pipo.hardware.memory import process_memory, release_free_memory
 from pipo.models.adapters import check_adapter
 from pipo.models.registry import check_architecture, stages_of
 from pipo.pipeline.blueprint import GROWTH_BYTES
@@ -34,6 +34,7 @@ from pipo.text.vocabulary import TOKENS_KEY
 # smallest budget is the same number on every run; a process that measures more is charged what it measures.
 PROCESS_BYTES = 48 * MIB
 IMPORTED_BYTES = 28 * MIB  # before the tokenizer is built; 23 to 26 measured
+PROCESS_STEP = 8 * MIB
 LONG_TEXT_TOKENS = 4096
 # A tokenizer.json as a GGUF takes so many times what building it takes; 1.4 to 2.0 measured for four vocabularies
 _CONVERSION = 2.5
@@ -141,15 +142,15 @@ class ModelFile:
         return _after_encoding(ids)
 
     @property
-    def chat_template(self) -> str | None:
-        """The source of the model's own, None where it has none."""
+    def template_source(self) -> str | None:
+        """Of the model's own chat template, None where it has none."""
         source = self.checkpoint.metadata.get(TEMPLATE_KEY)
         return source if isinstance(source, str) else None
 
     @cached_property
     def answer_format(self) -> AnswerFormat:
         """How the model writes tool calls and thinking."""
-        return answer_format_of(self.chat_template)
+        return answer_format_of(self.template_source)
 
     def render_chat(
         self,
@@ -162,13 +163,7 @@ class ModelFile:
         template alone. Raises UsageError when the model has no chat template, or what is no conversation.
         """
         made = template_messages(messages, self.answer_format.tools.id_chars)
-        return self._template.render(made, tools=tools, variables=variables)
-
-    @cached_property
-    def _template(self) -> ChatTemplate:
-        ids = self.tokenizer.special_ids
-        names = [None if i is None else self.tokenizer.token_text(i) for i in (ids.bos, ids.eos)]
-        return ChatTemplate.from_metadata(self.checkpoint.metadata, names[0], names[1])
+        return self.chat_template.render(made, tools=tools, variables=variables)
 
     def encode_chat(self, messages: Sequence[Message], max_tokens: int | None = None) -> list[int]:
         """Token ids of a conversation. Raises as `render_chat` and `encode`."""
@@ -179,12 +174,24 @@ class ModelFile:
         self._refuse_longer(rendered, max_tokens, parse_special=True)
         return _after_encoding(self.tokenizer.encode_chat(rendered))
 
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The model's own, compiled once. Raises UsageError where it has none, MalformedFile."""
+        ids = self.tokenizer.special_ids
+        names = [None if i is None else self.tokenizer.token_text(i) for i in (ids.bos, ids.eos)]
+        return ChatTemplate.from_metadata(self.checkpoint.metadata, names[0], names[1])
+
     def _refuse_longer(self, text: str, max_tokens: int | None, *, parse_special: bool) -> None:
         if max_tokens is not None and self.tokenizer.is_longer(text, max_tokens, parse_special=parse_special):
             raise ContextOverflow(
                 f"a prompt of {len(text)} characters does not fit the context of {max_tokens} tokens",
                 hint="a shorter prompt, or a larger context where the model has one",
             )
+
+
+def process_bytes_now() -> int:
+    """What this process takes, or will once it is ready."""
+    return max(PROCESS_BYTES, round_up(process_memory().anonymous_bytes, PROCESS_STEP))
 
 
 def _after_encoding(ids: list[int]) -> list[int]:

@@ -18,11 +18,11 @@ from pipo.hardware.cache import kept_profile
 from pipo.hardware.drive import DriveRate
 from pipo.hardware.host import GivenHost, ThisHost, rate_of_profile
 from pipo.hardware.probe import PROBE_BYTES, Progress
-from pipo.model_file import PROCESS_BYTES, ModelFile
+from pipo.model_file import PROCESS_BYTES, ModelFile, process_bytes_now
 from pipo.native import NativeWeights
 from pipo.pipeline.device_layout import AbsentDevice
 from pipo.pipeline.stage_graphs import compute_on_cpu
-from pipo.plan import Plan, PlanMaker, probe_kind, process_bytes_now
+from pipo.plan import Plan, PlanMaker, probe_kind
 from pipo.planner.batch import BatchCurve, BatchPoint, batch_point
 from pipo.planner.experts import ExpectedRouting
 from pipo.planner.predict import Workload, decode_load
@@ -147,11 +147,11 @@ class Outlook:
                     found.append(Change(what, prediction.tokens_per_s, prediction.tokens_per_s / now - 1))
         return sorted(found, key=lambda change: -change.gain)
 
-    def batch_curve(self, case: Case) -> BatchCurve:
-        """1, 2, 4, … sequences, as long as their keys and values fit. Raises OverBudget where not even one does."""
+    def batch_curve(self, case: Case, most: int = MAX_SEQUENCES) -> BatchCurve:
+        """1, 2, 4, … `most` sequences, as far as their keys and values fit. Raises OverBudget where not one does."""
         points = [self._point(case, 1)]
         with suppress(OverBudget):
-            while (num := 2 * points[-1].num_sequences) <= MAX_SEQUENCES:
+            while (num := 2 * points[-1].num_sequences) <= most:
                 points.append(self._point(case, num))
         return BatchCurve(points)
 

@@ -13,17 +13,17 @@ from pipo.base.config import EngineConfig
 from pipo.base.errors import OverBudget, UsageError
 from pipo.base.machine import MachineProfile
 from pipo.base.tensor_type import TensorType
-from pipo.base.units import MIB, PAGE_BYTES, round_down, round_up
+from pipo.base.units import MIB, PAGE_BYTES, round_down
 from pipo.compute.device import ComputeDevice
 from pipo.compute.devices import CpuBackend
 from pipo.device_shares import DeviceShares
+from pipo.generation.constraints import grammars_bytes
 from pipo.hardware.cache import known_profile, tells_of_a_drive
 from pipo.hardware.drive import DriveRate
 from pipo.hardware.host import WIDE_SHARE, Host, ThisHost
-from pipo.hardware.memory import process_memory
 from pipo.hardware.probe import PROBE_BYTES, Progress, Scope, probe
 from pipo.kvcache.cache import ROWS_PER_PAGE
-from pipo.model_file import PROCESS_BYTES, ModelFile
+from pipo.model_file import ModelFile, process_bytes_now
 from pipo.models.stage import banks_of
 from pipo.native import NativeWeights, Weights
 from pipo.pipeline.blueprint import CHUNKS, NARROW_DRIVE, Blueprint, choose_layouts, demand
@@ -42,7 +42,6 @@ from pipo.planner.schedule import SCHEDULES
 from pipo.planner.simulate import Forecast
 from pipo.transfer.disk import DriveSettings
 
-PROCESS_STEP = 8 * MIB
 KV_SHARE = 4  # a context nobody asked for may take this fraction of the budget for its keys and values
 LEAST_CONTEXT_TOKENS = 256  # that is taken where nobody asked for one
 BESIDE_PROBE_BYTES = 24 * MIB  # masks, graphs, ggml's own scratch: outside the probe's account
@@ -122,6 +121,9 @@ class PlanMaker:
         weights: NativeWeights | None = None,
     ) -> None:
         self.kept_bytes: dict[str, int] = {}
+        if config.constraints:
+            num_rows = model.manifest.hyper.vocab_size
+            self.kept_bytes["constraints"] = grammars_bytes(model.tokenizer, num_rows, config.num_sequences)
         self._model = model
         self.config = config
         self._compute = compute
@@ -378,11 +380,6 @@ def _copied_bytes(plan: Plan) -> int:
 def _stall_share(plan: Plan) -> float:
     assert plan.prediction is not None
     return max(plan.prediction.decode.stall_share, NO_STALL)
-
-
-def process_bytes_now() -> int:
-    """What this process takes, or will once it is ready."""
-    return max(PROCESS_BYTES, round_up(process_memory().anonymous_bytes, PROCESS_STEP))
 
 
 def probe_kind(device: ComputeDevice | AbsentDevice | None, limit_bytes: int) -> str:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from pipo.base.adapter import NamedAdapter
+from pipo.model_file import ModelFile
 from pipo.plan import Plan
+from pipo.planner.batch import busiest
+from pipo.planner.predict import Prediction
+from pipo.planner.simulate import Lane
 
 
 def plan_dict(plan: Plan) -> dict[str, object]:
@@ -46,4 +50,65 @@ def _experts_dict(plan: Plan) -> dict[str, object]:
         "bytes": plan.expert_bytes,
         "predicted_bytes_per_pass": prediction.expert_bytes if prediction else None,
         "routing": prediction.routing.source if prediction and prediction.routing else None,
+    }
+
+
+def homed_plan_dict(model: ModelFile, plan: Plan) -> dict[str, object]:
+    """With every unit's home."""
+    return plan_dict(plan) | {"units": _homes(model, plan), "device": _device_dict(plan)}
+
+
+def served_plan_dict(model: ModelFile, plan: Plan) -> dict[str, object]:
+    """As `pipo plan --json` says it, of a plan that an engine follows."""
+    prediction = None
+    if plan.prediction is not None:
+        lane = busiest(plan.prediction).value
+        prediction = prediction_dict(plan.prediction) | {"limit": {"lane": lane, "text": lane}}
+    return {"model": model.manifest.name, "plan": homed_plan_dict(model, plan), "prediction": prediction}
+
+
+def prediction_dict(prediction: Prediction) -> dict[str, object]:
+    return {
+        "ttft_s": prediction.ttft_s,
+        "tokens_per_s": prediction.tokens_per_s,
+        "total_s": prediction.total_s,
+        "pass_s": prediction.decode.seconds,
+        "busy": {lane.value: prediction.decode.share(lane) for lane in Lane},
+    }
+
+
+def _homes(model: ModelFile, plan: Plan) -> list[dict[str, str | int | bool | None]]:
+    """Of every unit in the order of a pass: where it lives, and what computes with it."""
+    share = plan.device.placement if plan.device else None
+    homes: list[dict[str, str | int | bool | None]] = []
+    in_ram = plan.in_use.resident
+    stages = [stage for stage in model.stages if stage.matrices]
+    for i, stage in enumerate(stages):
+        computes = share is not None and share.computes[i]
+        is_there = share is not None and share.resident[i]
+        home = "device" if is_there else "ram" if in_ram[i] else "disk"
+        homes.append(
+            {
+                "stage": stage.kind.value,
+                "block": stage.block_idx if stage.block_idx >= 0 else None,
+                "home": home,
+                "until_context_fills": home == "ram" and not plan.placement.resident[i],
+                "computes_on": "device" if computes else "cpu",
+            }
+        )
+    return homes
+
+
+def _device_dict(plan: Plan) -> dict[str, object] | None:
+    share = plan.device
+    if share is None:
+        return None
+    return {
+        "name": share.device.name,
+        "limit_bytes": share.limit_bytes,
+        "planned_bytes": share.placement.num_bytes,
+        "breakdown_bytes": share.placement.breakdown,
+        "num_blocks": len(share.blocks),
+        "copied_bytes_per_pass": share.placement.streamed_bytes,
+        "moves_kv": share.placement.moves_kv,
     }

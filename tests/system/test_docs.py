@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.batches import write_tables
 from tests.support.hf_bytes import write_folder
 from tests.support.random_adapters import write_random_adapter
 
@@ -48,6 +49,7 @@ def workplace(tmp_path: Path, smollm2_path: Path) -> Path:
     write_folder(tmp_path / "SmolLM2-135M")
     (tmp_path / "notes.txt").write_text("The tide rises because")
     (tmp_path / "original.gguf").symlink_to(smollm2_path)
+    write_tables(tmp_path)
     (tmp_path / "book.txt").write_text("The tide rises because the moon pulls the sea. " * 110)
     return tmp_path
 

@@ -15,6 +15,7 @@ from pipo.hardware.memory import (
     available_memory,
     process_memory,
     total_memory_bytes,
+    tree_anonymous_bytes,
 )
 from pipo.tiers.ledger import Ledger
 from pipo.tiers.ram import Arena
@@ -144,3 +145,16 @@ def test_peak_is_kept_after_the_memory_is_gone() -> None:
 
 def test_this_machine_has_memory() -> None:
     assert 0 < available_memory().limit_bytes <= total_memory_bytes()
+
+
+def test_memory_of_a_tree_is_the_sum_of_its_processes(tmp_path: Path) -> None:
+    for process, anonymous, children in (("self", 100, "7 8"), ("7", 20, "9"), ("9", 3, ""), ("10", 1000, "")):
+        task = tmp_path / process / "task" / "1"
+        task.mkdir(parents=True)
+        (tmp_path / process / "status").write_text(f"RssAnon: {anonymous} kB\nVmSwap: 1 kB\n")
+        (task / "children").write_text(children)
+    assert tree_anonymous_bytes(tmp_path) == 126 * 1024  # 8 has ended meanwhile, 10 is somebody else's
+
+
+def test_memory_of_this_tree_is_no_less_than_of_this_process() -> None:
+    assert tree_anonymous_bytes() >= process_memory().anonymous_bytes // 2

@@ -12,6 +12,7 @@ PipoError                     anything we can name; `hint` says what to do, `exi
 │   └── ModelNotFound         no such file or model name                                        (1)
 ├── MalformedProfile          a machine profile that cannot be used: key, wanted, found         (1)
 ├── MalformedTrace            a record of experts that cannot be read: line, wanted, found          (1)
+├── MalformedTable            rows of a job that cannot be read: place, wanted, found           (1)
 ├── LibraryError              libggml is missing, too old, or not laid out as expected          (1)
 ├── ComputeError              a graph could not be built or run                                 (1)
 │   └── OutOfDeviceMemory     a device has not this much memory left; names wanted and free     (1)
@@ -23,6 +24,7 @@ PipoError                     anything we can name; `hint` says what to do, `exi
 ├── EngineDied                the process that computes has ended, and what it was asked for with it (1)
 ├── OutputFailed              a file that could not be written: which one, why, how much is free (1)
 ├── DownloadError             a fetch that failed or did not match its checksum                 (1)
+├── RowsFailed                a job is complete, and some of its rows have an error for an answer  (3)
 └── Cancelled                 the user or a signal stopped it                                   (130)
 """
 
@@ -42,6 +44,7 @@ __all__ = [
     "LibraryError",
     "MalformedFile",
     "MalformedProfile",
+    "MalformedTable",
     "MalformedTrace",
     "ModelError",
     "ModelNotFound",
@@ -51,6 +54,7 @@ __all__ = [
     "OverBudget",
     "PipoError",
     "ReadFailed",
+    "RowsFailed",
     "TransferError",
     "UnexpectedEof",
     "UnsupportedModel",
@@ -150,6 +154,10 @@ class MalformedTrace(PipoError):
     pass
 
 
+class MalformedTable(PipoError):
+    pass
+
+
 class LibraryError(PipoError):
     pass
 
@@ -204,6 +212,10 @@ class EngineDied(PipoError):
 
 class OutputFailed(PipoError):
     pass
+
+
+class RowsFailed(PipoError):
+    exit_code = 3
 
 
 class DownloadError(PipoError):

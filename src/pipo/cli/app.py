@@ -11,6 +11,7 @@ import typer
 
 from pipo import __version__
 from pipo.base.errors import PipoError
+from pipo.cli.batch import batch
 from pipo.cli.bench import bench
 from pipo.cli.chat import chat
 from pipo.cli.doctor import doctor
@@ -43,6 +44,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "run": run,
     "chat": chat,
     "serve": serve,
+    "batch": batch,
     "pull": pull,
     "list": list_models,
     "rm": rm,

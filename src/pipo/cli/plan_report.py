@@ -12,7 +12,7 @@ from pipo.cli.terminal import Row, print_columns, print_rows, stdout
 from pipo.model_file import ModelFile
 from pipo.outlook import Case, Change
 from pipo.plan import Plan
-from pipo.plan_facts import plan_dict
+from pipo.plan_facts import homed_plan_dict, prediction_dict
 from pipo.planner.batch import BatchCurve, busiest
 from pipo.planner.predict import Prediction
 from pipo.planner.simulate import Lane
@@ -129,7 +129,7 @@ def as_dict(model: ModelFile, case: Case, plan: Plan, changes: Sequence[Change])
             "answer_tokens": case.workload.answer_tokens,
             "num_sequences": case.workload.num_sequences,
         },
-        "plan": plan_dict(plan) | {"units": _homes(model, plan), "device": _device_dict(plan)},
+        "plan": homed_plan_dict(model, plan),
         "prediction": None if plan.prediction is None else _prediction_dict(case, plan, plan.prediction),
         "what_would_help": [
             {"what": change.what, "tokens_per_s": change.tokens_per_s, "gain": change.gain} for change in changes
@@ -137,49 +137,7 @@ def as_dict(model: ModelFile, case: Case, plan: Plan, changes: Sequence[Change])
     }
 
 
-def _homes(model: ModelFile, plan: Plan) -> list[dict[str, str | int | bool | None]]:
-    """Of every unit in the order of a pass: where it lives, and what computes with it."""
-    share = plan.device.placement if plan.device else None
-    homes: list[dict[str, str | int | bool | None]] = []
-    in_ram = plan.in_use.resident
-    stages = [stage for stage in model.stages if stage.matrices]
-    for i, stage in enumerate(stages):
-        computes = share is not None and share.computes[i]
-        is_there = share is not None and share.resident[i]
-        home = "device" if is_there else "ram" if in_ram[i] else "disk"
-        homes.append(
-            {
-                "stage": stage.kind.value,
-                "block": stage.block_idx if stage.block_idx >= 0 else None,
-                "home": home,
-                "until_context_fills": home == "ram" and not plan.placement.resident[i],
-                "computes_on": "device" if computes else "cpu",
-            }
-        )
-    return homes
-
-
-def _device_dict(plan: Plan) -> dict[str, object] | None:
-    share = plan.device
-    if share is None:
-        return None
-    return {
-        "name": share.device.name,
-        "limit_bytes": share.limit_bytes,
-        "planned_bytes": share.placement.num_bytes,
-        "breakdown_bytes": share.placement.breakdown,
-        "num_blocks": len(share.blocks),
-        "copied_bytes_per_pass": share.placement.streamed_bytes,
-        "moves_kv": share.placement.moves_kv,
-    }
-
-
 def _prediction_dict(case: Case, plan: Plan, prediction: Prediction) -> dict[str, object]:
-    return {
-        "ttft_s": prediction.ttft_s,
-        "tokens_per_s": prediction.tokens_per_s,
-        "total_s": prediction.total_s,
-        "pass_s": prediction.decode.seconds,
-        "busy": {lane.value: prediction.decode.share(lane) for lane in Lane},
+    return prediction_dict(prediction) | {
         "limit": {"lane": busiest(prediction).value, "text": limit_text(case, plan)},
     }

@@ -37,7 +37,7 @@ class SilentProgress:
 class ProgressBar:
     """A bar on a terminal, gone when the work is over."""
 
-    def __init__(self, console: Console, what: str, num_tokens: int) -> None:
+    def __init__(self, console: Console, what: str, num_tokens: int, unit: str) -> None:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -47,7 +47,7 @@ class ProgressBar:
             TimeRemainingColumn,
         )
 
-        counts = BarColumn(), MofNCompleteColumn(), TextColumn("tokens")
+        counts = BarColumn(), MofNCompleteColumn(), TextColumn(unit)
         times = TimeElapsedColumn(), TextColumn("·"), TimeRemainingColumn(), TextColumn("left{task.fields[note]}")
         self._progress = Progress(
             TextColumn(what), *counts, *times, console=console, transient=True, refresh_per_second=5
@@ -68,9 +68,10 @@ class ProgressBar:
 class ProgressLines:
     """A line now and then, for a log: nothing for what takes under two seconds."""
 
-    def __init__(self, console: Console, what: str, num_tokens: int) -> None:
+    def __init__(self, console: Console, what: str, num_tokens: int, unit: str) -> None:
         self._console = console
         self._what = what
+        self._unit = unit
         self._done, self._total, self._note = 0, num_tokens, ""
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
@@ -92,13 +93,14 @@ class ProgressLines:
             wait_s = _NEXT_LINE_S
 
     def _line(self, seconds: float) -> str:
-        line = f"{self._what} {self._done}/{self._total} tokens, {seconds:.0f} s"
+        line = f"{self._what} {self._done}/{self._total} {self._unit}, {seconds:.0f} s"
         left = f", {seconds / self._done * (self._total - self._done):.0f} s left" if self._done else ""
         return line + left + (f" · {self._note}" if self._note else "")
 
 
-def progress_display(what: str, num_tokens: int, output: OutputFlags) -> ProgressDisplay:
+def progress_display(what: str, num_tokens: int, output: OutputFlags, unit: str = "tokens") -> ProgressDisplay:
+    """`num_tokens` is how many of the `unit` there are to do."""
     if output.quiet:
         return SilentProgress()
     kind = ProgressBar if stderr().is_terminal else ProgressLines
-    return kind(stderr(), what, num_tokens)
+    return kind(stderr(), what, num_tokens, unit)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from pipo.base.errors import UsageError
+from pipo.base.units import format_size
 from pipo.cli.flags import ComputeFlags, MemoryFlags, ModelArgument, ModelFlag, OutputFlags, make_config
 from pipo.cli.prompt import only_model
 
 if TYPE_CHECKING:
     from pipo.base.config import EngineConfig
-    from pipo.engine import Engine
     from pipo.hardware.probe import Progress
     from pipo.model_file import ModelFile
-    from pipo.plan import Plan
     from pipo.server.settings import Limits, ServerSettings
     from pipo.serving.contract import EngineClient, EngineInfo
+    from pipo.serving.wire import EngineSetup
 
 _LISTEN, _LIMITS = "Server", "Limits"
 
@@ -123,7 +123,13 @@ def serve(
     ] = None,
     num_sequences: Annotated[
         int, typer.Option(min=1, metavar="N", help="Requests that share a sweep.", rich_help_panel=_LISTEN)
-    ] = 1,
+    ] = 4,
+    constraints: Annotated[
+        bool,
+        typer.Option(
+            help="Keep memory for answers that follow a schema, a regex or a grammar.", rich_help_panel=_LISTEN
+        ),
+    ] = True,
     *,
     output: OutputFlags,
     memory: MemoryFlags,
@@ -136,8 +142,7 @@ def serve(
     """
     name = only_model(model, model_flag)
     config = make_config(memory, compute)
-    if num_sequences > 1:
-        raise UsageError("--num-sequences: this engine answers one request at a time", hint="leave it out")
+    config = replace(config, num_sequences=num_sequences, constraints=constraints)
 
     from pipo.cli.session import open_model
     from pipo.cli.terminal import print_warning
@@ -171,62 +176,63 @@ class _Serving:
         self._settings = settings
         self._output = output
         self._port = port
-        self._plan: Plan | None = None
 
     def run(self, listener: object) -> None:
         import socket
 
         from pipo.cli.session import starting
-        from pipo.server.local_engine import LocalEngine
         from pipo.server.prompts import Prompts
         from pipo.server.run import serve as run_server
         from pipo.server.service import Service
+        from pipo.serving.client import open_engine
 
         assert isinstance(listener, socket.socket)
         service = Service(self._settings, Prompts.of_model(self._model))
+        setup = self._setup()
 
-        async def open_engine(progress: Progress) -> EngineClient:
+        async def open_one(progress: Progress) -> EngineClient:
             with starting(self._output) as say:
 
                 def tell(step: str, fraction: float) -> None:
                     progress(step, fraction)
                     say(step, fraction)
 
-                return await LocalEngine.open(self._start, tell)
+                progress("planning", 0.0)
+                return await open_engine(setup, tell)
 
-        run_server(service, listener, open_engine, self._say_ready)
+        run_server(service, listener, open_one, self._say_ready)
 
-    def _start(self, progress: Progress) -> tuple[Engine, EngineInfo]:
-        """Plan and start, on the engine's thread. Raises OverBudget and its like."""
-        from pipo.cli.report import plan_dict
-        from pipo.engine import Engine
-        from pipo.plan import TYPICAL
-        from pipo.serving.contract import EngineInfo
+    def _setup(self) -> EngineSetup:
+        """What this process takes of the budget is known once everything is imported and the tokenizer is there."""
+        from pipo.server.settings import GROWTH_BYTES, PROCESS_BYTES
+        from pipo.serving.allowance import asking_bytes
+        from pipo.serving.wire import EngineSetup
 
-        progress("planning", 0.0)
-        trained = self._model.manifest.hyper.context_tokens
-        kept_bytes = self._settings.limits.kept_bytes(self._config.context_tokens or trained)
-        engine = Engine(self._model, self._config)
-        try:
-            plan = engine.make_plan(None, kept_bytes, TYPICAL, progress)  # log-probabilities are a part of these bytes
-            progress("taking memory", 0.0)
-            engine.start(plan)
-        except BaseException:
-            engine.close()
-            raise
-        self._plan = plan
-        name, adapters = self._model.manifest.name, tuple(engine.adapters)
-        info = EngineInfo(name, plan.context_tokens, 1, plan.limit_bytes, adapters, {"plan": plan_dict(plan)})
-        return engine, info
+        limits, trained = self._settings.limits, self._model.manifest.hyper.context_tokens
+        growth = GROWTH_BYTES + limits.kept_bytes(self._config.context_tokens or trained)
+        return EngineSetup(self._model.path, self._config, "server", asking_bytes(PROCESS_BYTES, growth))
 
     def _say_ready(self, client: EngineClient) -> None:
-        from pipo.cli.report import start_rows
         from pipo.cli.session import model_title
         from pipo.cli.terminal import print_note, print_rows, stderr
 
-        assert self._plan is not None
         if not self._output.quiet:
-            print_rows(stderr(), model_title(self._model), start_rows(self._plan), style="dim")
+            print_rows(stderr(), model_title(self._model), served_rows(client.info), style="dim")
             stderr().print()
         # said in any case: with --port 0 there is no other way to know
         print_note(f"serving {self._settings.name} at http://{self._settings.url_host}:{self._port}")
+
+
+def served_rows(info: EngineInfo) -> Iterator[tuple[str, str]]:
+    """What the engine's own process said of its plan."""
+    told = cast("dict[str, Any]", info.plan)
+    plan, prediction = told["plan"], told["prediction"]
+    streamed, whole = plan["streamed_bytes_per_pass"], plan["weight_bytes"]
+    what = f"{format_size(streamed)} of {format_size(whole)} stream from disk in every pass"
+    yield "weights", what if streamed else f"all {format_size(whole)} stay in RAM"
+    yield "memory", f"{format_size(plan['planned_bytes'])} planned, the limit is {format_size(info.limit_bytes)}"
+    of_the_server = plan["breakdown_bytes"].get("server", 0)
+    yield "", f"{format_size(of_the_server)} of it for the server's own process"
+    yield "context", f"{info.context_tokens} tokens for each of {info.num_sequences} requests at a time"
+    if prediction is not None:
+        yield "expect", f"{prediction['tokens_per_s']:.3g} tokens/s; the limit is {prediction['limit']['text']}"

@@ -68,6 +68,10 @@ class Answer:
         self._stops = StopMatcher(params.stop)
         self._constraint = constraint
 
+    @property
+    def is_constrained(self) -> bool:
+        return self._constraint is not None
+
     def take(self, logits: npt.NDArray[np.float32], history: Sequence[int]) -> Piece:
         """Choose from logits (vocabulary). `history` is prompt and answer so far. Raises ComputeError, and UsageError
         where a constraint has become too much to follow, or leaves nothing to choose.

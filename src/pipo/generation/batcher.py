@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pipo.base.clock import Clock
 from pipo.base.errors import Cancelled, PipoError, UsageError
 from pipo.generation.answer import Answer, Constraint, Detokenizer
+from pipo.generation.constraints import MOST_AT_A_TIME
 from pipo.generation.events import Embedding, Event, RequestId
 from pipo.generation.limits import Limits
 from pipo.generation.passes import SpanPasses
@@ -59,6 +60,7 @@ class BatchSettings:
     queue: QueueSize
     prefill_tokens: int | None = None
     make_constraint: Callable[[ConstraintSpec], Constraint] = no_constraints
+    most_constrained: int = MOST_AT_A_TIME
 
 
 @dataclass(slots=True)
@@ -137,8 +139,8 @@ class Batcher:
     def step(self) -> list[Event]:
         """One pass, and one more where an embedding is wanted. Raises Cancelled where everything was to end."""
         self._drop_cancelled()
-        while self.num_waiting and self.num_running < len(self._slots.all):
-            self._admit(self._line.take_first())
+        while self.num_running < len(self._slots.all) and (waiting := self._line.take_first(self._may_begin)):
+            self._admit(waiting)
         for running in self._running.values():
             self._copy_when_ready(running)
         wanting = next((each for each in self._running.values() if each.answer is None), None)
@@ -158,8 +160,8 @@ class Batcher:
 
     def drop_all(self, error: PipoError) -> list[Event]:
         """End every request with it."""
-        while self.num_waiting:
-            self._events.append((self._line.take_first().request_id, error))
+        while waiting := self._line.take_first():
+            self._events.append((waiting.request_id, error))
         self._end_running(error)
         return self._take_events()
 
@@ -175,6 +177,13 @@ class Batcher:
         for request_id in cancelled & self._running.keys():
             self._end(self._running[request_id], error)
         self._cancelled -= cancelled
+
+    def _may_begin(self, waiting: Waiting) -> bool:
+        """There is memory for so many constraints."""
+        if waiting.request is None or waiting.request.constraint is None:
+            return True
+        held = sum(each.answer is not None and each.answer.is_constrained for each in self._running.values())
+        return held < self._settings.most_constrained
 
     def _admit(self, waiting: Waiting) -> None:
         """While a slot is free. A constraint that cannot be had ends the request."""

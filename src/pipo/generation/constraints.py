@@ -31,6 +31,7 @@ Floats = npt.NDArray[np.float32]
 # The most that hostile texts took (tests/system/test_constraint_memory.py): one is made at a time, each keeps its own
 MAKING_BYTES = 12 * MIB
 KEPT_BYTES = 14 * MIB
+MOST_AT_A_TIME = 8  # of the answers of an engine: others wait for their turn
 NO_TEXT = "no text that the model can write follows it"
 _MAX_SAID_CHARS = 300  # of what llguidance says
 
@@ -76,8 +77,9 @@ def check_constraint(spec: ConstraintSpec) -> None:
 
 
 def grammars_bytes(tokenizer: GrammarTokenizer, num_rows: int, num_sequences: int) -> int:
-    """Memory for constraints of so many sequences at a time, to be charged before there is a Grammars."""
-    return grammar_tokens_bytes(tokenizer, num_rows) + MAKING_BYTES + num_sequences * KEPT_BYTES
+    """Memory for constraints of an engine with so many sequences, to be charged before there is a Grammars."""
+    kept_bytes = min(num_sequences, MOST_AT_A_TIME) * KEPT_BYTES
+    return grammar_tokens_bytes(tokenizer, num_rows) + MAKING_BYTES + kept_bytes
 
 
 class Constraint:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipo.base.errors import EngineBusy
@@ -73,10 +73,14 @@ class WaitingLine:
         self._waiting.append(waiting)
         self._prompt_tokens += len(waiting.prompt)
 
-    def take_first(self) -> Waiting:
-        waiting = self._waiting.popleft()
-        self._prompt_tokens -= len(waiting.prompt)
-        return waiting
+    def take_first(self, may_begin: Callable[[Waiting], bool] = lambda waiting: True) -> Waiting | None:
+        """Of those that may. None where there is none."""
+        for i, waiting in enumerate(self._waiting):
+            if may_begin(waiting):
+                del self._waiting[i]
+                self._prompt_tokens -= len(waiting.prompt)
+                return waiting
+        return None
 
     def take_out(self, request_ids: set[RequestId]) -> list[Waiting]:
         """Those of them that wait."""

@@ -61,6 +61,19 @@ def process_memory(proc: Path = PROC) -> ProcessMemory:
     return ProcessMemory(anonymous, status.get("VmRSS", 0), status.get("VmHWM", 0))
 
 
+def tree_anonymous_bytes(proc: Path = PROC) -> int:
+    """Anonymous memory of this process and of all that it has started, and they. Without /proc: of this one alone."""
+    total, todo = 0, ["self"]
+    while todo:
+        process = proc / todo.pop()
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            status = _read_kilobytes(process / "status")
+            total += status.get("RssAnon", 0) + status.get("VmSwap", 0)
+            for task in (process / "task").iterdir():
+                todo += (task / "children").read_text().split()
+    return total or process_memory(proc).anonymous_bytes
+
+
 def release_free_memory() -> None:
     """Give back what the allocator keeps after large objects died: 4 MiB after a tokenizer of 49k tokens was built,
     40 MiB after one of 260k. Does nothing where the C library is not glibc.

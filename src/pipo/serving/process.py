@@ -19,7 +19,7 @@ from pipo.hardware.budget import ram_bytes
 from pipo.hardware.memory import PeakSampler
 from pipo.model_file import ModelFile
 from pipo.plan import TYPICAL
-from pipo.plan_facts import plan_dict
+from pipo.plan_facts import served_plan_dict
 from pipo.planner.placement import smallest_ram_text
 from pipo.serving.contract import EngineInfo, EngineStats
 from pipo.serving.wire import Asked, EngineSetup, Failed, Progressed, Said, Started, StatsWanted, Wire
@@ -109,7 +109,7 @@ def _info(engine: Engine) -> EngineInfo:
         num_sequences=engine.config.num_sequences,
         limit_bytes=plan.limit_bytes,
         adapters=tuple(str(each) for each in engine.adapters),
-        plan=plan_dict(plan),
+        plan=served_plan_dict(engine.model, plan),
     )
 
 

@@ -49,13 +49,13 @@ class ChatTemplate:
     def __init__(self, source: str, bos_token: str | None, eos_token: str | None) -> None:
         self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
         try:
-            self._template = _environment().from_string(source)
+            self._template = sandbox().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise MalformedFile(
-                f"the chat template is not valid Jinja, line {error.lineno}: {_said(error.message)}", hint=_RAW_HINT
+                f"the chat template is not valid Jinja, line {error.lineno}: {said(error.message)}", hint=_RAW_HINT
             ) from error
         except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:  # nested too deep
-            raise MalformedFile(f"the chat template does not compile: {_said(error)}", hint=_RAW_HINT) from error
+            raise MalformedFile(f"the chat template does not compile: {said(error)}", hint=_RAW_HINT) from error
 
     @classmethod
     def from_metadata(cls, metadata: TextMetadata, bos_token: str | None, eos_token: str | None) -> ChatTemplate:
@@ -81,7 +81,6 @@ class ChatTemplate:
         where it refuses the messages, MalformedFile where it fails or grows beyond the bounds.
         """
         context: dict[str, object] = {
-            "range": _BoundedRange(),
             **self._tokens,
             **(variables or {}),
             "messages": list(messages),
@@ -90,29 +89,31 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._render(context)
+            return render_bounded(self._template, context)
         except _Refusal as error:
             raise UsageError(
-                f"the chat template refuses the messages: {_said(error.message)}", hint=_RAW_HINT
+                f"the chat template refuses the messages: {said(error.message)}", hint=_RAW_HINT
             ) from error
         except PipoError:
             raise
         except Exception as error:  # a template can raise whatever its expressions do
-            message = f"the chat template failed: {type(error).__name__}: {_said(error)}"
+            message = f"the chat template failed: {type(error).__name__}: {said(error)}"
             raise MalformedFile(message, hint=_RAW_HINT) from error
 
-    def _render(self, context: Mapping[str, object]) -> str:
-        pieces: list[str] = []
-        num_chars = 0
-        for piece in self._template.generate(context):
-            pieces.append(piece)
-            num_chars += len(piece)
-            if num_chars > MAX_RENDERED_CHARS:
-                raise _out_of_bounds(f"text of more than {MAX_RENDERED_CHARS} characters")
-        return "".join(pieces)
+
+def render_bounded(template: jinja2.Template, context: Mapping[str, object]) -> str:
+    """The text of a template of `sandbox`. Raises MalformedFile beyond the bounds, and what it raises."""
+    pieces: list[str] = []
+    num_chars = 0
+    for piece in template.generate({"range": _BoundedRange(), **context}):
+        pieces.append(piece)
+        num_chars += len(piece)
+        if num_chars > MAX_RENDERED_CHARS:
+            raise _out_of_bounds(f"text of more than {MAX_RENDERED_CHARS} characters")
+    return "".join(pieces)
 
 
-def _said(words: object) -> str:
+def said(words: object) -> str:
     """A template's words in a message of ours: on one line, so that they cannot look like a hint, and not many."""
     return f"{' '.join(str(words).split()):.{MAX_QUOTED_CHARS}}"
 
@@ -174,9 +175,13 @@ def _out_of_bounds(what: str) -> MalformedFile:
     return MalformedFile(f"the chat template wants {what}", hint=_RAW_HINT)
 
 
-def _environment() -> _Environment:
+def sandbox(undefined: type[jinja2.Undefined] = jinja2.Undefined) -> jinja2.Environment:
+    """What a stranger's template is compiled in; render it with `render_bounded`."""
     environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, "jinja2.ext.loopcontrols"],
+        undefined=undefined,
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
