@@ -1,4 +1,4 @@
-"""A stand-in for `pipo serve`: the page's files, /stats that move, and answers whose pieces a test hands out one by one."""
+"""A stand-in for `pipo serve`: the page's files, /stats that move, answers whose pieces a test hands out one by one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -19,7 +19,13 @@ TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg":
 MIB = 1 << 20
 DRIVE_BYTES_PER_S = 4.0e9
 WEIGHT_BYTES, STREAMED_BYTES, LIMIT_BYTES = 92 * MIB, 61 * MIB, 119 * MIB
-LEDGER = {"resident weights": 29 * MIB, "slots": 9 * MIB, "KV cache": 11 * MIB, "activations": 4 * MIB, "process": 60 * MIB}
+LEDGER = {
+    "resident weights": 29 * MIB,
+    "slots": 9 * MIB,
+    "KV cache": 11 * MIB,
+    "activations": 4 * MIB,
+    "process": 60 * MIB,
+}
 END = object()
 
 
@@ -101,9 +107,37 @@ def running() -> Iterator[Server]:
         server.server_close()
 
 
+@contextmanager
+def fed(server: Server, num_words: int = 150, word_s: float = 0.02) -> Iterator[None]:
+    """Meanwhile every request is answered with so many words, slowly."""
+    closing = Event()
+
+    def feed() -> None:
+        while not closing.is_set():
+            with suppress(Empty):
+                answer = server.state.answers.get(timeout=0.05)
+                Thread(target=talk, args=(answer,), daemon=True).start()
+
+    def talk(answer: Answer) -> None:
+        for i in range(num_words):
+            answer.say(f"word{i} ")
+            if closing.wait(word_s):
+                return
+        answer.end()
+
+    thread = Thread(target=feed)
+    thread.start()
+    try:
+        yield
+    finally:
+        closing.set()
+        thread.join()
+
+
 class Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     @property
     def state(self) -> State:

@@ -15,6 +15,7 @@ export class Chat {
     this.running = new Map() // by conversation: pipo answers several over one sweep of the weights
     this.views = new Map()
     this.conversation = newConversation()
+    this.isLeaving = false // the page is going away, which looks like a network that fails
   }
 
   get isRunning() {
@@ -149,7 +150,7 @@ export class Chat {
   }
 
   fail(message, error) {
-    message.state = error.name === 'AbortError' ? 'stopped' : 'failed'
+    message.state = error.name === 'AbortError' || this.isLeaving ? 'stopped' : 'failed'
     if (message.state === 'stopped') return
     message.error = error instanceof ApiError ? error.message : `The page failed: ${error.message}`
     if (error.retryAfter) message.error += `\n\nThe server says: again in ${error.retryAfter} s.`

@@ -70,11 +70,13 @@ window.addEventListener('storage', (event) => {
   showList(chat, store)
 })
 window.addEventListener('pagehide', () => {
+  chat.isLeaving = true
   for (const id of chat.running.keys()) {
     const conversation = store.conversations.get(id)
     if (conversation) store.save(conversation)
   }
 })
+window.addEventListener('pageshow', () => (chat.isLeaving = false))
 
 function send(text) {
   showView('chat')

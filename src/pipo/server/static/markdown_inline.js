@@ -2,7 +2,7 @@
 
 import { h } from './dom.js'
 
-const SAFE_URL = /^(?:https?:\/\/|mailto:)[^\s]+$/i
+const isSafe = (url) => /^(?:https?:\/\/|mailto:)[^\s]+$/i.test(url) && URL.canParse(url)
 const BARE_URL = /https?:\/\/[^\s<>"'`\\^{|}]+/y
 const LINK = /(!?)\[((?:[^\[\]\\]|\\.){0,2000})\]\(\s*<?([^\s()<>]*(?:\([^\s()]*\)[^\s()<>]*)*)>?(?:\s+"[^"]*")?\s*\)/y
 const PAIRS = [['***', ['em', 'strong']], ['**', ['strong']], ['__', ['strong']], ['~~', ['s']], ['*', ['em']], ['_', ['em']]]
@@ -83,7 +83,7 @@ function readCode(text, at, missing) {
 function readLink(text, at, depth) {
   LINK.lastIndex = at
   const match = LINK.exec(text)
-  if (!match || !SAFE_URL.test(match[3])) return null
+  if (!match || !isSafe(match[3])) return null
   const label = match[2] || match[3]
   return { nodes: [anchor(match[3], ...(match[1] ? [`image: ${label}`] : inline(label, depth + 1)))], end: at + match[0].length }
 }
@@ -94,7 +94,7 @@ function readUrl(text, at) {
   if (!match) return null
   let url = match[0].replace(/[.,:;!?*_~]+$/, '')
   if (url.endsWith(')') && !url.includes('(')) url = url.slice(0, -1)
-  return { nodes: [anchor(url, url)], end: at + url.length }
+  return isSafe(url) ? { nodes: [anchor(url, url)], end: at + url.length } : null
 }
 
 const anchor = (url, ...children) => h('a', { href: url, target: '_blank', rel: 'noopener noreferrer nofollow' }, ...children)
