@@ -65,6 +65,7 @@ class State:
     lock: Lock = field(default_factory=Lock)
     counters: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
+    device: dict[str, object] | None = None
     units: list[dict[str, object]] = field(default_factory=lambda: units_of(30, resident=(0, 13, 34, 60)))
 
     def count(self, **amounts: float) -> None:
@@ -274,10 +275,10 @@ def stats_of(state: State) -> dict[str, object]:
     info = {"model": "smollm2", "context_tokens": 512, "num_sequences": 4, "limit_bytes": LIMIT_BYTES, "adapters": []}
     defaults = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "seed": None}
     stats = {"model": "smollm2", "uptime_s": now - state.started, "engine": engine, "now": now, "defaults": defaults}
-    return stats | {"info": info | {"plan": plan_of(state.units)}}
+    return stats | {"info": info | {"plan": plan_of(state.units, state.device) if state.units else {}}}
 
 
-def plan_of(units: list[dict[str, object]]) -> dict[str, object]:
+def plan_of(units: list[dict[str, object]], device: dict[str, object] | None = None) -> dict[str, object]:
     """What `pipo plan --json` says, in its shape; what the page does not read is left out."""
     return {
         "machine": {"name": "a machine", "source": "measured 2026-11-29"},
@@ -289,7 +290,7 @@ def plan_of(units: list[dict[str, object]]) -> dict[str, object]:
             "streamed_bytes_per_pass": STREAMED_BYTES,
             "drive_bytes_per_s": DRIVE_BYTES_PER_S,
             "units": units,
-            "device": None,
+            "device": device,
         },
         "prediction": {"tokens_per_s": 22.7, "limit": {"lane": "cpu", "text": "the CPU, which computes"}},
         "what_would_help": [

@@ -116,6 +116,7 @@ def test_a_refusal_is_shown_in_the_servers_words_and_can_be_tried_again(tab: Tab
     tab.open().ask("hello")
     tab.wait_for_end()
     assert tab.page.inner_text(".turn-error.is-error") == words
+    assert tab.page.text_content("#alert") == words  # said at once
     tab.page.click("text=Try again")
     answer = stand_in.next_answer()
     answer.say("Good day.")

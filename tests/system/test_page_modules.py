@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import browser, page_server
 from tests.support.browser import Tab
-from tests.support.page_server import Server, stats_of
+from tests.support.page_server import Server, stats_of, units_of
 
 ALLOWED = {
     "P",
@@ -172,11 +172,54 @@ WALLS = ["*", "_", "`", "[", "> ", "- ", "**a ", "`` ` ", "![", "~~", "|", "a_",
 
 
 @pytest.mark.parametrize("piece", WALLS)
-def test_walls_of_marks_are_read_in_time(shared: Tab, piece: str) -> None:
-    """50,000 characters; what is quadratic in them runs into Playwright's patience."""
-    num = 50_000 // len(piece)
-    [html] = shared.page.evaluate(RENDER, [piece * num])
+def test_walls_of_marks_are_not_searched_again_and_again(shared: Tab, piece: str) -> None:
+    """50,000 characters. Counted are those that indexOf passes over: quadratic would be a hundred times the bound."""
+    passed, html = shared.page.evaluate(
+        """async text => {
+          const { update } = await import('/static/markdown.js')
+          const find = String.prototype.indexOf
+          let passed = 0
+          String.prototype.indexOf = function (mark, from = 0) {
+            const at = find.call(this, mark, from)
+            passed += (at === -1 ? this.length : at) - from
+            return at
+          }
+          const box = document.createElement('div')
+          update(box, text)
+          String.prototype.indexOf = find
+          return [passed, box.innerHTML]
+        }""",
+        piece * (50_000 // len(piece)),
+    )
     assert html
+    assert passed <= 20 * 50_000
+
+
+def test_a_device_has_its_own_bar_and_its_units_a_place_on_the_map(tab: Tab, stand_in: Server) -> None:
+    units = units_of(80, resident=(0, 1, 2))
+    for unit in units[:2]:
+        unit["home"] = "device"
+    stand_in.state.units = units
+    stand_in.state.device = {
+        "name": "GPU",
+        "limit_bytes": 100,
+        "breakdown_bytes": {"resident weights": 60, "slots": 20},
+    }
+    tab.page.reload()
+    tab.page.click("#to-pipeline")
+    tab.page.wait_for_selector("#p-device")
+    bar = tab.page.get_attribute("#pipeline section:has(#p-device) .stack", "aria-label")
+    assert bar.replace("\u00a0", " ").endswith("resident weights 60 B, slots 20 B")
+    label = tab.page.get_attribute("canvas.map", "aria-label")
+    assert label.startswith("Map of 161 units in the order of a pass: 2 on the device, 1 in memory, 158 on the drive.")
+
+
+def test_a_server_without_a_plan_is_no_trouble(tab: Tab, stand_in: Server) -> None:
+    stand_in.state.units = []
+    tab.page.reload()
+    tab.page.click("#to-pipeline")
+    tab.page.wait_for_selector("#p-memory")
+    assert tab.page.is_hidden("canvas.map")
 
 
 def rates(tab: Tab, polls: list[dict[str, Any]]) -> list[float | None]:

@@ -9,6 +9,11 @@ export function say(words) {
   while (live.childElementCount > 4) live.firstChild.remove()
 }
 
+/** Say it at once. */
+export function alarm(words) {
+  byId('alert').textContent = words
+}
+
 /** A note that stays until it is closed, or for `seconds`. `action` is [label, function]. */
 export function notice(words, { action = null, seconds = 0, isError = false } = {}) {
   const close = () => note.remove()
@@ -19,7 +24,7 @@ export function notice(words, { action = null, seconds = 0, isError = false } = 
   }
   note.append(h('button', { type: 'button', class: 'icon close', 'aria-label': 'Close this note', onclick: close }, '×'))
   byId('notices').append(note)
-  if (isError) byId('alert').textContent = words
+  if (isError) alarm(words)
   else say(words)
   // nobody is hurried: a note under the pointer or with the focus stays
   const expire = () => (note.matches(':hover, :focus-within') ? setTimeout(expire, 2000) : close())

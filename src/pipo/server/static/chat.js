@@ -1,7 +1,7 @@
 // Conversations and answers: what is sent, what comes back, and what is taken away again.
 
 import { ApiError, getStats, streamChat } from './api.js'
-import { notice, say } from './announce.js'
+import { alarm, notice, say } from './announce.js'
 import { count, few } from './format.js'
 import { newConversation, newMessage } from './store.js'
 import { TurnView } from './turn.js'
@@ -159,7 +159,7 @@ export class Chat {
   async end(conversation, run, before) {
     const { message } = run
     this.showRun(run)
-    if (message.state === 'failed') notice(message.error, { isError: true, seconds: 8 })
+    if (message.state === 'failed') this.tellFailure(message)
     say(message.state === 'done' ? `Answer complete, ${count(message.meta.completion_tokens ?? message.meta.num_pieces ?? 0)} tokens${speedWords(message.meta)}.` : 'The answer ended early.')
     this.saveRun(conversation)
     this.page.onChange()
@@ -169,6 +169,12 @@ export class Chat {
     this.saveRun(conversation)
     this.views.get(message.id)?.show()
     this.page.follower.grow()
+  }
+
+  /** Where it is seen already it is only said. */
+  tellFailure(message) {
+    if (this.views.has(message.id)) alarm(message.error)
+    else notice(message.error, { isError: true })
   }
 
   askKey(conversation, message, error) {

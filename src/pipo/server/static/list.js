@@ -10,7 +10,7 @@ export function showList(chat, store) {
   const isRemove = document.activeElement?.classList.contains('remove')
   byId('conversations').replaceChildren(...store.list().map((conversation) => item(chat, conversation)))
   if (!focused) return
-  const again = byId('conversations').querySelector(`li[data-id="${focused}"]`)
+  const again = byId('conversations').querySelector(`li[data-id="${CSS.escape(focused)}"]`)
   if (again) again.querySelector(isRemove ? '.remove' : '.open').focus()
   else byId('new').focus()
 }

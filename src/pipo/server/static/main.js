@@ -120,9 +120,10 @@ function takeStats(next) {
   const plan = readPlan(next.info)
   pipeline.show(next, plan, history)
   strip.setPlan(plan)
+  byId('strip').classList.toggle('has-map', plan.units.length > 0)
   const now = history.now
   strip.setRate(history.sweepsPerS)
-  byId('strip').classList.remove('trouble')
+  byId('strip').classList.remove('is-down')
   setText(byId('strip-text'), stripWords(next.engine, plan, now))
   setText(byId('empty-lead'), leadOf(plan))
   setText(byId('empty-sub'), next.info?.context_tokens ? `${modelName(next.model)} within ${size(next.engine.limit_bytes)} of memory, ${count(next.info.context_tokens)} tokens of context.` : '')
@@ -134,7 +135,7 @@ function takeStats(next) {
 
 function stripWords(engine, plan, now) {
   const memory = `${size(engine.anonymous_bytes || sum(engine.ledger))} of ${size(engine.limit_bytes)}`
-  if (!history.isActive) return `At rest · ${memory}`
+  if (!engine.num_running && !engine.num_waiting) return `At rest · ${memory}`
   const drive = plan.driveBytesPerS ? `, ${percent(now.bytes_read / plan.driveBytesPerS)} of the drive` : ''
   const waiting = engine.num_waiting ? `, ${engine.num_waiting} waiting` : ''
   return `${engine.num_running} running${waiting} · ${few(now.completion_tokens)} tok/s · ${rate(now.bytes_read)}${drive} · ${memory}`
@@ -144,7 +145,7 @@ const sum = (ledger) => Object.values(ledger ?? {}).reduce((total, bytes) => tot
 
 function takeTrouble(error) {
   strip.setRate(0)
-  byId('strip').classList.add('trouble')
+  byId('strip').classList.add('is-down')
   setText(byId('strip-text'), error.status === 401 ? 'The server asks for an API key' : error.message)
   pipeline.showTrouble(error.message)
   if (error.status === 401 && stats === null && !hasAsked) askKey(error.message)
