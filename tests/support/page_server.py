@@ -14,7 +14,7 @@ from queue import Empty, Queue
 from threading import Event, Lock, Thread
 from typing import Any
 
-CSP = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+CSP = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 MIB = 1 << 20
 DRIVE_BYTES_PER_S = 4.0e9
@@ -26,6 +26,7 @@ LEDGER = {
     "activations": 4 * MIB,
     "process": 60 * MIB,
 }
+DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 END = object()
 
 
@@ -59,6 +60,7 @@ class State:
 
     refusals: list[tuple[int, str]] = field(default_factory=list)
     key: str | None = None
+    loading: str = ""  # what /stats says while there is no engine yet
     answers: Queue[Answer] = field(default_factory=Queue)
     paths: list[str] = field(default_factory=list)
     closing: Event = field(default_factory=Event)
@@ -157,6 +159,10 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(401, "Wrong or missing API key: send `Authorization: Bearer …`.")
         elif self.path == "/v1/models":
             self.send_json(200, {"object": "list", "data": [{"id": "smollm2", "object": "model"}]})
+        elif self.path == "/props":
+            self.send_json(200, {"default_generation_settings": {"params": DEFAULTS}})
+        elif self.path == "/stats" and self.state.loading:
+            self.refuse(503, self.state.loading)
         elif self.path == "/stats":
             self.send_json(200, stats_of(self.state))
         else:
@@ -273,8 +279,7 @@ def stats_of(state: State) -> dict[str, object]:
         "peak_bytes": 104 * MIB,
     }
     info = {"model": "smollm2", "context_tokens": 512, "num_sequences": 4, "limit_bytes": LIMIT_BYTES, "adapters": []}
-    defaults = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "seed": None}
-    stats = {"model": "smollm2", "uptime_s": now - state.started, "engine": engine, "now": now, "defaults": defaults}
+    stats = {"model": "smollm2", "uptime_s": now - state.started, "engine": engine, "now": now}
     return stats | {"info": info | {"plan": plan_of(state.units, state.device) if state.units else {}}}
 
 

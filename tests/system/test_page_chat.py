@@ -51,7 +51,7 @@ def test_words_show_before_the_answer_is_whole(tab: Tab, stand_in: Server) -> No
 
 def test_a_request_says_only_what_was_set(tab: Tab, stand_in: Server) -> None:
     tab.open().page.click("#open-settings")
-    assert tab.page.get_attribute("#sampling-temperature", "placeholder") == "0.8"  # as /stats says
+    tab.until("document.querySelector('#sampling-temperature').placeholder === '0.8'")  # as /props says
     tab.page.fill("#system", "Be brief.")
     tab.page.fill("#sampling-temperature", "0.25")
     tab.page.fill("#sampling-seed", "7")
@@ -329,3 +329,12 @@ def test_what_cannot_be_read_is_left_alone(tab: Tab) -> None:
     tab.page.reload()
     assert "1 kept conversation could not be read" in tab.page.inner_text(".notice.error")
     assert tab.page.evaluate("localStorage.getItem('pipo:v1:conversation:bad')") == "{"
+
+
+def test_a_model_that_is_still_loading_is_waited_for(tab: Tab, stand_in: Server) -> None:
+    stand_in.state.loading = "the model is being loaded: 40 %"
+    tab.page.goto(stand_in.url)
+    tab.page.wait_for_selector("text=the model is being loaded: 40 %")
+    assert not tab.page.evaluate("document.querySelector('#strip').classList.contains('is-down')")
+    stand_in.state.loading = ""
+    tab.until("document.querySelector('#strip-text').textContent.startsWith('At rest')")

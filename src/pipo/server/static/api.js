@@ -62,6 +62,12 @@ function wordsOf(text) {
 
 export const getStats = async (signal) => (await ask('stats', { signal })).json()
 
+/** What the server takes where a request says nothing: {name: value}, null for none. */
+export async function getDefaults() {
+  const body = await (await ask('props')).json()
+  return { max_tokens: null, seed: null, ...body.default_generation_settings?.params }
+}
+
 /** Ids of the models that the server has. */
 export async function getModels() {
   const body = await (await ask('v1/models')).json()

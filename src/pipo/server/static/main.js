@@ -1,7 +1,7 @@
 // Puts the parts together.
 
 import { notice } from './announce.js'
-import { apiKey, getModels, setApiKey } from './api.js'
+import { apiKey, getDefaults, getModels, setApiKey } from './api.js'
 import { Chat } from './chat.js'
 import { setUpComposer } from './composer.js'
 import { byId, h, setText } from './dom.js'
@@ -127,9 +127,8 @@ function takeStats(next) {
   setText(byId('strip-text'), stripWords(next.engine, plan, now))
   setText(byId('empty-lead'), leadOf(plan))
   setText(byId('empty-sub'), next.info?.context_tokens ? `${modelName(next.model)} within ${size(next.engine.limit_bytes)} of memory, ${count(next.info.context_tokens)} tokens of context.` : '')
-  sampling.showDefaults(next.defaults ?? {})
   showModel()
-  if (hasOtherModel) loadModels()
+  if (isFirst || hasOtherModel) loadModels()
   if (isFirst) showChat() // the size of the context is known now
 }
 
@@ -145,7 +144,7 @@ const sum = (ledger) => Object.values(ledger ?? {}).reduce((total, bytes) => tot
 
 function takeTrouble(error) {
   strip.setRate(0)
-  byId('strip').classList.add('is-down')
+  byId('strip').classList.toggle('is-down', error.status !== 503) // it is only not ready yet
   setText(byId('strip-text'), error.status === 401 ? 'The server asks for an API key' : error.message)
   pipeline.showTrouble(error.message)
   if (error.status === 401 && stats === null && !hasAsked) askKey(error.message)
@@ -153,6 +152,7 @@ function takeTrouble(error) {
 
 async function loadModels() {
   models = await getModels().catch(() => [])
+  sampling.showDefaults(await getDefaults().catch(() => ({})))
   const choice = byId('model-choice')
   const chosen = choice.value
   choice.replaceChildren(...models.map((id) => h('option', { value: id }, modelName(id))))
@@ -266,5 +266,4 @@ store.load()
 openFirst()
 showView(location.hash.slice(1))
 const poller = new Poller(takeStats, takeTrouble)
-loadModels()
 if (location.hash !== '#pipeline' && matchMedia('(hover: hover)').matches) byId('prompt').focus()

@@ -119,7 +119,7 @@ export class Poller {
       this.onStats(await getStats(controller.signal))
     } catch (error) {
       if (controller.signal.aborted) return
-      wait = RETRY_MS
+      if (error.status !== 503) wait = RETRY_MS // it will be ready soon
       this.onError(error)
     }
     if (!controller.signal.aborted) this.timer = setTimeout(() => this.poll(), wait)
