@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -77,6 +78,11 @@ class Tab:
         while not self.page.evaluate(expression):
             assert time.monotonic() < deadline, f"never true: {expression}"
             self.page.wait_for_timeout(20)
+
+    def sample(self, **fields: float) -> None:
+        """Fill the settings of every page that is opened from now on."""
+        texts = json.dumps(json.dumps({name: str(value) for name, value in fields.items()}))
+        self.page.add_init_script(f"localStorage.setItem('pipo:v1:sampling', {texts})")
 
     def ask(self, text: str) -> None:
         self.page.fill("#prompt", text)
