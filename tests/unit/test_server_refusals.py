@@ -63,7 +63,6 @@ def server() -> Iterator[RunningServer]:
         ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "set stream"),
-        ({"tools": [TOOL]}, "tools", "not supported"),
         ({"tool_choice": "required"}, "tool_choice", "need tools"),
         ({"tools": [TOOL, TOOL]}, "tools", "same name"),
         ({"response_format": {"type": "xml"}}, "response_format", "'xml'"),
@@ -133,7 +132,6 @@ def test_a_body_that_is_no_request(server: RunningServer, path: str, data: bytes
         ({"temperature": 1.5}, "less than or equal to 1"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "'image'"),
-        ({"tools": [{"name": "f", "input_schema": {}}]}, "tools are not supported"),
         ({"tool_choice": {"type": "any"}}, "needs tools"),
     ],
 )

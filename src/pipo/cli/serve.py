@@ -123,7 +123,7 @@ def serve(
     ] = None,
     num_sequences: Annotated[
         int, typer.Option(min=1, metavar="N", help="Requests that share a sweep.", rich_help_panel=_LISTEN)
-    ] = 4,
+    ] = 2,
     constraints: Annotated[
         bool,
         typer.Option(

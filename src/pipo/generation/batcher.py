@@ -258,7 +258,8 @@ class Batcher:
         slot = running.slot
         vector = self._computed([running], lambda: self._passes.embed(slot.tokens, slot.sequence))
         if vector is not None:
-            self._end(running, Embedding([float(each) for each in vector]))
+            wide = vector.astype(np.float64)
+            self._end(running, Embedding((wide / np.linalg.norm(wide)).tolist()))
 
     def _computed(self, ours: Sequence[Running], compute: Callable[[], Floats]) -> Floats | None:
         """None where it was ended: by a cancellation, in which case whoever is left goes on, or by a failure, which
