@@ -56,7 +56,10 @@ def resident(rig: Rig) -> FloatArray:
 
 
 def test_each_sequence_gets_what_it_gets_alone(rig: Rig, resident: FloatArray) -> None:
-    """Products of a row and attention of one query do not depend on who else is there."""
+    """Products of a row and attention of one query do not depend on who else is there; but for those with a router,
+    which is F32: some CPUs have another kernel for one row of that than for several.
+    """
+    tolerance = 2e-3 if rig.blueprint.experts else 1e-4
     with rig.running(rig.all_resident()) as forward:
         for sequence, prompt in enumerate(PROMPTS):
             for start in range(0, len(prompt), CHUNK):
@@ -65,7 +68,7 @@ def test_each_sequence_gets_what_it_gets_alone(rig: Rig, resident: FloatArray) -
             for i in range(NUM_NEW):
                 token = int(resident[i, sequence].argmax())
                 rows.append(forward.run([token], len(prompt) + i, [0])[0].copy())
-            np.testing.assert_allclose(np.stack(rows), resident[:, sequence], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(np.stack(rows), resident[:, sequence], rtol=tolerance, atol=tolerance)
             forward.forget()
 
 

@@ -129,7 +129,7 @@ def test_number_of_sequences_is_chosen_from_the_plan(pipo: CommandLine, tmp_path
         (("--prompt-column", "thing", "--prompt-template", "{{ thing }}"), "contradict"),
         (("--prompt-column", "thing", "--num-sequences", "0"), "--num-sequences"),
         (("--prompt-column", "thing", "--resume", "--overwrite"), "contradict"),
-        (("--prompt-column", "thing", "--schema", "in.csv"), "is not JSON"),
+        (("--prompt-column", "thing", "--schema", "in.csv"), "is no JSON"),
         (("--prompt-column", "thing", "--ram", "100MB"), "the smallest --ram that works is"),
         (("--prompt-column", "thing", "--ray-workers", "2"), "--ray-workers needs --ray"),
     ],
