@@ -275,17 +275,6 @@ class TestRefusals:
         with pytest.raises(MalformedFile, match=r"tokenizer\.ggml\.model' is the int 7, wanted a string"):
             Tokenizer.from_metadata(metadata)
 
-    @pytest.mark.parametrize("role", ["bos", "eos", "eot", "unknown", "fim_pad"])
-    @pytest.mark.parametrize("token_id", [-1, 10**6, 1 << 31])
-    def test_a_role_beyond_the_vocabulary_is_none(
-        self, role: str, token_id: int, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """As llama.cpp has it: such files run."""
-        name = f"{role}_token_id"
-        found = Tokenizer.from_metadata(byte_pair_metadata(**{name: token_id})).special_ids
-        assert found == Tokenizer.from_metadata(byte_pair_metadata(**{name: None})).special_ids
-        assert f"tokenizer.ggml.{name} token={token_id} action=ignored" in caplog.text
-
     @BOTH
     def test_duplicate_tokens(self, make: Maker) -> None:
         tokens = make().strings("tokenizer.ggml.tokens")

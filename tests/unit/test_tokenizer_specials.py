@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipo.text.special_tokens import SpecialMatcher
+from pipo.text.tokenizer import Tokenizer
+from tests.support.vocabularies import byte_pair_metadata
 
 MAX_CPU_S = 3.0  # a hundredth of what trying every length at every place takes here
 
@@ -50,3 +52,13 @@ def test_a_hostile_vocabulary_costs_no_minutes(tokens: list[str], text: str, num
     pieces = list(SpecialMatcher({token: idx for idx, token in enumerate(tokens)}).split(text))
     assert len(pieces) == num_pieces
     assert time.process_time() - begun_s < MAX_CPU_S
+
+
+@pytest.mark.parametrize("role", ["bos", "eos", "eot", "unknown", "fim_pad"])
+@pytest.mark.parametrize("token_id", [-1, 10**6, 1 << 31])
+def test_a_role_beyond_the_vocabulary_is_none(role: str, token_id: int, caplog: pytest.LogCaptureFixture) -> None:
+    """As llama.cpp has it: such files run."""
+    name = f"{role}_token_id"
+    found = Tokenizer.from_metadata(byte_pair_metadata(**{name: token_id})).special_ids
+    assert found == Tokenizer.from_metadata(byte_pair_metadata(**{name: None})).special_ids
+    assert f"tokenizer.ggml.{name} token={token_id} action=ignored" in caplog.text

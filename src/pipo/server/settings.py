@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from pipo.base.errors import UsageError
-from pipo.base.units import KIB, MIB, round_up
+from pipo.base.units import KIB, MIB
 
 BODY_BYTES_PER_TOKEN = 16  # of context: a token of English is 4 bytes, JSON may write each of them as 6
 LEAST_BODY_BYTES = 256 * KIB  # schemas and tools are text that no context counts
@@ -59,13 +59,6 @@ class Limits:
     def kept_bytes(self, context_tokens: int) -> int:
         """What requests take at most, besides the process as it is without any."""
         return (BODIES_READ + BODY_COPIES) * self.body_bytes(context_tokens) + self.max_logprob_bytes
-
-    def process_bytes(self, context_tokens: int, measured_bytes: int) -> int:
-        """What a serving process takes of the budget, where it has `measured_bytes` before the first request: declared,
-        so that the smallest `--ram` is the same on every run.
-        """
-        process_bytes = max(PROCESS_BYTES, round_up(measured_bytes, 4 * MIB)) + GROWTH_BYTES
-        return process_bytes + self.kept_bytes(context_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
+from typing import Protocol
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pipo.generation.answer import Piece
-from pipo.generation.request import FinishReason, GenerationRequest, Sampled
+from pipo.generation.request import FinishReason, GenerationRequest, Sampled, copies_of
 from pipo.server.answer_reader import AnswerDelta, AnswerReader, ToolCall, reading_of
 from pipo.server.answers import Answers, UsageSum, finish_text, openai_usage
 from pipo.server.body import body_of
-from pipo.server.errors import ApiError, invalid, openai_error
+from pipo.server.errors import invalid, openai_error
 from pipo.server.event_stream import OPENAI_DONE, OPENAI_PING, Events, data_event, open_stream
 from pipo.server.logprobs import chat_logprobs, check_kept
 from pipo.server.replies import JsonResponse
@@ -27,19 +28,29 @@ router = APIRouter()
 
 @router.post("/chat/completions")
 async def chat_completions(request: Request) -> Response:
-    service, reply = service_of(request), await _prepared(request)
+    return await openai_response(service_of(request), await _prepared(request))
+
+
+class OpenAiReply(Protocol):
+    """Answers to one request, whole or as they are made."""
+
+    @property
+    def is_stream(self) -> bool: ...
+
+    async def whole(self) -> dict[str, object]: ...
+
+    def events(self) -> Events: ...
+
+
+async def openai_response(service: Service, reply: OpenAiReply) -> Response:
     if not reply.is_stream:
         return JsonResponse(await reply.whole())
     return await open_stream(
         reply.events(),
         ping=OPENAI_PING,
         ping_s=service.settings.limits.ping_s,
-        error_event=openai_error_event,
+        error_event=lambda error: data_event(openai_error(error)),
     )
-
-
-def openai_error_event(error: ApiError) -> bytes:
-    return data_event(openai_error(error))
 
 
 async def _prepared(request: Request) -> _Reply:
@@ -59,7 +70,8 @@ async def _prepared(request: Request) -> _Reply:
         service.prompts.check_ids(list(params.logit_bias))
         body.check_stream_options()
         readers = [reading.make(prompt.tail) for _ in range(body.num_answers)]
-        return _Reply(service, body, body.copies(reading.request(prompt, params, adapters)), readers)
+        requests = copies_of(reading.request(prompt, params, adapters), body.num_answers)
+        return _Reply(service, body, requests, readers)
 
 
 def check_choices(service: Service, num_choices: int) -> None:

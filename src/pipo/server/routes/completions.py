@@ -11,14 +11,13 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pipo.generation.answer import Piece
-from pipo.generation.request import FinishReason, GenerationRequest, Sampled
+from pipo.generation.request import FinishReason, GenerationRequest, Sampled, copies_of
 from pipo.server.answers import Answers, UsageSum, finish_text, openai_usage
 from pipo.server.body import body_of
 from pipo.server.errors import invalid
-from pipo.server.event_stream import OPENAI_DONE, OPENAI_PING, Events, data_event, open_stream
+from pipo.server.event_stream import OPENAI_DONE, Events, data_event
 from pipo.server.logprobs import check_kept, completion_logprobs
-from pipo.server.replies import JsonResponse
-from pipo.server.routes.chat import check_choices, openai_error_event
+from pipo.server.routes.chat import check_choices, openai_response
 from pipo.server.schemas.completions import DEFAULT_TOKENS, CompletionBody, prompts_in
 from pipo.server.service import Service, service_of
 
@@ -27,15 +26,7 @@ router = APIRouter()
 
 @router.post("/completions")
 async def completions(request: Request) -> Response:
-    service, reply = service_of(request), await _prepared(request)
-    if not reply.is_stream:
-        return JsonResponse(await reply.whole())
-    return await open_stream(
-        reply.events(),
-        ping=OPENAI_PING,
-        ping_s=service.settings.limits.ping_s,
-        error_event=openai_error_event,
-    )
+    return await openai_response(service_of(request), await _prepared(request))
 
 
 async def _prepared(request: Request) -> _Reply:
@@ -51,7 +42,7 @@ async def _prepared(request: Request) -> _Reply:
         echoes: list[str] = []
         for prompt in prompts:
             ids, text = await _encoded(service, prompt, needs_text=bool(body.echo))
-            requests += body.copies(_request(service, body, ids))
+            requests += copies_of(_request(service, body, ids), body.num_answers)
             echoes += [text if body.echo else ""] * body.num_answers
         if not body.stream:
             limits = service.settings.limits

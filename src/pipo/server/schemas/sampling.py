@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from pipo.generation.request import GenerationRequest, SamplingParams
+from pipo.generation.request import SamplingParams
 from pipo.server.body import Body
 from pipo.server.errors import invalid
 
@@ -80,9 +80,3 @@ class SamplingBody(Body):
         bias = {int(key): value for key, value in (self.logit_bias or {}).items()}
         params = SamplingParams(max_tokens=max_tokens, stop=stop, logprobs=logprobs, logit_bias=bias)
         return replace(params, **wanted)
-
-    def copies(self, request: GenerationRequest) -> list[GenerationRequest]:
-        """As many as `n` asks for, each with a seed of its own: the request's and the numbers after it."""
-        seed = request.params.seed
-        seeds = [None if seed is None else seed + i for i in range(self.num_answers)]
-        return [replace(request, params=replace(request.params, seed=each)) for each in seeds]
