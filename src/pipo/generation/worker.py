@@ -46,11 +46,11 @@ class Worker:
         """Iterate on this thread over what `make()` yields on the worker's. Leaving early interrupts the job and
         waits until it has ended, so that the next one finds everything at rest. Raises Cancelled after `close`.
         """
-        if self._is_closed:
-            raise Cancelled("the worker was closed")
-        job = _Job(make)
-        self._jobs.put(cast(_Job[object], job))  # the worker never looks into what it hands back
-        is_over = False
+        job, is_over = _Job(make), False
+        with self._lock:  # what is queued after `close` nobody would end
+            if self._is_closed:
+                raise Cancelled("the worker was closed")
+            self._jobs.put(cast(_Job[object], job))  # the worker never looks into what it hands back
         try:
             while True:
                 item = job.out.get()
@@ -80,9 +80,10 @@ class Worker:
         return self._was_interrupted or self._is_closed
 
     def close(self) -> None:
-        self._is_closed = True
+        with self._lock:
+            self._is_closed = True
+            self._jobs.put(None)
         self._interrupt()
-        self._jobs.put(None)
         self._thread.join()
 
     def _run(self) -> None:
