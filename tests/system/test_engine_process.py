@@ -44,7 +44,7 @@ def test_answers_are_those_of_an_engine_here(smollm2_path: Path) -> None:
         async with engine_of(setup_of(smollm2_path)) as engine:
             client: EngineClient = engine
             assert (client.info.context_tokens, client.info.num_sequences) == (256, 4)
-            assert client.info.plan["context_tokens"] == 256
+            assert client.info.plan["plan"]["context_tokens"] == 256
             found = await asyncio.gather(*(answer(engine, prompt) for prompt in PROMPTS))
             stats = await client.stats()
             assert (stats.num_running, stats.num_waiting) == (0, 0)
@@ -240,7 +240,7 @@ async def main():
     mine = process_memory().anonymous_bytes
     await engine.close()
     print(json.dumps({"peak": stats.peak_bytes, "mine": mine, "allowed": setup.asking_bytes,
-                      "streamed": engine.info.plan["streamed_bytes_per_pass"], "ledger": stats.ledger}))
+                      "streamed": engine.info.plan["plan"]["streamed_bytes_per_pass"], "ledger": stats.ledger}))
 
 asyncio.run(main())
 """

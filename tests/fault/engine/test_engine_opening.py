@@ -31,7 +31,7 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[CpuBackend]:
 
 
 def test_a_budget_that_cannot_be_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "CpuBackend", lambda *_: pytest.fail("a backend was made"))
+    monkeypatch.setattr(engine_module, "compute_on_cpu", lambda *_: pytest.fail("a backend was made"))
     with pytest.raises(UsageError, match="--ram"):
         Engine(ModelFile(path), EngineConfig(ram="much"))
 
