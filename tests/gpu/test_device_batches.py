@@ -8,13 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench.random_model import write_random_model
-from pipo.base.config import EngineConfig
 from pipo.compute.device import ComputeDevice
 from pipo.planner.device_placement import place_on_device
 from pipo.planner.placement import Placement, place, smallest_bytes
 from tests.gpu.test_device_engine import relative_error, split
-from tests.support.rigs import FloatArray, Rig, read_prompts
+from tests.support.rigs import FloatArray, Rig, float_rig, read_prompts
 
 CHUNK, NUM_NEW, ROOMY = 16, 3, 1 << 30
 PROMPTS = [list(range(5, 45)), [7, 8, 9], list(range(100, 117))]
@@ -22,12 +20,7 @@ PROMPTS = [list(range(5, 45)), [7, 8, 9], list(range(100, 117))]
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    path = tmp_path_factory.mktemp("device") / "smoke.gguf"
-    write_random_model(path, "smoke", "f16")
-    config = EngineConfig(
-        threads=1, layout="plain", prefill_chunk=CHUNK, cache_type_k="f32", cache_type_v="f32", num_sequences=3
-    )
-    with Rig(path, config) as rig:
+    with float_rig(tmp_path_factory.mktemp("device"), CHUNK, 3) as rig:
         yield rig
 
 

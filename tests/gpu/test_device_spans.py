@@ -10,13 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench.random_model import SHAPES, write_random_model
-from pipo.base.config import EngineConfig
+from bench.random_model import SHAPES
 from pipo.compute.device import ComputeDevice
 from pipo.planner.device_placement import place_on_device
 from pipo.planner.placement import Placement, place, smallest_bytes
 from tests.gpu.test_device_engine import relative_error, split
-from tests.support.rigs import FloatArray, Rig
+from tests.support.rigs import FloatArray, Rig, float_rig
 from tests.support.served import random_requests, serve
 
 ROOMY, CHUNK = 1 << 30, 16
@@ -25,12 +24,7 @@ REQUESTS = random_requests(SHAPES["smoke"].vocab_size, [(20, 3), (2, 5), (9, 2),
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    path = tmp_path_factory.mktemp("device") / "smoke.gguf"
-    write_random_model(path, "smoke", "f16")
-    config = EngineConfig(
-        threads=1, layout="plain", prefill_chunk=CHUNK, cache_type_k="f32", cache_type_v="f32", num_sequences=4
-    )
-    with Rig(path, config) as rig:
+    with float_rig(tmp_path_factory.mktemp("device"), CHUNK, 4) as rig:
         yield rig
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipo.base.config import EngineConfig
-from pipo.base.errors import PipoError
+from pipo.base.errors import PipoError, UsageError
 from pipo.generation.answer import Piece
 from pipo.generation.request import FinishReason, GenerationRequest, Sampled, SamplingParams, Usage
 from pipo.jobs.answers import Answer
@@ -55,7 +55,7 @@ class EchoEngine:
             self._num_open -= 1
 
     async def embed(self, prompt: Sequence[int]) -> list[float]:
-        raise NotImplementedError
+        raise UsageError("a job embeds nothing")
 
     async def stats(self) -> EngineStats:
         return EngineStats(num_running=self._num_open)

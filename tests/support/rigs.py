@@ -12,6 +12,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from bench.random_model import write_random_model
 from pipo.base.adapter import AdapterId, NamedAdapter
 from pipo.base.clock import RealClock
 from pipo.base.config import EngineConfig
@@ -136,3 +137,20 @@ def _prefill(forward: Forward, prompt: Sequence[int], chunk: int, sequence: int 
         forward.run(prompt[start : start + chunk], start, sequence=sequence)
     logits: FloatArray = forward.run(prompt[last:], last, [len(prompt) - last - 1], sequence)[0].copy()
     return logits
+
+
+@contextmanager
+def float_rig(folder: Path, chunk: int, num_sequences: int) -> Iterator[Rig]:
+    """A small model in F16 with keys and values in F32, so that a device's rounding alone tells it from the CPU."""
+    path = folder / "smoke.gguf"
+    write_random_model(path, "smoke", "f16")
+    config = EngineConfig(
+        threads=1,
+        layout="plain",
+        prefill_chunk=chunk,
+        cache_type_k="f32",
+        cache_type_v="f32",
+        num_sequences=num_sequences,
+    )
+    with Rig(path, config) as rig:
+        yield rig

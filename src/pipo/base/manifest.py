@@ -13,6 +13,8 @@ from pipo.base.tensor_type import TensorType
 
 FileIdx = NewType("FileIdx", int)
 
+EMBEDDING_TABLE = "token_embd.weight"  # in every model, whichever format it comes from
+
 
 @dataclass(frozen=True, slots=True)
 class Extent:

@@ -65,8 +65,8 @@ def show(
 
 def parts_of(model: ModelFile) -> list[Part]:
     """The weights by what they do, in the order of a pass."""
+    from pipo.base.manifest import EMBEDDING_TABLE
     from pipo.models.stage import StageKind, banks_of
-    from pipo.pipeline.forward import EMBEDDING_TABLE
 
     embedding = model.manifest.tensors[EMBEDDING_TABLE]
     parts = [Part("embedding", embedding.num_bytes, (embedding.type.name,))]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from math import log
 
 from pipo.base.errors import MalformedFile, UnsupportedModel
-from pipo.base.manifest import HyperParameters, Rope, RopeLayout, RopeScaling, TensorSpec
+from pipo.base.manifest import EMBEDDING_TABLE, HyperParameters, Rope, RopeLayout, RopeScaling, TensorSpec
 from pipo.base.tensor_type import TensorType
 from pipo.formats.arch_keys import MAX_SIZE, ArchKeys
 from pipo.formats.gguf_metadata import ArrayRef, GgufMetadata
@@ -110,7 +110,7 @@ def _num_experts_per_tok(keys: ArchKeys, num_experts: int) -> int:
 def _vocab_size(keys: ArchKeys, tensors: Mapping[str, TensorSpec]) -> int:
     vocab_size = keys.size_or_none("vocab_size")
     tokens = keys.metadata.get("tokenizer.ggml.tokens")
-    embedding = tensors.get("token_embd.weight")
+    embedding = tensors.get(EMBEDDING_TABLE)
     if vocab_size is not None:
         return vocab_size
     if isinstance(tokens, ArrayRef) and 1 <= tokens.count <= MAX_SIZE:

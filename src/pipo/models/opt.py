@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipo.base.manifest import HyperParameters, Manifest, TensorSpec
+from pipo.base.manifest import EMBEDDING_TABLE, HyperParameters, Manifest, TensorSpec
 from pipo.base.tensor_type import TensorType
 from pipo.compute.views import Tensor
 from pipo.models.attention import mix
@@ -25,7 +25,7 @@ def opt_stages(manifest: Manifest) -> list[Stage]:
     stages = [stage for i in range(h.num_layers) for stage in (_attention(book, h, i), _mlp(book, h, i))]
     stages[0] = replace(stages[0], vectors={**stages[0].vectors, **_positions(book, h)}, lay=_lay_first_attention)
     head = book.optional_matrix("output.weight", h.hidden_size, h.vocab_size)
-    head = head or book.matrix("token_embd.weight", h.hidden_size, h.vocab_size)
+    head = head or book.matrix(EMBEDDING_TABLE, h.hidden_size, h.vocab_size)
     norm = _norm(book, "output_norm", h.hidden_size)
     stages += [
         Stage(StageKind.FINAL_NORM, -1, {}, norm, _lay_final_norm),

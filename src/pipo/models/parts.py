@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from pipo.base.manifest import HyperParameters, Manifest, RopeScaling, TensorSpec
+from pipo.base.manifest import EMBEDDING_TABLE, HyperParameters, Manifest, RopeScaling, TensorSpec
 from pipo.models.blocks import (
     lay_attention,
     lay_final_norm,
@@ -188,7 +188,7 @@ def shared_expert(book: TensorBook, hyper: HyperParameters, i: int, size: int) -
 def output_stages(book: TensorBook, manifest: Manifest) -> list[Stage]:
     """The final norm, and the head, which is the embedding table where the file has no other."""
     h = manifest.hyper
-    embedding = book.matrix("token_embd.weight", h.hidden_size, h.vocab_size)
+    embedding = book.matrix(EMBEDDING_TABLE, h.hidden_size, h.vocab_size)
     head = book.optional_matrix("output.weight", h.hidden_size, h.vocab_size) or embedding
     norm = book.vector("output_norm.weight", h.hidden_size)
     return [

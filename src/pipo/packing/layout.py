@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pipo.base.manifest import Manifest, TensorSpec
+from pipo.base.manifest import EMBEDDING_TABLE, Manifest, TensorSpec
 from pipo.base.units import PAGE_BYTES
 from pipo.formats.gguf_writer import (
     TensorEntry,
@@ -27,7 +27,7 @@ from pipo.formats.gguf_writer import (
 from pipo.formats.hyper_parameters import rope_layout
 from pipo.models.stage import Stage
 from pipo.packing.checksums import ALGORITHM, ALGORITHM_KEY, HEADER_KEY, NO_CHECKSUM, TENSORS_KEY, Hash
-from pipo.packing.types import EMBEDDING_TABLE, QUANTIZATION_VERSION, Mix, TensorPlan, plan_tensor
+from pipo.packing.types import QUANTIZATION_VERSION, Mix, TensorPlan, plan_tensor
 
 ALIGNMENT = PAGE_BYTES
 _VERSION_KEY, _VERSION = "pipo.pack.version", 1

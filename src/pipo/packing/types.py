@@ -11,10 +11,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from pipo.base.errors import UnsupportedModel, UsageError
-from pipo.base.manifest import Manifest, TensorSpec
+from pipo.base.manifest import EMBEDDING_TABLE, Manifest, TensorSpec
 from pipo.base.tensor_type import TensorType
 
-EMBEDDING_TABLE = "token_embd.weight"
 TABLES = frozenset({EMBEDDING_TABLE, "output.weight"})
 _VALUES_AND_DOWN = re.compile(r"blk\.(\d+)\.(?:attn_v|ffn_down(?:_exps|_shexp)?)\.weight")
 _FUSED = re.compile(r"blk\.\d+\.attn_qkv\.weight")

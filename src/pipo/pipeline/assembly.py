@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pipo.base.adapter import ADAPTERS, AdapterId, NamedAdapter
 from pipo.base.clock import Clock
 from pipo.base.errors import ComputeError
-from pipo.base.manifest import HyperParameters
+from pipo.base.manifest import EMBEDDING_TABLE, HyperParameters
 from pipo.base.trace import Tracer
 from pipo.base.units import PAGE_BYTES, round_up
 from pipo.compute.dequantise import Dequantiser
@@ -26,7 +26,7 @@ from pipo.pipeline.executor import Executor, Places
 from pipo.pipeline.expert_cache import ExpertCache
 from pipo.pipeline.expert_stages import ExpertStages
 from pipo.pipeline.expert_units import ExpertUnits, expert_slot_bytes
-from pipo.pipeline.forward import EMBEDDING_TABLE, Forward, Sides
+from pipo.pipeline.forward import Forward, Sides
 from pipo.pipeline.graph_room import GraphRoom
 from pipo.pipeline.kv_room import KvRoom
 from pipo.pipeline.sides import CpuMemory, Model, Side

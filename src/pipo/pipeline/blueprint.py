@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from pipo.base.adapter import ADAPTERS, Adapter, NamedAdapter
 from pipo.base.config import EngineConfig
-from pipo.base.manifest import HyperParameters, Manifest, TensorSpec
+from pipo.base.manifest import EMBEDDING_TABLE, HyperParameters, Manifest, TensorSpec
 from pipo.base.tensor_type import ROWS_PER_GROUP
 from pipo.base.units import MIB, PAGE_BYTES, round_up
 from pipo.compute.devices import CpuBackend
@@ -20,7 +20,6 @@ from pipo.pipeline.buffers import BufferShape, ExpertCounts
 from pipo.pipeline.device_share import DeviceShare
 from pipo.pipeline.embedding import embedding_bytes
 from pipo.pipeline.expert_units import expert_slot_bytes
-from pipo.pipeline.forward import EMBEDDING_TABLE
 from pipo.pipeline.stage_graphs import Compute, StageGraphs, correction_bytes, graphs_bytes
 from pipo.pipeline.units import WeightLayouts, unit_sizes
 from pipo.planner.expert_slots import ExpertClass

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pipo.base.manifest import EMBEDDING_TABLE
 from pipo.base.units import round_up
 from pipo.compute.device import DevicePlace
 from pipo.kvcache.cache import ROWS_PER_PAGE, KvShape, kv_rows_class
@@ -28,7 +29,6 @@ from pipo.planner.residency import Need, Step, StepKind
 from pipo.planner.schedule import Schedule
 from pipo.tiers.ram import Place
 
-EMBEDDING_TABLE = "token_embd.weight"
 DEVICE_ALIGNMENT = 256  # the most that Vulkan lets a device ask for
 WHOLE_PASS = -2  # in place of a stage's index: all of them at once, when every unit is in RAM for good
 

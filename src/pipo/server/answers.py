@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from secrets import token_hex
 
 from pipo.generation.answer import Piece
 from pipo.generation.request import FinishReason, GenerationRequest, Usage
@@ -115,6 +117,17 @@ class UsageSum:
             sum(usage.completion_tokens for usage in self._usages.values()),
             sum(usage.cached_tokens for usage in firsts),
         )
+
+
+def openai_head(service: Service, model: str | None, prefix: str, kind: str) -> dict[str, object]:
+    """What every answer of one request begins with, and every event of its stream."""
+    return {
+        "id": f"{prefix}-{token_hex(12)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model or service.settings.name,
+        "system_fingerprint": service.fingerprint(),
+    }
 
 
 def openai_usage(usage: Usage) -> dict[str, object]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pipo.text.call_bodies import ReadCall
 
 _ID_LETTERS = string.ascii_letters + string.digits
+
+
+State = Callable[[str], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,35 @@ class AnswerDelta:
     text: str = ""
     reasoning: str = ""
     calls: list[ToolCall] = field(default_factory=list)
+
+
+class StateReader:
+    """Reads an answer piece by piece: a state takes text, adds to `_out`, and gives back what the next one is to read.
+    None: all was taken, or waits in `_held` for what may make a marker of it.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._held = ""
+        self._body: list[str] = []  # of a call, in pieces
+        self._out = AnswerDelta()
+
+    def feed(self, text: str) -> AnswerDelta:
+        self._out = AnswerDelta()
+        rest: str | None = text
+        while rest:
+            rest = self._state(rest)
+        return self._out
+
+    def finish(self) -> AnswerDelta:
+        self._out = AnswerDelta()
+        held, self._held = self._held, ""
+        self._end(held)
+        return self._out
+
+    def _end(self, held: str) -> None:
+        """The answer has ended, with this held back."""
+        raise AssertionError("a reader says how it ends")
 
 
 def make_call(read: ReadCall, id_chars: int | None) -> ToolCall:

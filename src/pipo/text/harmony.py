@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from pipo.text.answer_formats import ToolFormat
-from pipo.text.answer_parts import AnswerDelta, find_first, make_call, partial_length
+from pipo.text.answer_parts import StateReader, find_first, make_call, partial_length
 from pipo.text.call_bodies import ReadCall, read_calls
 
 _MESSAGE = "<|message|>"
@@ -19,36 +19,23 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _ARGUMENTS = ToolFormat("arguments", "json")
 
 
-class HarmonyReader:
+class HarmonyReader(StateReader):
     """Channel `analysis` is thinking, a message to a recipient a call, everything else the answer. What begins
     without a header is the answer, too.
     """
 
     def __init__(self) -> None:
-        self._state = self._at_start
-        self._held = ""
+        super().__init__(self._at_start)
         self._header = ""
         self._channel = "final"
         self._recipient: str | None = None
-        self._body: list[str] = []
-        self._out = AnswerDelta()
 
-    def feed(self, text: str) -> AnswerDelta:
-        self._out = AnswerDelta()
-        rest: str | None = text
-        while rest:
-            rest = self._state(rest)
-        return self._out
-
-    def finish(self) -> AnswerDelta:
-        self._out = AnswerDelta()
-        held, self._held = self._held, ""
+    def _end(self, held: str) -> None:
         if self._state == self._in_message:
             self._say(held)
             self._end_message()
         elif self._state == self._at_start or "<|" not in self._header:  # words that only looked like a header
             self._out.text += held + self._header
-        return self._out
 
     def _at_start(self, text: str) -> str | None:
         text, self._held = self._held + text, ""

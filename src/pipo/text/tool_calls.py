@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from pipo.text.answer_formats import AnswerFormat, Tool
-from pipo.text.answer_parts import AnswerDelta, ToolCall, make_call, partial_length
+from pipo.text.answer_parts import AnswerDelta, StateReader, ToolCall, make_call, partial_length
 from pipo.text.call_bodies import read_calls
 from pipo.text.harmony import HarmonyReader
 
@@ -36,32 +36,20 @@ def answer_reader(format: AnswerFormat, tools: Sequence[Tool] = (), *, prompt: s
     return MarkedReader(format, tools, is_thinking=format.begins_in_thought(prompt))
 
 
-class MarkedReader:
+class MarkedReader(StateReader):
     """Of answers whose parts stand between markers, or are one JSON object."""
 
     def __init__(self, format: AnswerFormat, tools: Sequence[Tool], *, is_thinking: bool = False) -> None:
         self._tools = {tool.name: tool for tool in tools}
         self._format = format.tools
         self._thinking = format.thinking
-        self._state = self._in_thought if is_thinking else self._at_start
-        self._held = ""  # may become a marker
-        self._body: list[str] = []  # of a call, in pieces
+        super().__init__(self._in_thought if is_thinking else self._at_start)
         self._has_marker = False  # before that body
         self._space = ""  # white space that is shown once something follows
         self._drops_space = False
         self._has_calls = False
-        self._out = AnswerDelta()
 
-    def feed(self, text: str) -> AnswerDelta:
-        self._out = AnswerDelta()
-        rest: str | None = text
-        while rest:
-            rest = self._state(rest)
-        return self._out
-
-    def finish(self) -> AnswerDelta:
-        self._out = AnswerDelta()
-        held, self._held = self._held, ""
+    def _end(self, held: str) -> None:
         if self._state == self._in_thought:
             self._out.reasoning += held.rstrip()
         elif self._state == self._in_call:
@@ -70,7 +58,6 @@ class MarkedReader:
             self._show(held)
         if not self._has_calls:
             self._out.text += self._space
-        return self._out
 
     def _take_held(self, text: str) -> str:
         text, self._held = self._held + text, ""

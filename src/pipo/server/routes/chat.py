@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from secrets import token_hex
 from typing import Protocol
 
 from fastapi import APIRouter, Request
@@ -14,7 +12,7 @@ from starlette.responses import Response
 from pipo.generation.answer import Piece
 from pipo.generation.request import FinishReason, GenerationRequest, Sampled, copies_of
 from pipo.server.answer_reader import AnswerDelta, AnswerReader, ToolCall, reading_of
-from pipo.server.answers import Answers, UsageSum, finish_text, openai_usage
+from pipo.server.answers import Answers, UsageSum, finish_text, openai_head, openai_usage
 from pipo.server.body import body_of
 from pipo.server.errors import invalid, openai_error
 from pipo.server.event_stream import OPENAI_DONE, OPENAI_PING, Events, data_event, open_stream
@@ -112,13 +110,7 @@ class _Reply:
         self._answers = Answers(service, requests)
         self._choices = [_Choice(reader) for reader in readers]
         self._usage = UsageSum(len(requests))
-        self._head: dict[str, object] = {
-            "id": f"chatcmpl-{token_hex(12)}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": body.model or service.settings.name,
-            "system_fingerprint": service.fingerprint(),
-        }
+        self._head = openai_head(service, body.model, "chatcmpl", "chat.completion")
 
     async def whole(self) -> dict[str, object]:
         async for growth in self._answers.grow():

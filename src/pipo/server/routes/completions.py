@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from secrets import token_hex
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pipo.generation.answer import Piece
 from pipo.generation.request import FinishReason, GenerationRequest, Sampled, copies_of
-from pipo.server.answers import Answers, UsageSum, finish_text, openai_usage
+from pipo.server.answers import Answers, UsageSum, finish_text, openai_head, openai_usage
 from pipo.server.body import body_of
 from pipo.server.errors import invalid
 from pipo.server.event_stream import OPENAI_DONE, Events, data_event
@@ -92,13 +90,7 @@ class _Reply:
         self._answers = Answers(service, requests)
         self._choices = [_Choice(echo, offset=len(echo)) for echo in echoes]
         self._usage = UsageSum(body.num_answers)
-        self._head: dict[str, object] = {
-            "id": f"cmpl-{token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": body.model or service.settings.name,
-            "system_fingerprint": service.fingerprint(),
-        }
+        self._head = openai_head(service, body.model, "cmpl", "text_completion")
 
     async def whole(self) -> dict[str, object]:
         async for growth in self._answers.grow():
