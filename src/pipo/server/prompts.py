@@ -12,7 +12,7 @@ from pipo.base.errors import ContextOverflow, UsageError
 from pipo.model_file import ModelFile
 from pipo.server.errors import invalid
 from pipo.text.answer_formats import answer_format_of
-from pipo.text.chat_template import TEMPLATE_KEY, ChatTemplate, Message
+from pipo.text.chat_template import ChatTemplate, Message
 from pipo.text.contract import ModelTokenizer
 from pipo.text.conversation import template_messages
 
@@ -45,12 +45,8 @@ class Prompts:
     @classmethod
     def of_model(cls, model: ModelFile) -> Prompts:
         """Raises MalformedFile where the template is none."""
-        source = model.checkpoint.metadata.get(TEMPLATE_KEY)
-        if not isinstance(source, str):
-            return cls(model.tokenizer, None)
-        ids = model.tokenizer.special_ids
-        names = [None if each is None else model.tokenizer.token_text(each) for each in (ids.bos, ids.eos)]
-        return cls(model.tokenizer, ChatTemplate(source, names[0], names[1]), source)
+        source = model.template_source
+        return cls(model.tokenizer, None) if source is None else cls(model.tokenizer, model.chat_template, source)
 
     @property
     def template(self) -> ChatTemplate:
