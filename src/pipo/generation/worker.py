@@ -36,6 +36,7 @@ class Worker:
         self._interrupt = interrupt
         self._resume = resume
         self._is_closed = self._was_interrupted = False
+        self._gate = threading.Lock()  # nothing is queued behind the end: guards `_is_closed` and what is put
         self._lock = threading.Lock()  # an interrupt goes to the job it is meant for: guards `_running`
         self._running: _Job[object] | None = None
         self._jobs: queue.SimpleQueue[_Job[object] | None] = queue.SimpleQueue()
@@ -47,7 +48,7 @@ class Worker:
         waits until it has ended, so that the next one finds everything at rest. Raises Cancelled after `close`.
         """
         job, is_over = _Job(make), False
-        with self._lock:  # what is queued after `close` nobody would end
+        with self._gate:
             if self._is_closed:
                 raise Cancelled("the worker was closed")
             self._jobs.put(cast(_Job[object], job))  # the worker never looks into what it hands back
@@ -80,7 +81,7 @@ class Worker:
         return self._was_interrupted or self._is_closed
 
     def close(self) -> None:
-        with self._lock:
+        with self._gate:
             self._is_closed = True
             self._jobs.put(None)
         self._interrupt()
