@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipo.base.errors import MalformedFile, ModelError, ModelNotFound, UnsupportedModel
@@ -297,6 +297,7 @@ def test_mutations_parse_or_raise_a_model_error(folder: Path, raw: bytes) -> Non
 @settings(max_examples=200, deadline=2000)
 @given(st.binary(max_size=100), st.booleans())
 def test_noise_is_refused(folder: Path, noise: bytes, starts_well: bool) -> None:
+    assume(noise.strip() != b"}")  # a header of no tensors is a sound one
     raw = file_of(b"{" + noise) if starts_well else noise
     with pytest.raises(ModelError):
         open_safetensors(write_file(folder, raw))
