@@ -18,12 +18,23 @@ if TYPE_CHECKING:
 class Sizes(Protocol):
     """What the header of every decoder says."""
 
-    num_layers: int
-    hidden_size: int
-    num_q_heads: int
-    num_kv_heads: int
-    vocab_size: int
-    context_tokens: int
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def num_q_heads(self) -> int: ...
+
+    @property
+    def num_kv_heads(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def context_tokens(self) -> int: ...
 
 
 def begin_header(path: Path, architecture: str, name: str, model: Sizes) -> GGUFWriter:

@@ -105,10 +105,21 @@ class ExpertReplay:
 
 @dataclass(frozen=True, slots=True)
 class BatchFacts:
-    """Decode passes of a batch, and what its plan said one would take."""
+    """Passes that gave a token to each sequence of a batch, what the plan said one would take, and all answers."""
 
     passes: Passes
     predicted_s: float
+    answers: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoneAnswer:
+    """Tokens of one sequence that had every pass to itself, and how much likelier each was than the second best, as
+    the difference of their logits.
+    """
+
+    token_ids: tuple[int, ...]
+    leads: tuple[float, ...]
 
 
 # requests
@@ -225,6 +236,15 @@ class Batch(Request[BatchFacts]):
     num_sequences: int
     prompt_tokens: int
     num_passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerAlone(Request["tuple[LoneAnswer, ...]"]):
+    """The prompts of a `Batch`, one after another, by the engine that has started."""
+
+    num_prompts: int
+    prompt_tokens: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,18 @@ from math import nan
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from bench.engines.timed_engine import PROMPT_TOKENS, TimedEngine
 from bench.messages import (
+    AnswerAlone,
     Batch,
     BatchFacts,
     ExpertReplay,
     FirstToken,
     Forecast,
     Library,
+    LoneAnswer,
     Passes,
     PassForecast,
     PipoSetup,
@@ -27,13 +31,15 @@ from bench.messages import (
     Started,
 )  # fmt: skip
 from bench.prompts import random_prompt
+from pipo.answering import Report
 from pipo.base.config import EngineConfig
-from pipo.base.errors import OverBudget
+from pipo.base.errors import OverBudget, PipoError
 from pipo.base.manifest import Extent
 from pipo.compute import ggml
 from pipo.compute.devices import cpu_features
-from pipo.engine import Engine, Report
-from pipo.generation.request import SamplingParams
+from pipo.engine import Engine
+from pipo.generation.answer import Piece
+from pipo.generation.request import GenerationRequest, SamplingParams
 from pipo.model_file import ModelFile
 from pipo.pipeline.expert_trace import BlockVisit, ExpertTrace, TraceHead, policies
 from pipo.pipeline.units import make_units
@@ -43,6 +49,8 @@ from pipo.planner.predict import Workload
 from pipo.planner.simulate import Lane
 
 _TELLING_FEATURES = frozenset({"AVX2", "AVX512", "AVX512_BF16", "AMX_INT8", "NEON", "SVE", "LLAMAFILE", "REPACK"})
+
+SPARE_PASSES = 4  # in which prompts are read beside answers that have begun
 
 
 class PipoEngine(TimedEngine[PipoSetup]):
@@ -63,6 +71,8 @@ class PipoEngine(TimedEngine[PipoSetup]):
                 return _forecast(request.setup, request.num_tokens)
             case Batch():
                 return self._batch(request)
+            case AnswerAlone():
+                return self._answer_alone(request)
             case ReplayExperts():
                 return self._replay()
         return super().answer(request)
@@ -77,7 +87,9 @@ class PipoEngine(TimedEngine[PipoSetup]):
         self._engine = Engine(ModelFile(setup.path), _config(setup))
         self._vocab_size = self._engine.model.manifest.hyper.vocab_size
         self._engine.start(self._engine.make_plan(workload=_workload(setup)))
-        self._engine.note_experts(lambda block, routing: self._visits.append(BlockVisit(block, routing.experts)))
+        self._engine.note_experts(
+            lambda block, routing: self._visits.append(BlockVisit(block, np.asarray(routing.experts).tolist()))
+        )
         return Started(perf_counter() - begin, _library())
 
     def _decode(self, num_passes: int, prompt: list[int]) -> Passes:
@@ -121,11 +133,34 @@ class PipoEngine(TimedEngine[PipoSetup]):
         workload = Workload(request.prompt_tokens, request.num_passes + 1, request.num_sequences)
         plan = self._engine.make_plan(workload=workload)
         self._engine.start(plan)
-        prompts = [random_prompt(request.prompt_tokens, i, self._vocab_size) for i in range(request.num_sequences)]
-        params = SamplingParams(max_tokens=request.num_passes + 1, temperature=0, ignore_eos=True)
-        times = [perf_counter() for i, _ in self._engine.stream_batch(prompts, params) if not i]
+        prompts = self._prompts(request.num_sequences, request.prompt_tokens)
+        params = SamplingParams(max_tokens=request.num_passes + SPARE_PASSES, temperature=0, ignore_eos=True)
+        answers: list[list[int]] = [[] for _ in prompts]
+        longest, times = 0, list[float]()  # when passes ended, from the first on that found all answers begun
+        for i, event in self._engine.stream_requests(GenerationRequest(prompt, params) for prompt in prompts):
+            if isinstance(event, PipoError):
+                raise event
+            if not isinstance(event, Piece) or event.token is None:
+                continue
+            answers[i].append(event.token.token_id)
+            if len(answers[i]) > longest:
+                longest += 1
+                times += [perf_counter()] if all(answers) else []
         predicted_s = plan.prediction.decode.seconds if plan.prediction else nan  # of a toy nothing is predicted
-        return BatchFacts(self._passes(times), predicted_s)
+        return BatchFacts(self._passes(times), predicted_s, tuple(tuple(answer) for answer in answers))
+
+    def _answer_alone(self, request: AnswerAlone) -> tuple[LoneAnswer, ...]:
+        assert self._engine is not None
+        params = SamplingParams(max_tokens=request.num_tokens, temperature=0, ignore_eos=True, logprobs=2)
+        found = []
+        for prompt in self._prompts(request.num_prompts, request.prompt_tokens):
+            tokens = [piece.token for piece in self._engine.stream(prompt, params) if piece.token is not None]
+            leads = tuple(token.top[0][1] - token.top[1][1] for token in tokens)
+            found.append(LoneAnswer(tuple(token.token_id for token in tokens), leads))
+        return tuple(found)
+
+    def _prompts(self, num_prompts: int, num_tokens: int) -> list[list[int]]:
+        return [random_prompt(num_tokens, i, self._vocab_size) for i in range(num_prompts)]
 
     def _prefill(self, num_tokens: int, seed: int) -> FirstToken:
         prompt = random_prompt(num_tokens, seed, self._vocab_size)

@@ -18,23 +18,33 @@ class RequestLoop:
     def __init__(self, batcher: Batcher, weights_of: Callable[[AdapterSet], Weights]) -> None:
         self._batcher = batcher
         self._weights_of = weights_of
+        self._is_open = False  # more may come
 
     def run(self, inbox: Inbox) -> Iterator[list[Event]]:
         """What was said of whom, pass by pass, until all have been answered and nothing more will come. What ends the
         loop ends all requests with it. Raises Cancelled where everything was to end.
         """
-        batcher, is_open = self._batcher, True
+        batcher = self._batcher
+        self._is_open = True
         try:
-            while is_open or not batcher.is_idle:
-                commands = inbox.take(waits=batcher.is_idle) if is_open else []
-                is_open = commands is not None and is_open
-                events = [event for command in commands or () for event in self._do(command)]
+            while self._is_open or not batcher.is_idle:
+                events = self._take_all(inbox)
                 yield events + batcher.step()
         except Cancelled as error:
             yield batcher.drop_all(error)
             raise
         finally:
             batcher.drop_all(Cancelled("whoever asked has gone"))
+
+    def _take_all(self, inbox: Inbox) -> list[Event]:
+        """Do what has come, so that a pass has all there is room for, or up to a refusal, which is said at once. Waits
+        where there is nothing else to do.
+        """
+        events: list[Event] = []
+        while self._is_open and not events and (commands := inbox.take(waits=self._batcher.is_idle)) != []:
+            self._is_open = commands is not None
+            events += [event for command in commands or () for event in self._do(command)]
+        return events
 
     def _do(self, command: Command) -> Iterator[Event]:
         """What is refused ends at once."""

@@ -222,12 +222,13 @@ def _adapter_bytes(blueprint: Blueprint, max_tokens: int) -> dict[str, int]:
 
 
 def _chunks(blueprint: Blueprint, context_tokens: int) -> list[int]:
-    """Ascending. A pass takes a token of every sequence at least."""
+    """Ascending. A pass takes a token of every sequence at least, and all that fits their contexts at most."""
     least = blueprint.config.num_sequences
-    most = blueprint.device.chunk_tokens if blueprint.device else context_tokens
-    if blueprint.config.prefill_chunk is not None:
-        return [max(min(blueprint.config.prefill_chunk, context_tokens, most), least)]
-    return sorted({max(min(chunk, context_tokens, most), least) for chunk in CHUNKS})
+    most = context_tokens * blueprint.config.num_sequences
+    if blueprint.device:
+        most = min(most, blueprint.device.chunk_tokens)
+    wanted = [blueprint.config.prefill_chunk] if blueprint.config.prefill_chunk is not None else CHUNKS
+    return sorted({max(min(chunk, most), least) for chunk in wanted})
 
 
 def _chunk_bytes(blueprint: Blueprint, graphs: StageGraphs, context_tokens: int, chunk_tokens: int) -> int:

@@ -151,7 +151,7 @@ class Placed:
 
 
 def predict(placed: Placed, workload: Workload, schedule: Schedule) -> Prediction:
-    """The prompts one after another, then one pass in the middle of the answers."""
+    """All prompts, then one pass in the middle of the answers."""
     ttft_s = _prefill_s(placed.at(workload.prompt_tokens), schedule, workload)
     load = decode_load(workload)
     read = expert_bytes(placed.shapes.stages, load, placed.routing, placed.at(load.num_positions).ram.held_share)
@@ -189,16 +189,14 @@ def _pool(
 
 
 def _prefill_s(placed: Placed, schedule: Schedule, workload: Workload) -> float:
-    """Seconds until the last prompt has been read. Cost: COLD_PASSES and twice LIKE_PASSES simulated at most."""
+    """Seconds until the last prompt has been read. Cost: COLD_PASSES and LIKE_PASSES simulated at most."""
     line = placed.line(schedule)
 
     def run(loads: Sequence[PassLoad]) -> float:
         return sum(line.run_pass(placed.costs(load)) * count for load, count in _thinned(loads))
 
     loads = list(_prefill_loads(workload, placed.ram.chunk.num_tokens))
-    first_s = sum(line.run_pass(placed.costs(load)) for load in loads[:COLD_PASSES]) + run(loads[COLD_PASSES:])
-    num_more = workload.num_sequences - 1
-    return first_s + num_more * run(loads) if num_more else first_s
+    return sum(line.run_pass(placed.costs(load)) for load in loads[:COLD_PASSES]) + run(loads[COLD_PASSES:])
 
 
 def _thinned(loads: Sequence[PassLoad]) -> Iterator[tuple[PassLoad, int]]:
@@ -210,7 +208,12 @@ def _thinned(loads: Sequence[PassLoad]) -> Iterator[tuple[PassLoad, int]]:
 
 
 def _prefill_loads(workload: Workload, chunk_tokens: int) -> Iterator[PassLoad]:
-    """Of one sequence. A row of the chunk sees all positions before the chunk and half of the chunk, on average."""
-    for start in range(0, workload.prompt_tokens, chunk_tokens):
-        tokens = min(chunk_tokens, workload.prompt_tokens - start)
-        yield PassLoad(1, tokens, start + tokens / 2)
+    """Of all sequences: short prompts share a chunk, long ones have theirs one after another. A row of the chunk sees
+    all positions of its sequence before the chunk and half of the chunk's, on average.
+    """
+    num_together = min(max(chunk_tokens // workload.prompt_tokens, 1), workload.num_sequences)
+    for first in range(0, workload.num_sequences, num_together):
+        num_sequences = min(num_together, workload.num_sequences - first)
+        for start in range(0, workload.prompt_tokens, chunk_tokens):
+            tokens = min(chunk_tokens, workload.prompt_tokens - start)
+            yield PassLoad(num_sequences, tokens, start + tokens / 2)
