@@ -255,3 +255,20 @@ def test_both_processes_stay_under_the_budget(smollm2_path: Path, ram_mib: int) 
     assert found["peak"] <= ram_mib * MIB
     assert found["mine"] <= found["allowed"] == found["ledger"]["job"]
     assert sum(found["ledger"].values()) <= ram_mib * MIB
+
+
+@pytest.mark.parametrize(("ram_mib", "num_sequences"), [(2000, 8), (1000, 2), (800, 1)])
+def test_an_engine_that_may_choose_answers_as_many_as_have_context(
+    smollm2_path: Path, ram_mib: int, num_sequences: int
+) -> None:
+    setup = replace(setup_of(smollm2_path, ram_mib * MIB, context_tokens=4096), most_sequences=8)
+
+    async def main() -> None:
+        async with engine_of(setup) as engine:
+            assert (engine.info.num_sequences, engine.info.context_tokens) == (num_sequences, 4096)
+        if num_sequences < 8:
+            twice = replace(setup.config, num_sequences=2 * num_sequences)
+            with pytest.raises(OverBudget):
+                await open_engine(replace(setup, config=twice, most_sequences=None))
+
+    run(main())

@@ -16,6 +16,7 @@ from pipo.cli.flags import (
     SamplingFlags,
     SystemFlag,
     make_config,
+    parse_num_sequences,
 )
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from pipo.jobs.ray_engines import RayPlace
 
 MAX_TEMPLATE_BYTES = 1 << 20
-MAX_SEQUENCES = 4096
 
 
 def batch(
@@ -95,7 +95,7 @@ def batch(
     if ray_workers is not None and ray is None:
         raise UsageError("--ray-workers needs --ray", hint="--ray local starts Ray on this machine")
     config = make_config(memory, compute)
-    params, wanted = sampling.params(sampling.max_tokens), _num_sequences(num_sequences)
+    params, wanted = sampling.params(sampling.max_tokens), parse_num_sequences(num_sequences)
 
     from pipo.cli.batch_report import looking_at
     from pipo.jobs.answers import AnswerNames
@@ -172,14 +172,6 @@ def _sort_words(words: list[str], model: str | None) -> tuple[str, Path]:
     if len(left) > 1:
         raise UsageError(f"one word too many: {left[1]!r}", hint="pipo batch MODEL INPUT -o OUTPUT")
     return name, Path(left[0])
-
-
-def _num_sequences(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= MAX_SEQUENCES:
-        raise UsageError(f"--num-sequences {text!r:.40} must be auto, or a number from 1 to {MAX_SEQUENCES}")
-    return int(text)
 
 
 def read_template(given: str) -> str:

@@ -9,7 +9,9 @@ from pipo.base.units import format_size
 from pipo.cli.report import LANE_NAMES, rate_text, seconds_text
 from pipo.planner.batch import NEAR, BatchCurve, BatchPoint, Ending
 
-BATCH_NOTE = "for pipo.LLM(…, num_sequences=N): the command line answers one sequence at a time"
+BATCH_NOTE = (
+    "for `pipo batch`, `pipo serve` and pipo.LLM(…, num_sequences=N); `run` and `chat` answer one sequence at a time"
+)
 BAR_WIDTH = 40  # of the plateau
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 416, 64, 24, 88, 48
 CURVE, KNEE = "#2f6db5", "#c8632b"

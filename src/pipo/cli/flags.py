@@ -19,6 +19,7 @@ from pipo.generation.request import SamplingParams
 _MEMORY, _COMPUTE, _SAMPLING = "Memory", "Compute", "Sampling"
 _DEFAULTS = SamplingParams()
 _KIND = inspect.Parameter.KEYWORD_ONLY
+MAX_SEQUENCES = 4096  # that anybody may ask for
 
 
 def _one_of(names: tuple[str, ...]) -> str:
@@ -220,6 +221,15 @@ ModelArgument = Annotated[
 ]
 ModelFlag = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="The model, as a flag.")]
 SystemFlag = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
+
+
+def parse_num_sequences(text: str) -> int | None:
+    """None: as many as the planner finds best. Raises UsageError."""
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= MAX_SEQUENCES:
+        raise UsageError(f"--num-sequences {text!r:.40} must be auto, or a number from 1 to {MAX_SEQUENCES}")
+    return int(text)
 
 
 def make_config(

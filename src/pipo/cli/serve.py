@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from pipo.base.units import format_size
-from pipo.cli.flags import ComputeFlags, MemoryFlags, ModelArgument, ModelFlag, OutputFlags, make_config
+from pipo.cli.flags import (
+    ComputeFlags,
+    MemoryFlags,
+    ModelArgument,
+    ModelFlag,
+    OutputFlags,
+    make_config,
+    parse_num_sequences,
+)
 from pipo.cli.prompt import only_model
 
 if TYPE_CHECKING:
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
     from pipo.serving.wire import EngineSetup
 
 _LISTEN, _LIMITS = "Server", "Limits"
+MOST_SEQUENCES = 8  # that share a sweep where nobody says how many
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +131,13 @@ def serve(
         str | None, typer.Option(metavar="NAME", help="What requests call the model.", rich_help_panel=_LISTEN)
     ] = None,
     num_sequences: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Requests that share a sweep.", rich_help_panel=_LISTEN)
-    ] = 2,
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help=f"Requests that share a sweep; auto: {MOST_SEQUENCES}, or fewer where memory is short.",
+            rich_help_panel=_LISTEN,
+        ),
+    ] = "auto",
     constraints: Annotated[
         bool,
         typer.Option(
@@ -142,7 +156,8 @@ def serve(
     """
     name = only_model(model, model_flag)
     config = make_config(memory, compute)
-    config = replace(config, num_sequences=num_sequences, constraints=constraints)
+    wanted = parse_num_sequences(num_sequences)
+    config = replace(config, num_sequences=wanted or 1, constraints=constraints)
 
     from pipo.cli.session import open_model
     from pipo.cli.terminal import print_warning
@@ -156,7 +171,8 @@ def serve(
         opened = open_model(name, config.ram)
         if not settings.is_loopback and api_key is None:
             print_warning(f"anybody who reaches {host} can use this server: --api-key asks for a key")
-        _Serving(opened, config, settings, output, listener.getsockname()[1]).run(listener)
+        most = MOST_SEQUENCES if wanted is None else None
+        _Serving(opened, config, most, settings, output, listener.getsockname()[1]).run(listener)
 
 
 def _served_name(name: str) -> str:
@@ -169,10 +185,17 @@ class _Serving:
     """One run of the server, and what it says."""
 
     def __init__(
-        self, model: ModelFile, config: EngineConfig, settings: ServerSettings, output: OutputFlags, port: int
+        self,
+        model: ModelFile,
+        config: EngineConfig,
+        most_sequences: int | None,
+        settings: ServerSettings,
+        output: OutputFlags,
+        port: int,
     ) -> None:
         self._model = model
         self._config = config
+        self._most_sequences = most_sequences
         self._settings = settings
         self._output = output
         self._port = port
@@ -210,7 +233,13 @@ class _Serving:
 
         limits, trained = self._settings.limits, self._model.manifest.hyper.context_tokens
         growth = GROWTH_BYTES + limits.kept_bytes(self._config.context_tokens or trained)
-        return EngineSetup(self._model.path, self._config, "server", asking_bytes(PROCESS_BYTES, growth))
+        return EngineSetup(
+            self._model.path,
+            self._config,
+            "server",
+            asking_bytes(PROCESS_BYTES, growth),
+            most_sequences=self._most_sequences,
+        )
 
     def _say_ready(self, client: EngineClient) -> None:
         from pipo.cli.session import model_title

@@ -6,9 +6,10 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 
+from pipo.base.config import EngineConfig
 from pipo.base.errors import EngineDied, OverBudget, PipoError
 from pipo.base.units import format_size
 from pipo.engine import Engine
@@ -25,6 +26,7 @@ from pipo.serving.contract import EngineInfo, EngineStats
 from pipo.serving.wire import Asked, EngineSetup, Failed, Progressed, Said, Started, StatsWanted, Wire
 
 LOOK_S = 1.0  # for the asking process: its end also closes the pipe, unless a child of it holds that open
+ENOUGH_CONTEXT = 4096  # tokens, for which an engine that may choose answers fewer at a time
 CLOSE_S = 10.0  # a read that is stuck is left behind after this
 
 
@@ -72,10 +74,11 @@ def _start(setup: EngineSetup, wire: Wire) -> Engine:
     """Raises what opening, planning and starting raise."""
     limit = ram_bytes(setup.config.ram)
     config = replace(setup.config, ram=str(limit))  # what is free changes as it is taken
-    engine = Engine(_open(setup, limit), config)
+    model = _open(setup, limit)
+    if setup.most_sequences is not None:
+        config = replace(config, num_sequences=_affordable_sequences(setup, model, config))
+    engine = _charged(setup, model, config)
     try:
-        engine.charge(setup.asking, setup.asking_bytes)
-        engine.charge("queue", DEFAULT_QUEUE.num_bytes)
         workload = setup.workload or replace(TYPICAL, num_sequences=config.num_sequences)
 
         def tell(step: str, fraction: float) -> None:
@@ -86,6 +89,26 @@ def _start(setup: EngineSetup, wire: Wire) -> Engine:
     except BaseException:
         engine.close()
         raise
+    return engine
+
+
+def _affordable_sequences(setup: EngineSetup, model: ModelFile, config: EngineConfig) -> int:
+    context = setup.context_tokens or config.context_tokens or min(model.manifest.hyper.context_tokens, ENOUGH_CONTEXT)
+    num_sequences = setup.most_sequences or 1
+    while num_sequences > 1:
+        with closing(_charged(setup, model, replace(config, num_sequences=num_sequences))) as engine:
+            try:
+                engine.make_plan(context)
+                break
+            except OverBudget:
+                num_sequences //= 2
+    return num_sequences
+
+
+def _charged(setup: EngineSetup, model: ModelFile, config: EngineConfig) -> Engine:
+    engine = Engine(model, config)
+    engine.charge(setup.asking, setup.asking_bytes)
+    engine.charge("queue", DEFAULT_QUEUE.num_bytes)
     return engine
 
 

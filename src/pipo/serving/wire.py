@@ -25,7 +25,8 @@ class EngineSetup:
 
     `config.ram` limits both processes together. Of that `asking_bytes` are the asking process's, which the ledger
     calls `asking`, as in "server" or "job": it promises to stay below. `workload` is what the plan is made for; None:
-    a typical one.
+    a typical one. `most_sequences`, where it is given, replaces the config's number: as many, by halves down to one, as
+    leave each ENOUGH_CONTEXT tokens, or what the model or the config has where that is less.
     """
 
     model: Path
@@ -34,6 +35,7 @@ class EngineSetup:
     asking_bytes: int
     context_tokens: int | None = None
     workload: Workload | None = None
+    most_sequences: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
