@@ -50,6 +50,8 @@ ANSWER_TOKENS = (4, 16, 64, 200)
 PROMPT_WORDS = (4, 40, 200, 800)
 LEAVES = 0.2  # of requests are hung up on
 TIMEOUT_S = 600.0
+MOST_GROWTH = 1.1  # of memory, from the second third of the time to the last
+LEAST_TELLING = 20  # samples of a third
 SETTLE_S = 10.0  # for what was cancelled to be gone
 _ADDRESS = re.compile(r"at (http://\S+)")
 
@@ -225,8 +227,21 @@ def _faults(tally: Tally, samples: Sequence[Sample], limit_bytes: int) -> Iterat
     peak = max(sample.anonymous_bytes for sample in samples)
     if peak > limit_bytes:
         yield f"{format_size(peak)} of anonymous memory, more than the limit of {format_size(limit_bytes)}"
+    under_load = [sample for sample in samples if sample.num_running]
+    yield from _growth("anonymous memory", [sample.anonymous_bytes for sample in under_load])
+    yield from _growth("the ledger", [sample.ledger_bytes for sample in under_load])
     if samples[-1].num_running + samples[-1].num_waiting:
         yield f"{samples[-1].num_running} requests run although nobody waits for them"
+
+
+def _growth(what: str, values: Sequence[int]) -> Iterator[str]:
+    """What is not flat: more in the last third than in the one before. In the first, caches fill."""
+    third = len(values) // 3
+    if third < LEAST_TELLING:
+        return
+    before, after = median(values[third : 2 * third]), median(values[2 * third :])
+    if after > before * MOST_GROWTH:
+        yield f"{what} grew from {format_size(round(before))} to {format_size(round(after))}"
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

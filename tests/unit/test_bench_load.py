@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
 from bench.load import Sample, Tally, _load, _parse, report
@@ -44,6 +46,17 @@ def test_what_is_wrong() -> None:
         fine.statuses.clear()
         fine.statuses[status] = 1
         assert report(QUIET, fine, [IDLE], 100) == code
+
+
+@pytest.mark.parametrize("which", ["anonymous_bytes", "ledger_bytes"])
+def test_memory_that_grows_is_found_out(which: str) -> None:
+    fine = Tally(ttfts_s=[0.1])
+    flat = [Sample(float(i), 10, 5, 2, 0) for i in range(90)]
+    grows = [replace(each, **{which: 10 + i // 10}) for i, each in enumerate(flat)]
+    filling = [replace(each, **{which: min(i, 10)}) for i, each in enumerate(flat)]
+    assert report(QUIET, fine, [*flat, IDLE], 100) == 0
+    assert report(QUIET, fine, [*filling, IDLE], 100) == 0, "caches fill"
+    assert report(QUIET, fine, [*grows, IDLE], 100) == 1
 
 
 def test_flags_of_the_server_stand_behind_two_dashes() -> None:
