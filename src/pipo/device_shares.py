@@ -57,12 +57,15 @@ class DeviceShares:
         return min(self._all(context_tokens), key=_preference, default=None)
 
     def few(self, context_tokens: int) -> Sequence[DeviceShare]:
-        """Evenly apart, the first and the last among them. Raises OverBudget."""
+        """Evenly apart, the first and the last among them; as many more of those whose keys and values move for a part
+        of the sequences at a time. Raises OverBudget.
+        """
         shares = self._all(context_tokens)
-        if len(shares) <= FEW:
-            return shares
-        step = (len(shares) - 1) / (FEW - 1)
-        return [shares[round(i * step)] for i in range(FEW)]
+        at_once = (0, self._config.num_sequences)
+        whole, parts = (
+            [s for s in shares if (s.placement.kv_sequences in at_once) is is_whole] for is_whole in (True, False)
+        )
+        return [*_evenly(whole), *_evenly(parts)]
 
     def _all(self, context_tokens: int) -> list[DeviceShare]:
         """Raises OverBudget where there is none and one was asked for."""
@@ -104,6 +107,13 @@ class DeviceShares:
             blueprint.kv_shape(context_tokens),
         )
         return device_demand(model.stages, model.manifest.hyper, device, self._compute, sizes, limit, self._adapters)
+
+
+def _evenly(shares: Sequence[DeviceShare]) -> Sequence[DeviceShare]:
+    if len(shares) <= FEW:
+        return shares
+    step = (len(shares) - 1) / (FEW - 1)
+    return [shares[round(i * step)] for i in range(FEW)]
 
 
 def _preference(share: DeviceShare) -> tuple[int, bool]:

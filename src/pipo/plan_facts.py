@@ -111,4 +111,5 @@ def _device_dict(plan: Plan) -> dict[str, object] | None:
         "num_blocks": len(share.blocks),
         "copied_bytes_per_pass": share.placement.streamed_bytes,
         "moves_kv": share.placement.moves_kv,
+        "kv_sequences_at_a_time": share.placement.kv_sequences or plan.blueprint.config.num_sequences,
     }

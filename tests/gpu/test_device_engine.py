@@ -51,13 +51,18 @@ def run(rig: Rig, *, roomy: bool, schedule: str = "pipelined") -> FloatArray:
         return transcript(forward, PROMPT, CHUNK, NUM_NEW)
 
 
-def split(demand: DeviceDemand, num_streamed: int, num_on_cpu: int, *, moves_kv: bool) -> DevicePlacement:
-    """A placement whose limit leaves so many blocks to the CPU."""
+def split(
+    demand: DeviceDemand, num_streamed: int, num_on_cpu: int, *, moves_kv: bool, at_a_time: int | None = None
+) -> DevicePlacement:
+    """A placement whose limit leaves so many blocks to the CPU. Keys and values that move do so for so many sequences
+    at a time, or for all.
+    """
+    kv_sequences = (at_a_time or demand.num_sequences) if moves_kv else 0
     for limit in range(demand.limit_bytes // 1000, demand.limit_bytes, 20_000):
         for placement in place_on_device(replace(demand, limit_bytes=limit)):
             on_cpu = NUM_BLOCKS - (sum(placement.computes) - 1) // 2
             streamed = sum(placement.computes) - sum(placement.resident)
-            if (streamed // 2, on_cpu, placement.moves_kv) == (num_streamed, num_on_cpu, moves_kv):
+            if (streamed // 2, on_cpu, placement.kv_sequences) == (num_streamed, num_on_cpu, kv_sequences):
                 return placement
     raise AssertionError("no such placement")
 

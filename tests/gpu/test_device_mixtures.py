@@ -46,7 +46,7 @@ def placements(rig: Rig, device: ComputeDevice) -> list[DevicePlacement]:
     found = [
         each for percent in (75, 100) for each in place_on_device(replace(roomy, limit_bytes=most * percent // 100))
     ]
-    return list({(each.computes, each.resident, each.moves_kv): each for each in found}.values())
+    return list({(each.computes, each.resident, each.kv_sequences): each for each in found}.values())
 
 
 def answers(rig: Rig, ram: Placement, schedule: str = "pipelined") -> list[FloatArray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import pytest
@@ -17,6 +17,7 @@ from pipo.planner.schedule import SCHEDULES
 from pipo.planner.simulate import Lane, Simulator, StepCosts
 
 NOT_CUT = 1 << 30
+Turn = tuple[int, int]  # a stage and a micro-batch
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ def models(draw: st.DrawFn, devices: st.SearchStrategy[bool] = st.just(False)) -
     on_device = frozenset(n.unit_id for n in needs if n.unit_id is not None and draw(devices))
     device_classes = {u: draw(st.integers(0, num_classes - 1)) for u in on_device if draw(st.booleans())}
     return Model(
-        tuple(replace_kv(need, draw(devices)) for need in needs[: len(body)]),
+        tuple(
+            need._replace(num_micro_batches=draw(devices) and draw(st.integers(1, 4))) for need in needs[: len(body)]
+        ),
         tuple(needs[len(body) :]),
         classes,
         slots,
@@ -103,8 +106,9 @@ def models(draw: st.DrawFn, devices: st.SearchStrategy[bool] = st.just(False)) -
     )
 
 
-def replace_kv(need: Need, moves_kv: bool) -> Need:
-    return need._replace(moves_kv=moves_kv)
+def turns(needs: Sequence[Need]) -> list[Turn]:
+    """All that a pass computes, in order: a stage whose keys and values move one micro-batch after another."""
+    return [(need.stage_idx, i) for need in needs for i in range(max(need.num_micro_batches, 1))]
 
 
 three_tiers = models(st.booleans())
@@ -152,8 +156,8 @@ class Replay:
             Tier.RAM: {u for u in model.units if u not in model.classes} - before.ram.missing,
             Tier.DEVICE: set(model.on_device) - set(model.device_classes) - before.device.missing,
         }
-        self.computed: list[int] = []
-        self.kv_loaded: list[int] = []
+        self.computed: list[Turn] = []
+        self.kv_loaded: list[Turn] = []
 
     def run(self, steps: Sequence[Step]) -> None:
         for step in steps:
@@ -164,12 +168,12 @@ class Replay:
             elif step.kind is StepKind.RELEASE:
                 assert self.owners[step.tier].pop(step.slot_id) == step.unit_id
             elif step.kind is StepKind.COMPUTE:
-                self.compute(step.stage_idx)
+                self.compute(step)
             elif step.kind is StepKind.KV_LOAD:
-                self.kv_loaded.append(step.stage_idx)
+                self.kv_loaded.append((step.stage_idx, step.micro_batch))
                 assert len(self.kv_loaded) <= 2, "more keys and values on the device than there is room for"
             elif step.kind is StepKind.KV_SAVE:
-                assert self.kv_loaded.pop(0) == step.stage_idx
+                assert self.kv_loaded.pop(0) == self.computed[-1] == (step.stage_idx, step.micro_batch)
 
     def is_there(self, unit: UnitId, tier: Tier) -> bool:
         return unit in self.stays[tier] or unit in self.owners[tier].values()
@@ -189,19 +193,19 @@ class Replay:
         assert step.slot_id not in owners, "a slot is overwritten while it is held"
         owners[step.slot_id] = unit
 
-    def compute(self, stage_idx: int) -> None:
-        self.computed.append(stage_idx)
-        unit = self.model.unit_of_stage.get(stage_idx)
+    def compute(self, step: Step) -> None:
+        self.computed.append((step.stage_idx, step.micro_batch))
+        unit = self.model.unit_of_stage.get(step.stage_idx)
         tier = Tier.DEVICE if unit in self.model.on_device else Tier.RAM
         assert unit is None or self.is_there(unit, tier), "computed before it was there"
-        moves_kv = next(need.moves_kv for need in self.model.needs if need.stage_idx == stage_idx)
-        assert not moves_kv or self.kv_loaded[0] == stage_idx
+        moves_kv = next(need.moves_kv for need in self.model.needs if need.stage_idx == step.stage_idx)
+        assert not moves_kv or self.kv_loaded[0] == self.computed[-1], "computed before its keys and values came"
 
 
 def check_list(model: Model, needs: Sequence[Need], before: Residency, steps: Sequence[Step]) -> None:
     replay = Replay(model, before)
     replay.run(steps)
-    assert replay.computed == [need.stage_idx for need in needs]
+    assert replay.computed == turns(needs)
     assert not replay.kv_loaded
 
 
@@ -391,3 +395,35 @@ def test_simulated_lanes_do_one_thing_at_a_time(schedule: str, model: Model, pas
     for one, next_one in pairwise(computed):
         assert one.end <= next_one.begin, "a stage before the one whose result it needs"
     assert simulator.now >= max((span.end for span in computed), default=0.0)
+
+
+@schedules
+@given(three_tiers, whole_passes, st.integers(0, 1 << 32))
+def test_simulated_keys_and_values_wait_for_their_slot_and_are_waited_for(
+    schedule: str, model: Model, passes: list[Pass], seed: int
+) -> None:
+    """Of two slots that micro-batches take in turn: loaded once the one before the last has been saved."""
+    rng = random.Random(seed)
+    costs = replace(
+        random_costs(model, rng), **{name: _positive(model, rng) for name in ("kv_load", "kv_save", "compute")}
+    )
+    simulator = Simulator(model.unit_of_stage)
+    for _, steps in run_all(model, schedule, passes):
+        simulator.run(steps, costs)
+    moving = {need.stage_idx for need in model.needs if need.moves_kv}
+    loads, computes, saves = (
+        [span for span in simulator.spans if span.step.kind is kind and span.step.stage_idx in moving]
+        for kind in (StepKind.KV_LOAD, StepKind.COMPUTE, StepKind.KV_SAVE)
+    )
+    expected = [turn for each in passes for turn in turns(model.needs if each.has_outputs else model.body)]
+    expected = [turn for turn in expected if turn[0] in moving]
+    for spans in (loads, computes, saves):
+        assert [(span.step.stage_idx, span.step.micro_batch) for span in spans] == expected
+    for load, compute, save in zip(loads, computes, saves, strict=True):
+        assert load.end <= compute.begin and compute.end <= save.begin
+    for save, load in zip(saves, loads[2:], strict=False):
+        assert save.end <= load.begin
+
+
+def _positive(model: Model, rng: random.Random) -> dict[int, float]:
+    return {need.stage_idx: 0.1 + rng.random() for need in model.needs}

@@ -62,9 +62,11 @@ def ram_demand(sizes: Sizes, limit_bytes: int, staged: Sequence[bool] = (), in_f
     )
 
 
-def device_demand(sizes: Sizes, limit_bytes: int, context_tokens: int = 512) -> DeviceDemand:
+def device_demand(sizes: Sizes, limit_bytes: int, context_tokens: int = 512, num_sequences: int = 1) -> DeviceDemand:
+    """Keys and values move for any number of the sequences at a time."""
     units = [DeviceUnit(role, block, size) for role, block, size in sizes.units]
-    return DeviceDemand(units, {"activations": MIB}, sizes.kv_per_position * context_tokens, limit_bytes)
+    kv_bytes = {num: sizes.kv_per_position * context_tokens * num for num in range(1, num_sequences + 1)}
+    return DeviceDemand(units, {"activations": MIB}, kv_bytes, limit_bytes)
 
 
 def placed(

@@ -80,7 +80,8 @@ class Line:
         self.executor.run(steps, self.compute)
         return steps
 
-    def compute(self, stage_idx: int, place: Place | None) -> None:
+    def compute(self, step: Step, place: Place | None) -> None:
+        stage_idx = step.stage_idx
         if stage_idx < NUM_UNITS:
             assert place is not None
             unit = self.units[stage_idx]
@@ -165,7 +166,7 @@ def test_causes_of_a_stall(times: tuple[float, float, float], now: float, want: 
     line.clock.sleep(now)
     handle = ScriptedHandle(line.clock, *times)
     line.executor._arrivals[Tier.RAM, UnitId(2)] = _Arrival(line.units[2], handle, line.executor._ram.homes[UnitId(2)])
-    line.executor.run([Step(COMPUTE, 2)], lambda stage_idx, place: None)
+    line.executor.run([Step(COMPUTE, 2)], lambda step, place: None)
     stalls = line.executor.stats.stall_s
     found = [stalls[cause] for cause in (StallCause.QUEUE, StallCause.DISK, StallCause.REPACK)]
     assert found == pytest.approx(want, abs=1e-6)
@@ -258,8 +259,8 @@ def test_slot_stays_held_when_its_release_is_cancelled() -> None:
 def test_failing_stage_ends_the_pass_and_leaves_the_units() -> None:
     line = Line()
 
-    def compute(stage_idx: int, place: Place | None) -> None:
-        if stage_idx == 3:
+    def compute(step: Step, place: Place | None) -> None:
+        if step.stage_idx == 3:
             raise ComputeError("no")
 
     steps = SCHEDULES["pipelined"](NEEDS, [u.unit_id for u in line.units], line.executor.residency.copy())

@@ -34,7 +34,7 @@ def plan_rows(plan: Plan) -> Iterator[Row]:
     for i, named in enumerate(plan.adapters):
         yield "adapters" if i == 0 else "", _adapter_text(named)
     if plan.device is not None:
-        yield "device", _device_text(plan.device)
+        yield "device", _device_text(plan.device, plan.blueprint.config.num_sequences)
     yield "prefill", f"{placement.chunk.num_tokens} tokens a pass, {layout_text(plan)}"
     if plan.decode_threads:
         yield "decode", f"on {plan.decode_threads} of {config.num_threads} threads, which leaves a core to the drive"
@@ -66,7 +66,7 @@ def _kv_bytes(plan: Plan) -> int:
     return plan.placement.breakdown["KV cache"] + there
 
 
-def _device_text(share: DeviceShare) -> str:
+def _device_text(share: DeviceShare, num_sequences: int) -> str:
     placement, device = share.placement, share.device
     text = (
         f"{device.name} computes {len(share.blocks)} blocks and the head, {format_size(placement.resident_bytes)} stay"
@@ -74,6 +74,8 @@ def _device_text(share: DeviceShare) -> str:
     if placement.streamed_bytes:
         text += f", {format_size(placement.streamed_bytes)} are copied in every pass"
     kept = "keys and values move" if placement.moves_kv else "keys and values stay"
+    if 0 < placement.kv_sequences < num_sequences:
+        kept += f" for {placement.kv_sequences} of {num_sequences} sequences at a time"
     return f"{text}, {kept}; {format_size(placement.num_bytes)} planned of {format_size(share.limit_bytes)}"
 
 

@@ -26,10 +26,10 @@ from pipo.pipeline.executor import Executor, Places
 from pipo.pipeline.expert_cache import ExpertCache
 from pipo.pipeline.expert_stages import ExpertStages
 from pipo.pipeline.expert_units import ExpertUnits, expert_slot_bytes
-from pipo.pipeline.forward import Forward, Sides
+from pipo.pipeline.forward import Forward
 from pipo.pipeline.graph_room import GraphRoom
 from pipo.pipeline.kv_room import KvRoom
-from pipo.pipeline.sides import CpuMemory, Model, Side
+from pipo.pipeline.sides import CpuMemory, Model, Side, Sides
 from pipo.pipeline.stage_graphs import Compute, StageGraphs
 from pipo.pipeline.units import Unit, cut_head, make_units
 from pipo.pipeline.vectors import vector_data
@@ -130,7 +130,7 @@ class Assembly:
             store,
             room,
             experts,
-            moves_kv=blueprint.moves_kv,
+            moving_kv_sequences=blueprint.moving_kv_sequences,
             choose_threads=choose_threads,
         )
         return transfer, forward, adapter_room

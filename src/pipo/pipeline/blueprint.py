@@ -66,9 +66,9 @@ class Blueprint:
         return replace(shape, num_layers=len(blocks), sliding=sliding)
 
     @property
-    def moves_kv(self) -> bool:
-        """Keys and values of the device's blocks live in RAM."""
-        return self.device is not None and self.device.placement.moves_kv
+    def moving_kv_sequences(self) -> int:
+        """Whose keys and values are on the device at a time, where those of its blocks live in RAM; else 0."""
+        return self.device.placement.kv_sequences if self.device is not None else 0
 
     @property
     def kv_blocks_in_ram(self) -> list[int]:

@@ -21,6 +21,7 @@ INPUTS = ("hidden", "positions", "kv_rows", "mask", "out_rows", "normed")
 LOCAL_MASK = "local_mask"  # of models with layers that slide
 MIXED = ("mixed", "mixed_rows", "spread")  # where a pass may have tokens of several sequences
 ROUTING = ("ffn_x", "router", "next_router")
+ATTENTION_INPUTS = frozenset({"positions", "kv_rows", "mask", LOCAL_MASK, *MIXED[1:]})  # which it alone reads
 STAGE_ARRAYS = frozenset({*INPUTS, LOCAL_MASK, *MIXED, *ROUTING, "logits"})
 
 
@@ -89,6 +90,15 @@ class BufferShape:
             "logits": out * self.vocab_size * 4,
             **({} if self.experts is None else self._expert_sizes(self.experts)),
         }
+
+    @property
+    def row_bytes(self) -> dict[str, int]:
+        """Of a token's row of what stages hand on."""
+        rows = {"hidden": self.hidden_size * 4}
+        if self.experts is None:
+            return rows
+        scores = self.experts.num_experts * 4
+        return rows | {"ffn_x": self.hidden_size * 4, "router": scores, "next_router": scores}
 
     def _mixed_sizes(self, by_query: dict[str, int]) -> dict[str, int]:
         mixed = {"mixed": (self.max_tokens + 1) * self.mixed_size * 4}

@@ -10,20 +10,24 @@ from pipo.base.units import round_up
 from pipo.compute.device import ComputeDevice, DevicePlace
 from pipo.models.stage import Stage
 from pipo.pipeline.adapters import LoadedAdapter, tensor_key
+from pipo.pipeline.buffers import BufferShape
 from pipo.pipeline.device_layout import DeviceSizes
 from pipo.pipeline.device_tier import DeviceArena
 from pipo.tiers.ledger import Ledger
 
 
 def device_adapter_bytes(
-    adapters: Sequence[Adapter], stages: Sequence[Stage], device: DeviceSizes, max_tokens: int
+    adapters: Sequence[Adapter], stages: Sequence[Stage], device: DeviceSizes, buffers: BufferShape
 ) -> int:
     """What adapters take there if all these stages compute there."""
-    return sum(sum(_sizes(each, stages, device)) + _scale_bytes(each, device, max_tokens) for each in adapters)
+    scales = _scale_bytes(buffers, device)
+    return sum(sum(_sizes(each, stages, device)) + len(each.factors) * scales for each in adapters)
 
 
-def _scale_bytes(adapter: Adapter, device: DeviceSizes, max_tokens: int) -> int:
-    return len(adapter.factors) * round_up(max_tokens * 4, device.alignment)
+def _scale_bytes(buffers: BufferShape, device: DeviceSizes) -> int:
+    """Of one factor: a row for each token, and where there may be micro-batches those of each where they may begin."""
+    num_bytes, num = round_up(buffers.max_tokens * 4, device.alignment), buffers.num_sequences
+    return 2 * num_bytes + num * device.alignment if num > 1 else num_bytes
 
 
 def _sizes(adapter: Adapter, stages: Sequence[Stage], device: DeviceSizes) -> list[int]:
@@ -42,12 +46,12 @@ def _specs(adapter: Adapter, stages: Sequence[Stage]) -> Iterator[TensorSpec]:
 class DeviceAdapters:
     """`places` by the keys of an AdapterStore. `stages` are those that compute there."""
 
-    def __init__(self, device: ComputeDevice, ledger: Ledger, stages: Sequence[Stage], max_tokens: int) -> None:
+    def __init__(self, device: ComputeDevice, ledger: Ledger, stages: Sequence[Stage], buffers: BufferShape) -> None:
         self.places: dict[str, DevicePlace] = {}
         self._device = device
         self._ledger = ledger
         self._stages = stages
-        self._max_tokens = max_tokens
+        self._scale_bytes = _scale_bytes(buffers, device)
         self._arenas: dict[AdapterId, DeviceArena] = {}
         self._keys: dict[AdapterId, list[str]] = {}
 
@@ -56,7 +60,7 @@ class DeviceAdapters:
         named, arena = loaded.named, DeviceArena(self._device, self._ledger)
         specs = list(_specs(named.adapter, self._stages))
         sizes = _sizes(named.adapter, self._stages, self._device)
-        sizes += [self._max_tokens * 4] * len(loaded.scales)
+        sizes += [self._scale_bytes] * len(loaded.scales)
         try:
             places = arena.take(ADAPTERS, sizes)
         except BaseException:

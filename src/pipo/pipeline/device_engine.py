@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipo.base.adapter import Adapter, AdapterId
 from pipo.base.clock import Clock
@@ -19,11 +19,12 @@ from pipo.pipeline.buffers import PassBuffers
 from pipo.pipeline.device_adapters import DeviceAdapters
 from pipo.pipeline.device_layout import unit_on_device, vectors_on_device
 from pipo.pipeline.device_share import PLAIN, DeviceShare, array_bytes, kv_sizes
-from pipo.pipeline.device_tier import DeviceArena, DeviceLink, DeviceMemory, DeviceStages, MovingKv
+from pipo.pipeline.device_stages import DeviceStages
+from pipo.pipeline.device_tier import DeviceArena, DeviceLink, DeviceMemory, MovingKv
 from pipo.pipeline.graph_room import GraphRoom
-from pipo.pipeline.sides import Model, Side
+from pipo.pipeline.sides import Model
 from pipo.pipeline.stage_graphs import Compute, StageGraphs
-from pipo.planner.device_placement import SLOTS_PER_CLASS
+from pipo.planner.device_placement import num_kv_slots
 from pipo.planner.residency import Pool, SlotId, UnitId, numbered_slots
 from pipo.tiers.ledger import Ledger
 
@@ -103,14 +104,13 @@ class DeviceEngine:
         slots, self.pool = self._make_slots(sizes.keys() - homes.keys())
         moving, kv_places = self._place_kv(kv, ram.cache)
         vectors, arrays = self._load_vectors(ram.vectors), self._place_arrays(ram.buffers)
-        self._adapters = self._load_adapters(ram, ram.buffers.shape.max_tokens)
-        memory = DeviceMemory(vectors, layouts, arrays, kv_places, kv, self._adapters.places)
+        self._adapters = self._load_adapters(ram)
+        memory = DeviceMemory(vectors, layouts, arrays, kv_places, kv, self._adapters.places, self._device.alignment)
         graphs = self._graphs(hyper)
         adapters = [each.named.adapter for each in ram.adapters]
         self._graph_room = GraphRoom(graphs, self._stages_here, shapes, self.ledger, adapters)
         self._exit.callback(self._graph_room.close)
-        side = Side(self._model, graphs, memory)
-        self.stages = DeviceStages(side, memory, ram.buffers, moving)
+        self.stages = DeviceStages(self._model, graphs, memory, ram.buffers, moving)
         self.link = DeviceLink(homes, slots, layouts, moving, tracer=tracer, clock=clock)
         self._exit.callback(self.link.close)
 
@@ -152,22 +152,25 @@ class DeviceEngine:
             for i in sorted(self.stage_idxs)
             if self._model.stages[i].kind is StageKind.ATTENTION
         }
-        moves = self._share.placement.moves_kv
-        num_pairs = min(SLOTS_PER_CLASS, len(block_of_stage)) if moves else len(block_of_stage)
-        places = self._arena.take("KV cache", kv_sizes(kv, self._device) * num_pairs)
-        pairs = list(zip(places[::2], places[1::2], strict=True))
-        if not moves:
+        most = self._share.placement.kv_sequences
+        if not most:
+            pairs = self._kv_pairs(kv, len(block_of_stage))
             return None, dict(zip(block_of_stage.values(), pairs, strict=True))
-        moving = MovingKv(kv, cache, pairs, block_of_stage)
-        return moving, moving.places
+        num_slots = num_kv_slots(len(block_of_stage), kv.num_sequences, most)
+        pairs = self._kv_pairs(replace(kv, num_sequences=most), num_slots)
+        return MovingKv(kv, cache, pairs, block_of_stage), {}
+
+    def _kv_pairs(self, kv: KvShape, num: int) -> list[tuple[DevicePlace, DevicePlace]]:
+        places = self._arena.take("KV cache", kv_sizes(kv, self._device) * num)
+        return list(zip(places[::2], places[1::2], strict=True))
 
     def _graphs(self, hyper: HyperParameters) -> StageGraphs:
         graphs = StageGraphs(Compute(self._device.lib, self._backend), hyper, PLAIN)
         self._exit.callback(graphs.close)
         return graphs
 
-    def _load_adapters(self, ram: InRam, max_tokens: int) -> DeviceAdapters:
-        adapters = DeviceAdapters(self._device, self.ledger, self._stages_here, max_tokens)
+    def _load_adapters(self, ram: InRam) -> DeviceAdapters:
+        adapters = DeviceAdapters(self._device, self.ledger, self._stages_here, ram.buffers.shape)
         # like all memory here, it is given back after the queue was closed
         self._arena.keep(adapters.close)
         for loaded in ram.adapters:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipo.base.adapter import ADAPTERS, Adapter
 from pipo.base.manifest import HyperParameters
@@ -13,7 +13,7 @@ from pipo.compute.device import ComputeDevice
 from pipo.compute.device_backend import DeviceBackend
 from pipo.kvcache.cache import KvShape
 from pipo.models.stage import ShapeClass, Stage, StageKind
-from pipo.pipeline.buffers import STAGE_ARRAYS, BufferShape
+from pipo.pipeline.buffers import ATTENTION_INPUTS, STAGE_ARRAYS, BufferShape
 from pipo.pipeline.device_adapters import device_adapter_bytes
 from pipo.pipeline.device_layout import AbsentDevice, DeviceSizes, unit_on_device, vectors_on_device
 from pipo.pipeline.stage_graphs import Compute, StageGraphs
@@ -108,18 +108,25 @@ def _demand_of(
         "norms": vectors_on_device(stages, device).num_bytes,
     }
     if adapters:
-        fixed[ADAPTERS] = device_adapter_bytes(adapters, stages, device, sizes.buffers.max_tokens)
+        fixed[ADAPTERS] = device_adapter_bytes(adapters, stages, device, sizes.buffers)
     units = [
         DeviceUnit(ROLES[stage.kind], stage.block_idx, unit_on_device(stage, device).num_bytes)
         for stage in stages
         if stage.matrices
     ]
-    return DeviceDemand(units, fixed, kv_block_bytes(sizes.kv, device), limit_bytes)
+    return DeviceDemand(units, fixed, kv_bytes(sizes, device), limit_bytes)
 
 
 def array_bytes(buffers: BufferShape, device: DeviceSizes) -> dict[str, int]:
-    """Of the arrays that stages which compute there read and write."""
-    return {name: round_up(size, device.alignment) for name, size in buffers.sizes.items() if name in STAGE_ARRAYS}
+    """Of the arrays that stages which compute there read and write. Those of each micro-batch begin where they may: of
+    as many as there are sequences at most.
+    """
+    gaps = buffers.num_sequences * device.alignment if buffers.num_sequences > 1 else 0
+    return {
+        name: round_up(size + (gaps if name in ATTENTION_INPUTS else 0), device.alignment)
+        for name, size in buffers.sizes.items()
+        if name in STAGE_ARRAYS
+    }
 
 
 def kv_sizes(kv: KvShape, device: DeviceSizes) -> list[int]:
@@ -127,5 +134,12 @@ def kv_sizes(kv: KvShape, device: DeviceSizes) -> list[int]:
     return [round_up(size, device.alignment) for size in (kv.layer_bytes_k, kv.layer_bytes_v)]
 
 
-def kv_block_bytes(kv: KvShape, device: DeviceSizes) -> int:
-    return sum(kv_sizes(kv, device))
+def kv_bytes(sizes: PassSizes, device: DeviceSizes) -> dict[int, int]:
+    """Of one block, by the number of sequences: all, and half of them, a quarter, … where a micro-batch of a pass may
+    begin with any of its tokens.
+    """
+    counts = [sizes.kv.num_sequences]
+    if not any(num_bytes % device.alignment for num_bytes in sizes.buffers.row_bytes.values()):
+        while counts[-1] > 1:
+            counts.append(-(-counts[-1] // 2))
+    return {num: sum(kv_sizes(replace(sizes.kv, num_sequences=num), device)) for num in counts}

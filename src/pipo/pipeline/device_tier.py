@@ -1,23 +1,20 @@
-"""The device's share of a running engine: its memory, what is copied there and back, and the stages it computes."""
+"""The device's share of a running engine: its memory, and what is copied there and back in a pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipo.base.clock import Clock
 from pipo.base.trace import Tracer
 from pipo.base.units import round_up
-from pipo.compute.device import ComputeDevice, DeviceBuffer, DevicePlace
+from pipo.compute.device import ComputeDevice, DevicePlace
 from pipo.compute.graph import Binding, Graph
 from pipo.kvcache.cache import KvCache, KvShape
-from pipo.models.stage import ShapeClass
-from pipo.pipeline.adapters import NO_ADAPTERS, ActiveAdapters
-from pipo.pipeline.buffers import LOCAL_MASK, MIXED, ROUTING, PassBuffers
+from pipo.pipeline.buffers import PassBuffers
 from pipo.pipeline.device_layout import DeviceLayout
 from pipo.pipeline.executor import Places
-from pipo.pipeline.sides import Side
 from pipo.pipeline.spans import PassRows
 from pipo.pipeline.units import Unit
 from pipo.planner.residency import SlotId, UnitId
@@ -66,7 +63,9 @@ def _groups(sizes: Sequence[int], most: int) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Where the leaves of the device's graphs lie. `kv` gives the places of a block's keys and values."""
+    """Where the leaves of the device's graphs lie. `kv` gives the places of a block's keys and values, which begin with
+    those of `first_sequence`. What has rows of the pass begins at its place plus its offset, by name or key.
+    """
 
     vectors: Mapping[str, DevicePlace]
     layouts: Mapping[UnitId, DeviceLayout]
@@ -74,6 +73,9 @@ class DeviceMemory:
     kv: Mapping[int, tuple[DevicePlace, DevicePlace]]
     kv_shape: KvShape
     adapters: Mapping[str, DevicePlace]  # by key; those of stages that compute here, and scales
+    alignment: int
+    offsets: Mapping[str, int] = field(default_factory=dict)
+    first_sequence: int = 0
 
     def vector(self, name: str) -> DevicePlace:
         return self.vectors[name]
@@ -87,17 +89,17 @@ class DeviceMemory:
         return self.arrays.keys() - {"logits"}
 
     def array(self, name: str) -> DevicePlace:
-        return self.arrays[name]
+        return _beyond(self.arrays[name], self.offsets.get(name, 0))
 
     def adapter(self, key: str) -> DevicePlace:
-        return self.adapters[key]
+        return _beyond(self.adapters[key], self.offsets.get(key, 0))
 
     def logits(self, first_row: int, num_outputs: int) -> DevicePlace:
         return _beyond(self.arrays["logits"], PassBuffers.logits_offset(first_row, num_outputs))
 
     def keys_and_values(self, block_idx: int, sequence: int) -> tuple[DevicePlace, DevicePlace]:
         keys, values = self.kv[block_idx]
-        shape = self.kv_shape
+        shape, sequence = self.kv_shape, sequence - self.first_sequence
         return _beyond(keys, sequence * shape.sequence_bytes_k), _beyond(values, sequence * shape.sequence_bytes_v)
 
     def bind(self, graph: Graph, leaves: Mapping[str, DevicePlace]) -> Binding:
@@ -105,9 +107,10 @@ class DeviceMemory:
 
 
 class MovingKv:
-    """Keys and values that live in RAM, and pass through slots on the device while their stage computes.
+    """Keys and values that live in RAM, and pass through slots on the device while their stage computes: those of one
+    micro-batch of sequences in one block at a time, in turn.
 
-    `block_of_stage` are the attention stages that compute there, in order; they take the slots in turn.
+    `block_of_stage` are the attention stages that compute there, in order.
     """
 
     def __init__(
@@ -117,106 +120,56 @@ class MovingKv:
         slots: Sequence[tuple[DevicePlace, DevicePlace]],
         block_of_stage: Mapping[int, int],
     ) -> None:
+        self.block_of_stage = block_of_stage
         self._shape = shape
         self._cache = cache
-        self._block_of_stage = block_of_stage
-        self._slot_of_stage = {stage: i % len(slots) for i, stage in enumerate(block_of_stage)}
+        self._turn_of_stage = {stage: i for i, stage in enumerate(block_of_stage)}
         self._slots = slots
+        self._parts: Sequence[PassRows] = ()
         self._saved: dict[int, Handle] = {}  # by slot: the newest save from it
-        self.rows = PassRows(())  # of the pass: positions before the starts are loaded, those after them saved
+        self._newest: Handle | None = None  # of all saves
 
-    @property
-    def places(self) -> dict[int, tuple[DevicePlace, DevicePlace]]:
-        """Of keys and values, by block."""
-        return {block: self._slots[self._slot_of_stage[stage]] for stage, block in self._block_of_stage.items()}
+    def begin_pass(self, parts: Sequence[PassRows]) -> None:
+        """Of which each is a micro-batch: positions before its starts are loaded, those after them saved. Those of a
+        sequence may have been in another slot in the last pass: saves end in order, so the newest tells of all.
+        """
+        self._parts = parts
+        if self._newest is not None:
+            self._saved = dict.fromkeys(range(len(self._slots)), self._newest)
 
-    def load(self, stage_idx: int, up: DeviceTransfer) -> Handle:
-        saved = self._saved.get(self._slot_of_stage[stage_idx])
-        copies = [c for span in self.rows.spans for c in self._rows(stage_idx, span.sequence, 0, span.start)]
-        return up.submit(copies, "keys and values", [saved] if saved else [])
+    def places(self, micro_batch: int) -> dict[int, tuple[DevicePlace, DevicePlace]]:
+        """Of its keys and values, by block."""
+        return {block: self._slots[self._slot(stage, micro_batch)] for stage, block in self.block_of_stage.items()}
 
-    def save(self, stage_idx: int, down: DeviceTransfer) -> Handle:
-        copies = [
-            c for span in self.rows.spans for c in self._rows(stage_idx, span.sequence, span.start, span.num_tokens)
-        ]
-        handle = down.submit(copies, "keys and values")
-        self._saved[self._slot_of_stage[stage_idx]] = handle
+    def load(self, stage_idx: int, micro_batch: int, up: DeviceTransfer) -> Handle:
+        saved = self._saved.get(self._slot(stage_idx, micro_batch))
+        ranges = [(span.sequence, 0, span.start) for span in self._parts[micro_batch].spans]
+        return up.submit(self._copies(stage_idx, micro_batch, ranges), "keys and values", [saved] if saved else [])
+
+    def save(self, stage_idx: int, micro_batch: int, down: DeviceTransfer) -> Handle:
+        ranges = [(span.sequence, span.start, span.num_tokens) for span in self._parts[micro_batch].spans]
+        handle = down.submit(self._copies(stage_idx, micro_batch, ranges), "keys and values")
+        self._saved[self._slot(stage_idx, micro_batch)] = self._newest = handle
         return handle
 
-    def _rows(self, stage_idx: int, sequence: int, first: int, num_rows: int) -> list[Copy]:
-        """Of one sequence."""
-        block = self._block_of_stage[stage_idx]
-        keys, values = self._slots[self._slot_of_stage[stage_idx]]
-        first += sequence * self._shape.num_rows
+    def _slot(self, stage_idx: int, micro_batch: int) -> int:
+        return (self._turn_of_stage[stage_idx] * len(self._parts) + micro_batch) % len(self._slots)
+
+    def _copies(self, stage_idx: int, micro_batch: int, ranges: Iterable[tuple[int, int, int]]) -> list[Copy]:
+        """Of so many rows of each sequence, from one on."""
+        block, shape = self.block_of_stage[stage_idx], self._shape
+        keys, values = self._slots[self._slot(stage_idx, micro_batch)]
+        base = self._parts[micro_batch].first * shape.num_rows  # the first row of the slot
         sources = (
-            (self._cache.address_k(block), keys, self._shape.type_k.row_bytes(self._shape.kv_size)),
-            (self._cache.address_v(block), values, self._shape.type_v.row_bytes(self._shape.kv_size)),
+            (self._cache.address_k(block), keys, shape.type_k.row_bytes(shape.kv_size)),
+            (self._cache.address_v(block), values, shape.type_v.row_bytes(shape.kv_size)),
         )
         return [
-            Copy(address + first * row_bytes, place.buffer, place.offset + first * row_bytes, num_rows * row_bytes)
+            Copy(address + row * row_bytes, place.buffer, place.offset + (row - base) * row_bytes, num * row_bytes)
+            for sequence, first, num in ranges
+            for row in (sequence * shape.num_rows + first,)
             for address, place, row_bytes in sources
         ]
-
-
-class DeviceStages:
-    """Computes the device's stages, and carries a pass's inputs and results between RAM and the device.
-
-    Those copies are small and block. Threads: one at a time.
-    """
-
-    def __init__(
-        self, side: Side[DevicePlace], memory: DeviceMemory, buffers: PassBuffers, moving_kv: MovingKv | None
-    ) -> None:
-        self._side = side
-        self._memory = memory
-        self._buffers = buffers
-        self._moving_kv = moving_kv
-        self._adapters = NO_ADAPTERS
-
-    def take_shape(
-        self, shape: ShapeClass, stage_idxs: Sequence[int], firsts: tuple[int, ...], adapters: ActiveAdapters
-    ) -> None:
-        self._adapters = adapters
-        self._side.take_shape(shape, stage_idxs, firsts, adapters)
-
-    def forget_places(self) -> None:
-        self._side.forget_places()
-
-    def compute(self, stage_idx: int, place: Place | DevicePlace | None) -> None:
-        self._side.compute(stage_idx, place)
-
-    def compute_all(self, place_of: Callable[[int], Place | DevicePlace | None]) -> None:
-        self._side.compute_all(place_of)
-
-    def begin_pass(self, rows: PassRows) -> None:
-        if self._moving_kv is not None:
-            self._moving_kv.rows = rows
-        for name in ("positions", "kv_rows", "mask", LOCAL_MASK, "out_rows", *MIXED[1:]):
-            if name in self._memory.arrays:
-                self._move(name, DeviceBuffer.upload)
-        for loaded in self._adapters.loaded:
-            for key in loaded.scale_keys:
-                place = self._memory.adapter(key)
-                place.buffer.upload(place.offset, loaded.addresses[key], rows.num_tokens * 4)
-
-    def bring_hidden(self) -> None:
-        self._move("hidden", DeviceBuffer.upload)
-
-    def return_results(self) -> None:
-        for name in ("hidden", *ROUTING):
-            if name in self._memory.arrays:
-                self._move(name, DeviceBuffer.download)
-
-    def return_logits(self) -> None:
-        self._move("logits", DeviceBuffer.download)
-
-    def return_normed(self) -> None:
-        self._move("normed", DeviceBuffer.download)
-
-    def _move(self, name: str, move: Callable[[DeviceBuffer, int, int, int], None]) -> None:
-        place, num_bytes = self._memory.array(name), self._buffers.used_bytes[name]
-        if num_bytes:
-            move(place.buffer, place.offset, self._buffers.addresses[name], num_bytes)
 
 
 class DeviceLink:
@@ -246,13 +199,13 @@ class DeviceLink:
         ]
         return self._up.submit(copies, unit.label, after)
 
-    def load_kv(self, stage_idx: int) -> Handle:
+    def load_kv(self, stage_idx: int, micro_batch: int) -> Handle:
         assert self._kv is not None
-        return self._kv.load(stage_idx, self._up)
+        return self._kv.load(stage_idx, micro_batch, self._up)
 
-    def save_kv(self, stage_idx: int) -> Handle:
+    def save_kv(self, stage_idx: int, micro_batch: int) -> Handle:
         assert self._kv is not None
-        return self._kv.save(stage_idx, self._down)
+        return self._kv.save(stage_idx, micro_batch, self._down)
 
     def close(self) -> None:
         """Closing again does nothing."""

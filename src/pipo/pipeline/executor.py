@@ -55,9 +55,9 @@ class DeviceTier(Protocol):
 
     def load(self, unit: Unit, source: Place, target: DevicePlace, after: Sequence[Handle]) -> Handle: ...
 
-    def load_kv(self, stage_idx: int) -> Handle: ...
+    def load_kv(self, stage_idx: int, micro_batch: int) -> Handle: ...
 
-    def save_kv(self, stage_idx: int) -> Handle: ...
+    def save_kv(self, stage_idx: int, micro_batch: int) -> Handle: ...
 
 
 class NoDevice:
@@ -68,7 +68,7 @@ class NoDevice:
     def load(self, unit: Unit, source: Place, target: DevicePlace, after: Sequence[Handle]) -> Handle:
         raise AssertionError("there is no device")
 
-    def load_kv(self, stage_idx: int) -> Handle:
+    def load_kv(self, stage_idx: int, micro_batch: int) -> Handle:
         raise AssertionError("there is no device")
 
     save_kv = load_kv
@@ -101,7 +101,7 @@ class NoExperts:
         raise AssertionError("there are no experts")
 
 
-Compute = Callable[[int, Place | DevicePlace | None], None]
+Compute = Callable[[Step, Place | DevicePlace | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +145,12 @@ class Executor:
         self._unit_of_stage = {unit.stage_idx: unit for unit in units}
         self._arrivals: dict[tuple[Tier, UnitId], _Arrival] = {}
         self._copying: dict[SlotId, Handle] = {}  # from slots in RAM that are released already
-        self._kv_loads: dict[int, Handle] = {}
-        self._kv_saves: dict[int, Handle] = {}
+        self._kv_loads: dict[tuple[int, int], Handle] = {}  # by stage and micro-batch
+        self._newest_kv_save: Handle | None = None  # they end in order
         self._is_settled = False
 
     def run(self, steps: Sequence[Step], compute: Compute) -> None:
-        """Do every step in order; `compute(stage_idx, place of its unit)` does one stage.
+        """Do every step in order; `compute(step, place of the stage's unit)` does one stage, or a micro-batch of it.
 
         Raises TransferError, ComputeError, Cancelled: the first failure ends the pass.
         """
@@ -158,7 +158,7 @@ class Executor:
         begin = self._clock.now()
         for step in steps:
             if step.kind is StepKind.COMPUTE:
-                self._compute(step.stage_idx, compute)
+                self._compute(step, compute)
             else:
                 self._do(step)
         self.stats.num_passes += 1
@@ -228,17 +228,17 @@ class Executor:
         self._arrivals[Tier.DEVICE, unit.unit_id] = _Arrival(unit, handle, target, source.handle)
         self.stats.bytes_copied += unit.num_bytes
 
-    def _compute(self, stage_idx: int, compute: Compute) -> None:
-        unit = self._unit_of_stage.get(stage_idx)
+    def _compute(self, step: Step, compute: Compute) -> None:
+        unit = self._unit_of_stage.get(step.stage_idx)
         place = None
         if unit is not None:
             arrival = self._arrivals[self.residency.tier_of(unit.unit_id), unit.unit_id]
             self._await(arrival.handle, unit.label, arrival.source)
             place = arrival.place
-        if stage_idx in self._kv_loads:
-            self._await(self._kv_loads.pop(stage_idx), "keys and values")
+        if self._kv_loads and (load := self._kv_loads.pop(step.turn, None)) is not None:
+            self._await(load, "keys and values")
         begin = self._clock.now()
-        compute(stage_idx, place)
+        compute(step, place)
         self._end_compute(unit.label if unit else "pass", begin)
 
     def _end_compute(self, label: str, begin: float) -> None:
@@ -285,16 +285,17 @@ class Executor:
         self.residency.apply(step)
 
     def _load_kv(self, step: Step) -> None:
-        self._kv_loads[step.stage_idx] = self._device.load_kv(step.stage_idx)
+        self._kv_loads[step.turn] = self._device.load_kv(*step.turn)
 
     def _save_kv(self, step: Step) -> None:
-        self._kv_saves[step.stage_idx] = self._device.save_kv(step.stage_idx)
+        self._newest_kv_save = self._device.save_kv(*step.turn)
 
     def _wait_for_all(self, step: Step) -> None:
         for arrival in list(self._arrivals.values()):
             self._await(arrival.handle, arrival.unit.label, arrival.source)
-        for handle in [*self._kv_loads.values(), *self._kv_saves.values()]:
-            self._await(handle, "keys and values")
+        for handle in (*self._kv_loads.values(), self._newest_kv_save):
+            if handle is not None:
+                self._await(handle, "keys and values")
 
     _others: ClassVar = {
         StepKind.READ: _read,

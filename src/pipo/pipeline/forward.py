@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,61 +13,23 @@ from pipo.base.manifest import EMBEDDING_TABLE
 from pipo.base.units import round_up
 from pipo.compute.device import DevicePlace
 from pipo.kvcache.cache import ROWS_PER_PAGE, KvShape, kv_rows_class
-from pipo.models.stage import ShapeClass, Stage, StageKind
-from pipo.pipeline.adapters import ActiveAdapters, AdapterStore, Weights
+from pipo.models.stage import Stage, StageKind
+from pipo.pipeline.adapters import AdapterStore, Weights
 from pipo.pipeline.buffers import PassBuffers
 from pipo.pipeline.embedding import Embedding
 from pipo.pipeline.executor import Executor
 from pipo.pipeline.expert_stages import ExpertStages
 from pipo.pipeline.kv_room import KvRoom
-from pipo.pipeline.sides import Model, Side
+from pipo.pipeline.sides import Model, Sides
 from pipo.pipeline.spans import MAX_GROUPS, PassRows, Span, passes_of
 from pipo.pipeline.stats import PassStats
 from pipo.pipeline.units import Unit, head_pieces
-from pipo.planner.residency import Need, Step, StepKind
+from pipo.planner.residency import Need, Step, StepKind, in_micro_batches
 from pipo.planner.schedule import Schedule
 from pipo.tiers.ram import Place
 
 DEVICE_ALIGNMENT = 256  # the most that Vulkan lets a device ask for
 WHOLE_PASS = -2  # in place of a stage's index: all of them at once, when every unit is in RAM for good
-
-
-class DeviceSide(Protocol):
-    """Stages that compute on a device, and what crosses between it and RAM in a pass."""
-
-    def take_shape(
-        self, shape: ShapeClass, stage_idxs: Sequence[int], firsts: tuple[int, ...], adapters: ActiveAdapters
-    ) -> None: ...
-
-    def forget_places(self) -> None: ...
-
-    def compute(self, stage_idx: int, place: Place | DevicePlace | None) -> None: ...
-
-    def compute_all(self, place_of: Callable[[int], Place | DevicePlace | None]) -> None: ...
-
-    def begin_pass(self, rows: PassRows) -> None:
-        """Bring the inputs of a pass but the hidden state."""
-
-    def bring_hidden(self) -> None:
-        """From RAM."""
-
-    def return_results(self) -> None:
-        """The hidden state, and of a mixture what its experts are chosen by and read, to RAM."""
-
-    def return_logits(self) -> None:
-        """To RAM."""
-
-    def return_normed(self) -> None:
-        """To RAM."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sides:
-    """`on_device` are the stages of `device`; the CPU computes the others."""
-
-    cpu: Side[int]
-    device: DeviceSide | None = None
-    on_device: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +57,12 @@ class Forward:
         kv_room: KvRoom | None = None,
         experts: ExpertStages | None = None,
         *,
-        moves_kv: bool = False,
+        moving_kv_sequences: int = 0,
         choose_threads: Callable[[int], None] = lambda num_tokens: None,
     ) -> None:
         """`kv` is the shape of all blocks' cache, `kv_room` what grows of it in RAM, `experts` those of a mixture.
-        `moves_kv`: that of the device's blocks lives there. `choose_threads` hears of the tokens of each pass before it
-        computes.
+        `moving_kv_sequences`: that of the device's blocks lives there, and goes to the device for so many sequences at
+        a time. `choose_threads` hears of the tokens of each pass before it computes.
         """
         self._model = model
         self._sides = sides
@@ -114,7 +75,7 @@ class Forward:
         self._kv_room = kv_room
         self._sliding_window = buffers.shape.sliding_window
         self.experts = experts
-        self._moves_kv = moves_kv
+        self._moving_kv_sequences = moving_kv_sequences
         self._choose_threads = choose_threads
         self._unit_of_stage = model.unit_of_stage
         on_cpu = [unit for unit in model.units if unit.stage_idx not in sides.on_device]
@@ -240,7 +201,7 @@ class Forward:
     def can_copy_rows(self) -> bool:
         """All keys and values live in RAM, and none is under way to or from a device."""
         in_ram = self._kv_room.num_layers if self._kv_room is not None else 0
-        return in_ram == self._kv.num_layers and not self._moves_kv
+        return in_ram == self._kv.num_layers and not self._moving_kv_sequences
 
     def copy_rows(self, source: int, target: int, num_positions: int) -> None:
         """Keys and values of the first positions of one sequence become those of another, which forgets its own; only
@@ -283,6 +244,7 @@ class Forward:
         self._take_rows(rows)
         self._choose_threads(rows.num_tokens)
         is_plain = self._take_shape(rows, max(num_outputs, 1), needs)
+        num_micro_batches = self._take_micro_batches(rows)
         self._buffers.prepare(rows, np.asarray(outputs, np.int32), self._kv.num_rows)
         self._embedding.gather(rows.token_ids, self._buffers.hidden, self._table_address())
         self._is_hidden_on_device = False
@@ -290,7 +252,7 @@ class Forward:
             self._sides.device.begin_pass(rows)
         if self.experts is not None:
             self.experts.begin_pass(rows.num_tokens, partial(self._hand_over, False))
-        self._executor.run(self._steps(needs, is_plain), partial(self._compute, needs))
+        self._executor.run(self._steps(needs, num_micro_batches, is_plain), partial(self._compute, needs))
         if self.experts is not None:
             self.experts.end_pass()
         self._executor.stats.num_tokens += rows.num_tokens
@@ -313,33 +275,43 @@ class Forward:
     def _logits(self, num_outputs: int) -> npt.NDArray[np.float32]:
         return self._buffers.logits(self._head_rows, num_outputs) if num_outputs else np.empty((0, 0), np.float32)
 
-    def _steps(self, needs: _Needs, is_plain: bool) -> list[Step]:
-        is_split = (needs.on_cpu and needs.on_device) or self._moves_kv or self.experts is not None
+    def _steps(self, needs: _Needs, num_micro_batches: int, is_plain: bool) -> list[Step]:
+        is_split = (needs.on_cpu and needs.on_device) or self._moving_kv_sequences or self.experts is not None
         if not is_split and is_plain and self._executor.is_settled:
             return [Step(StepKind.COMPUTE, WHOLE_PASS)]
-        return self._schedule(needs.needs, self._all_units, self._executor.residency.copy())
+        wanted = in_micro_batches(needs.needs, num_micro_batches)
+        return self._schedule(wanted, self._all_units, self._executor.residency.copy())
+
+    def _take_micro_batches(self, rows: PassRows) -> int:
+        """What of the pass has its keys and values on a device at a time. Returns how many there are."""
+        if self._sides.device is None or not self._moving_kv_sequences:
+            return 1
+        parts = rows.parts(self._moving_kv_sequences, self._max_groups)
+        self._sides.device.take_micro_batches(parts)
+        return len(parts)
 
     def _take_shape(self, rows: PassRows, num_outputs: int, needs: _Needs) -> bool:
         """Whether one graph may do the whole pass: mixed ones are too many to keep for all stages."""
-        kv = self._kv
-        assert kv_rows_class(rows.num_positions) <= kv.num_rows, "the caller keeps to the context"
-        groups = tuple(group.shape(kv.num_rows) for group in rows.groups)
-        shape = ShapeClass(rows.num_tokens, groups, num_outputs, kv.type_k, kv.type_v, rows.num_apart)
+        assert kv_rows_class(rows.num_positions) <= self._kv.num_rows, "the caller keeps to the context"
+        shape = rows.shape(self._kv, num_outputs)
         adapters = self._adapters.take_rows(rows, self._weights)
         self._sides.cpu.take_shape(shape, needs.on_cpu, rows.firsts, adapters)
         if self._sides.device is not None:
             self._sides.device.take_shape(shape, needs.on_device, rows.firsts, adapters)
         return shape.is_plain
 
-    def _compute(self, needs: _Needs, stage_idx: int, place: Place | DevicePlace | None) -> None:
+    def _compute(self, needs: _Needs, step: Step, place: Place | DevicePlace | None) -> None:
+        stage_idx, device = step.stage_idx, self._sides.device
         is_whole = stage_idx == WHOLE_PASS
         goes_to_device = bool(needs.on_device) if is_whole else stage_idx in self._sides.on_device
         self._hand_over(goes_to_device)
-        side = self._sides.device if goes_to_device and self._sides.device is not None else self._sides.cpu
         if is_whole:
+            side = device if goes_to_device and device is not None else self._sides.cpu
             side.compute_all(self._place_of)
+        elif goes_to_device and device is not None:
+            device.compute(stage_idx, step.micro_batch, place)
         else:
-            side.compute(stage_idx, place)
+            self._sides.cpu.compute(stage_idx, place)
 
     def _hand_over(self, to_device: bool) -> None:
         """The hidden state follows the stages."""
@@ -374,8 +346,8 @@ class Forward:
     def _need(self, stage_idx: int) -> Need:
         unit = self._unit_of_stage.get(stage_idx)
         kind = self._model.stages[stage_idx].kind
-        moves_kv = self._moves_kv and kind is StageKind.ATTENTION and stage_idx in self._sides.on_device
-        return Need(stage_idx, unit.unit_id if unit else None, moves_kv, is_routed=kind is StageKind.EXPERTS)
+        moves_kv = self._moving_kv_sequences > 0 and kind is StageKind.ATTENTION and stage_idx in self._sides.on_device
+        return Need(stage_idx, unit.unit_id if unit else None, int(moves_kv), is_routed=kind is StageKind.EXPERTS)
 
     def _is_output(self, stage_idx: int) -> bool:
         return self._model.stages[stage_idx].kind in (StageKind.FINAL_NORM, StageKind.HEAD)

@@ -12,6 +12,7 @@ from pipo.kvcache.cache import KvCache
 from pipo.models.stage import Corrections, ShapeClass, Stage, StageKind
 from pipo.pipeline.adapters import NO_ADAPTERS, ActiveAdapters
 from pipo.pipeline.buffers import STAGE_ARRAYS, PassBuffers
+from pipo.pipeline.spans import PassRows
 from pipo.pipeline.stage_graphs import StageGraphs
 from pipo.pipeline.units import HeadPiece, Unit, head_pieces
 from pipo.tiers.ram import Place
@@ -192,3 +193,44 @@ class Side(Generic[A]):
         elif stage.kind is StageKind.HEAD:
             leaves["logits"] = memory.logits(self._pieces[stage_idx].start, self._shape.num_outputs)
         return leaves
+
+
+class DeviceSide(Protocol):
+    """Stages that compute on a device, and what crosses between it and RAM in a pass."""
+
+    def take_shape(
+        self, shape: ShapeClass, stage_idxs: Sequence[int], firsts: tuple[int, ...], adapters: ActiveAdapters
+    ) -> None: ...
+
+    def forget_places(self) -> None: ...
+
+    def take_micro_batches(self, parts: Sequence[PassRows]) -> None:
+        """Where keys and values move: bring what the attention of each reads, if there are several."""
+
+    def compute(self, stage_idx: int, micro_batch: int, place: Place | DevicePlace | None) -> None: ...
+
+    def compute_all(self, place_of: Callable[[int], Place | DevicePlace | None]) -> None: ...
+
+    def begin_pass(self, rows: PassRows) -> None:
+        """Bring the other inputs of a pass but the hidden state."""
+
+    def bring_hidden(self) -> None:
+        """From RAM."""
+
+    def return_results(self) -> None:
+        """The hidden state, and of a mixture what its experts are chosen by and read, to RAM."""
+
+    def return_logits(self) -> None:
+        """To RAM."""
+
+    def return_normed(self) -> None:
+        """To RAM."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """`on_device` are the stages of `device`; the CPU computes the others."""
+
+    cpu: Side[int]
+    device: DeviceSide | None = None
+    on_device: frozenset[int] = frozenset()

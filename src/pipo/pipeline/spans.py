@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pipo.kvcache.cache import kv_rows_class
-from pipo.models.stage import KvGroup
+from pipo.kvcache.cache import KvShape, kv_rows_class
+from pipo.models.stage import KvGroup, ShapeClass
 
 MAX_GROUPS = 8  # of a pass: each adds nodes to its graphs, which take memory
 # what an attention of its own costs, in masked rows that a query passes over: 50 us against 0.04 us a row of 32 heads
@@ -91,6 +91,22 @@ class PassRows:
         longer = [SpanGroup(span.sequence, 1, (span,)) for span in spans if span.num_tokens > 1]
         return PassRows((*_grouped(singles, max(max_groups - len(longer), 1)), *longer))
 
+    def parts(self, num_sequences: int, max_groups: int = MAX_GROUPS) -> list[PassRows]:
+        """Cut, in the order of the tokens, into as few as have all their sequences within so many side by side."""
+        parts: list[list[Span]] = []
+        for span in self.spans:
+            together = [each.sequence for each in (*parts[-1], span)] if parts else []
+            if together and max(together) - min(together) < num_sequences:
+                parts[-1].append(span)
+            else:
+                parts.append([span])
+        return [PassRows.of(part, max_groups) for part in parts] if len(parts) > 1 else [self]
+
+    def shape(self, kv: KvShape, num_outputs: int) -> ShapeClass:
+        """Of its graphs."""
+        groups = tuple(group.shape(kv.num_rows) for group in self.groups)
+        return ShapeClass(self.num_tokens, groups, num_outputs, kv.type_k, kv.type_v, self.num_apart)
+
     @property
     def spans(self) -> Iterator[Span]:
         """In the order of the pass."""
@@ -119,6 +135,11 @@ class PassRows:
     def firsts(self) -> tuple[int, ...]:
         """The sequence that each group begins with."""
         return tuple(group.first for group in self.groups)
+
+    @property
+    def first(self) -> int:
+        """Of its sequences."""
+        return min(self.firsts)
 
     def last_rows(self) -> dict[int, int]:
         """By sequence, the row of its last token."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -46,6 +47,16 @@ class PassLoad:
         """This one and the others, each by itself."""
         return (replace(self, others=()), *self.others) if self.others else (self,)
 
+    def parts(self, num_sequences: int) -> tuple[PassLoad, ...]:
+        """Of so many sequences at most, what each has; 0: all of them together."""
+        if not num_sequences or self.num_rows_of_head <= num_sequences:
+            return (self,)
+        return tuple(
+            replace(each, num_sequences=min(num_sequences, each.num_sequences - first))
+            for each in self.groups
+            for first in range(0, each.num_sequences, num_sequences)
+        )
+
     @property
     def num_tokens(self) -> int:
         return sum(each.num_sequences * each.tokens_each for each in self.groups)
@@ -73,29 +84,36 @@ def step_costs(
     load: PassLoad,
     hidden_size: int,
     on_device: frozenset[int] = frozenset(),
+    kv_sequences: int = 0,
 ) -> StepCosts:
-    """`on_device` are the indices of the stages that compute on the machine's first device beside the CPU."""
+    """`on_device` are the indices of the stages that compute on the machine's first device beside the CPU; where keys
+    and values move there, so many sequences have theirs there at a time.
+    """
     device = machine.devices[1] if on_device else None
     up, down = (device.from_host, device.to_host) if device else (None, None)
     unit_bytes = {stage.unit_id: stage.unit_bytes for stage in stages if stage.unit_id is not None}
     kv_bytes = {i: stage.kv_bytes_per_position for i, stage in enumerate(stages) if stage.kv_bytes_per_position}
-    cached = load.cached_positions
+    parts = load.parts(kv_sequences)
+    split = kv_bytes.keys() & on_device if len(parts) > 1 else frozenset[int]()
     hidden_bytes = 4 * hidden_size * load.num_tokens
     num_experts = max((stage.experts.num_experts for stage in stages if stage.experts is not None), default=0)
     score_bytes = 4 * num_experts * load.num_tokens
     return StepCosts(
         read={s.unit_id: machine.unit_read_s(s.unit_bytes, s.repacked_as) for s in stages if s.unit_id is not None},
         compute={
-            i: stage_seconds(stage, device if device and i in on_device else machine.cpu, load)
+            i: _mean_seconds(
+                stage, device if device and i in on_device else machine.cpu, parts if i in split else (load,)
+            )
             for i, stage in enumerate(stages)
         },
         copy={unit: _seconds(up, size) for unit, size in unit_bytes.items()},
-        kv_load={i: _seconds(up, size * cached) for i, size in kv_bytes.items()},
-        kv_save={i: _seconds(down, size * load.num_tokens) for i, size in kv_bytes.items()},
+        kv_load={i: _seconds(up, size * load.cached_positions / len(parts)) for i, size in kv_bytes.items()},
+        kv_save={i: _seconds(down, size * load.num_tokens / len(parts)) for i, size in kv_bytes.items()},
         on_device=on_device,
         handover=max(_seconds(up, hidden_bytes), _seconds(down, hidden_bytes)),
         # the hidden state, what the experts read, and the scores of two routers
         routing_handover=2 * _seconds(down, hidden_bytes) + 2 * _seconds(down, score_bytes),
+        num_micro_batches=len(parts),
     )
 
 
@@ -152,6 +170,11 @@ def beside_each_other(costs: StepCosts, use: SharedUse, streamed: Sequence[UnitI
 
 def _seconds(link: LinkProfile | None, num_bytes: float) -> float:
     return link.seconds(num_bytes) if link else 0.0
+
+
+def _mean_seconds(stage: StageCost, device: ComputeProfile, loads: Sequence[PassLoad]) -> float:
+    seconds = sum(stage_seconds(stage, device, each) * count for each, count in Counter(loads).items())
+    return seconds / len(loads)
 
 
 def stage_seconds(stage: StageCost, device: ComputeProfile, load: PassLoad) -> float:

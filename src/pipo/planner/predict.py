@@ -97,7 +97,12 @@ class Placed:
 
     @property
     def moves_kv(self) -> bool:
-        return self.device is not None and self.device.moves_kv
+        return self.kv_sequences > 0
+
+    @property
+    def kv_sequences(self) -> int:
+        """Whose keys and values move to the device at a time; 0: they do not move."""
+        return self.device.kv_sequences if self.device is not None else 0
 
     @property
     def streamed_to_device(self) -> list[UnitId]:
@@ -129,7 +134,7 @@ class Placed:
             Need(
                 i,
                 stage.unit_id,
-                self.moves_kv and i in there and stage.kv_bytes_per_position > 0,
+                int(self.moves_kv and i in there and stage.kv_bytes_per_position > 0),
                 is_routed=stage.experts is not None,
             )
             for i, stage in enumerate(self.shapes.stages)
@@ -138,7 +143,8 @@ class Placed:
 
     def costs(self, load: PassLoad) -> StepCosts:
         there = self.on_device
-        costs = step_costs(self.shapes.stages, self.machine, load, self.shapes.hidden_size, there)
+        shapes = self.shapes
+        costs = step_costs(shapes.stages, self.machine, load, shapes.hidden_size, there, self.kv_sequences)
         if self.is_one_graph:
             start_s = self.machine.devices[1 if there else 0].graph_start_s
             costs = replace(costs, compute={stage: seconds - start_s for stage, seconds in costs.compute.items()})

@@ -40,7 +40,8 @@ class StepKind(Enum):
 
 class Step(NamedTuple):
     """`stage_idx` is set for COMPUTE, the KV steps and those of experts; `unit_id` for what moves; `slot_id` where the
-    unit has a slot in the tier that the step is about; `units` for EXPERTS, where none means to add up their results.
+    unit has a slot in the tier that the step is about; `units` for EXPERTS, where none means to add up their results;
+    `micro_batch` for stages whose keys and values move.
     """
 
     kind: StepKind
@@ -49,19 +50,36 @@ class Step(NamedTuple):
     slot_id: SlotId = SlotId(-1)
     tier: Tier = Tier.RAM
     units: tuple[UnitId, ...] = ()
+    micro_batch: int = 0
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """The stage, and which micro-batch of it."""
+        return self.stage_idx, self.micro_batch
 
 
 class Need(NamedTuple):
     """One stage of the pass, and the unit it cannot compute without (None: its weights are always there).
 
-    `moves_kv`: its keys and values live in RAM and are wanted on the device. `is_routed`: it needs experts, which are
-    known once the stage before it was computed.
+    `num_micro_batches`: in how many its keys and values, which live in RAM, are wanted on the device; 0: they do not
+    move. `is_routed`: it needs experts, which are known once the stage before it was computed.
     """
 
     stage_idx: int
     unit_id: UnitId | None
-    moves_kv: bool = False
+    num_micro_batches: int = 0
     is_routed: bool = False
+
+    @property
+    def moves_kv(self) -> bool:
+        return self.num_micro_batches > 0
+
+
+def in_micro_batches(needs: Sequence[Need], num: int) -> Sequence[Need]:
+    """Where keys and values move, they do so in as many."""
+    if num == 1:
+        return needs
+    return [need._replace(num_micro_batches=num) if need.moves_kv else need for need in needs]
 
 
 class Slots(Protocol):

@@ -5,6 +5,9 @@ those before it on its link are done, its source has arrived and whatever used i
 for the one unit it needs, RELEASE frees a slot for later steps, BARRIER waits for everything in flight. Overlap is
 therefore the *order* of the list: the three schedules below differ in nothing else. Every step waits only for steps
 before it in the list, and each link serves its own in that order, so no schedule can deadlock.
+
+A stage whose keys and values move computes one micro-batch of sequences after another before the next stage begins:
+its weights move once, and there are never keys and values of more than two of them on the device.
 """
 
 from __future__ import annotations
@@ -21,18 +24,19 @@ def pipelined(needs: Sequence[Need], next_units: Sequence[UnitId], residency: Re
     """Transfers run ahead as far as the slots allow, in the order of need, across the end of the pass.
 
     `next_units` are the units of the following pass in order; they fill the slots this pass no longer needs. Keys and
-    values that move are loaded one stage ahead.
+    values that move are loaded one micro-batch ahead.
     """
     wanted = [need.unit_id for need in needs if need.unit_id is not None]
     steps = list(_drop_all_but([*wanted, *next_units], residency))
     ahead = _Ahead(wanted, next_units, residency)
-    kv_stages = deque(need.stage_idx for need in needs if need.moves_kv)
+    kv_loads = deque(load for need in needs for load in _kv_loads(need))
     steps += ahead.advance()
-    steps += _load_next_kv(kv_stages)
+    steps += _next_of(kv_loads)
     for need in needs:
-        if need.moves_kv:
-            steps += _load_next_kv(kv_stages)
-        steps += _compute(need)
+        for turn in _turns(need):
+            if need.moves_kv:
+                steps += _next_of(kv_loads)
+            steps += turn
         if need.unit_id is not None:
             ahead.consumed(need.unit_id)
             steps += _release(need.unit_id, residency)
@@ -94,19 +98,19 @@ def sequential(needs: Sequence[Need], next_units: Sequence[UnitId], residency: R
         unit = need.unit_id
         if unit is not None:
             steps += _fetch(unit, residency)
-        if need.moves_kv:
-            steps.append(Step(StepKind.KV_LOAD, need.stage_idx))
-        steps += _compute(need)
-        if need.moves_kv or unit in residency.on_device:
-            steps.append(Step(StepKind.BARRIER))
+        kv_loads = deque(_kv_loads(need))
+        for turn in _turns(need):
+            steps += [*_next_of(kv_loads), *turn]
+            if need.moves_kv or unit in residency.on_device:
+                steps.append(Step(StepKind.BARRIER))
         if unit is not None:
             steps += _release(unit, residency)
     return steps
 
 
 def layerwise(needs: Sequence[Need], next_units: Sequence[UnitId], residency: Residency) -> list[Step]:
-    """FlexGen's order: while a layer computes the next one loads and the last one's keys and values are saved; then all
-    three are waited for.
+    """FlexGen's order: while a micro-batch of a layer computes the next one's keys and values load and the last one's
+    are saved, beside its first one the next layer's weights; then all of these are waited for.
 
     Attention and MLP are layers of their own. The look-ahead is one layer, across the end of the pass too.
     Source: FlexLLMGen, `generation_loop_overlap_single_batch`.
@@ -114,33 +118,41 @@ def layerwise(needs: Sequence[Need], next_units: Sequence[UnitId], residency: Re
     wanted = [need.unit_id for need in needs if need.unit_id is not None]
     steps = list(_drop_all_but(wanted[:1], residency))
     after = [*needs[1:], Need(-1, next_units[0] if next_units else None)]
-    if needs and needs[0].moves_kv:
-        steps.append(Step(StepKind.KV_LOAD, needs[0].stage_idx))
+    kv_loads: deque[Step] = deque()
+    if needs:
+        kv_loads += _kv_loads(needs[0])
+        steps += _next_of(kv_loads)
     unsaved: list[Step] = []
     for need, ahead in zip(needs, after, strict=True):
         if need.unit_id is not None and (fetched := _fetch(need.unit_id, residency)):
             steps += [*fetched, Step(StepKind.BARRIER)]
-        steps += unsaved
-        if ahead.unit_id is not None and ahead.unit_id != need.unit_id:
-            steps += _fetch(ahead.unit_id, residency)
-        if ahead.moves_kv:
-            steps.append(Step(StepKind.KV_LOAD, ahead.stage_idx))
-        compute, *unsaved = _compute(need)
-        steps += [compute, Step(StepKind.BARRIER)]
+        kv_loads += _kv_loads(ahead)
+        for i, (compute, *saves) in enumerate(_turns(need)):
+            steps += unsaved
+            if not i and ahead.unit_id is not None and ahead.unit_id != need.unit_id:
+                steps += _fetch(ahead.unit_id, residency)
+            steps += [*_next_of(kv_loads), compute, Step(StepKind.BARRIER)]
+            unsaved = saves
         if need.unit_id is not None:
             steps += _release(need.unit_id, residency)
     return [*steps, *unsaved, Step(StepKind.BARRIER)] if unsaved else steps
 
 
-def _compute(need: Need) -> Iterator[Step]:
-    yield Step(StepKind.ROUTE if need.is_routed else StepKind.COMPUTE, need.stage_idx)
-    if need.moves_kv:
-        yield Step(StepKind.KV_SAVE, need.stage_idx)
+def _turns(need: Need) -> Iterator[list[Step]]:
+    """What computes the stage, and saves what is new: once, or one micro-batch after another."""
+    if not need.moves_kv:
+        yield [Step(StepKind.ROUTE if need.is_routed else StepKind.COMPUTE, need.stage_idx)]
+    for i in range(need.num_micro_batches):
+        yield [Step(kind, need.stage_idx, micro_batch=i) for kind in (StepKind.COMPUTE, StepKind.KV_SAVE)]
 
 
-def _load_next_kv(stages: deque[int]) -> Iterator[Step]:
-    if stages:
-        yield Step(StepKind.KV_LOAD, stages.popleft())
+def _kv_loads(need: Need) -> Iterator[Step]:
+    return (Step(StepKind.KV_LOAD, need.stage_idx, micro_batch=i) for i in range(need.num_micro_batches))
+
+
+def _next_of(steps: deque[Step]) -> Iterator[Step]:
+    if steps:
+        yield steps.popleft()
 
 
 def _fetch(unit: UnitId, residency: Residency) -> list[Step]:

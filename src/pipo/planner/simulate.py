@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
-from pipo.planner.residency import Need, Residency, SlotId, Step, StepKind, Tier, UnitId
+from pipo.planner.residency import Need, Residency, SlotId, Step, StepKind, Tier, UnitId, in_micro_batches
 from pipo.planner.schedule import Schedule
 
 NUM_KV_SLOTS = 2  # on the device, for keys and values that live in RAM: one loads while the other is used
@@ -55,7 +55,8 @@ class StepCosts:
     """Seconds of every step that may come up; what is absent costs nothing.
 
     `handover` is paid where a stage computes elsewhere than the one before it, `routing_handover` where that is a stage
-    of experts, `between_passes` at the end of each pass.
+    of experts, `between_passes` at the end of each pass. Stages whose keys and values move compute, load and save in
+    `num_micro_batches`, and what they cost is each one's, all being taken as equal.
     """
 
     read: Mapping[UnitId, float]
@@ -68,6 +69,7 @@ class StepCosts:
     routing_handover: float = 0.0
     between_passes: float = 0.0
     experts: Mapping[int, ExpertCosts] = field(default_factory=dict)  # of stages that route, on the CPU
+    num_micro_batches: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +97,10 @@ class Simulator:
         self._arrived: dict[tuple[Tier, UnitId], float] = {}
         self._used: dict[tuple[Tier, UnitId], float] = {}  # until when the unit's place there is in use
         self._slot_free: dict[tuple[Tier, SlotId], float] = {}
-        self._kv_ready: dict[int, float] = {}
-        self._kv_saved: dict[int, float] = {}
+        self._kv_ready: dict[tuple[int, int], float] = {}  # by stage and micro-batch
+        self._kv_saved: dict[tuple[int, int], float] = {}
         self._kv_slots = [0.0] * NUM_KV_SLOTS  # when each is free
-        self._kv_slot_of: dict[int, int] = {}
+        self._kv_slot_of: dict[tuple[int, int], int] = {}
         self._num_kv_loads = 0
         self._last_lane: Lane | None = None
         self._guessed = 0.0  # when the experts that were guessed for the next block have arrived
@@ -127,7 +129,7 @@ class Simulator:
     def _compute(self, step: Step) -> None:
         lane = Lane.DEVICE if step.stage_idx in self._costs.on_device else Lane.CPU
         place = Tier.DEVICE if lane is Lane.DEVICE else Tier.RAM, self._unit_of_stage.get(step.stage_idx, UnitId(-1))
-        self.now = max(self.now, self._arrived.get(place, 0.0), self._kv_ready.get(step.stage_idx, 0.0))
+        self.now = max(self.now, self._arrived.get(place, 0.0), self._kv_ready.get(step.turn, 0.0))
         begin = max(self.now, self.computed)
         if self._last_lane is not None and lane is not self._last_lane:
             begin += self._costs.handover
@@ -155,16 +157,16 @@ class Simulator:
         self._slot_free[step.tier, step.slot_id] = self._used.pop((step.tier, step.unit_id), self.now)
 
     def _kv_load(self, step: Step) -> None:
-        slot = self._kv_slot_of[step.stage_idx] = self._num_kv_loads % NUM_KV_SLOTS
+        slot = self._kv_slot_of[step.turn] = self._num_kv_loads % NUM_KV_SLOTS
         self._num_kv_loads += 1
-        begin = max(self.now, self._kv_slots[slot], self._kv_saved.get(step.stage_idx, 0.0))
+        begin = max(self.now, self._kv_slots[slot], self._kv_saved.get(step.turn, 0.0))
         end = self._take(Lane.UPLOAD, step, begin, self._costs.kv_load.get(step.stage_idx))
-        self._kv_ready[step.stage_idx] = self._kv_slots[slot] = end
+        self._kv_ready[step.turn] = self._kv_slots[slot] = end
 
     def _kv_save(self, step: Step) -> None:
         end = self._take(Lane.DOWNLOAD, step, self.computed, self._costs.kv_save.get(step.stage_idx))
-        self._kv_saved[step.stage_idx] = end
-        self._kv_slots[self._kv_slot_of[step.stage_idx]] = end
+        self._kv_saved[step.turn] = end
+        self._kv_slots[self._kv_slot_of[step.turn]] = end
 
     def _barrier(self, step: Step) -> None:
         self.now = max(self.now, *self._free.values())
@@ -221,7 +223,8 @@ class Line:
     def run_pass(self, costs: StepCosts) -> float:
         """Returns its seconds."""
         begin = self.simulator.now
-        steps = self._schedule(self._needs, self._units, self._residency.copy())
+        needs = in_micro_batches(self._needs, costs.num_micro_batches)
+        steps = self._schedule(needs, self._units, self._residency.copy())
         for step in steps:
             self._residency.apply(step)
         self.simulator.run(steps, costs)
