@@ -122,22 +122,27 @@ def test_a_kill_while_the_job_starts_leaves_nothing_in_the_way(
     assert ended.code == 3 and out.read_bytes() == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1)])
 def test_an_interrupt_keeps_what_is_answered_and_says_how_to_go_on(
-    command: CommandLine, model: Path, table: Path, expected: bytes, tmp_path: Path, number: signal.Signals
+    command: CommandLine, model: Path, table: Path, expected: bytes, tmp_path: Path, number: signal.Signals, times: int
 ) -> None:
+    """Where a second one comes while the first is heeded, what is answered is kept all the same."""
     out, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal"
     arguments = ("batch", str(model), str(table), "-o", str(out), *FLAGS)
     process = command.start(*arguments)
     _wait_for_rows(process, journal, 4)
-    process.send_signal(number)
+    children = psutil.Process(process.pid).children(recursive=True)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.02)
     _, err = process.communicate(timeout=TIMEOUT_S)
     if process.returncode == 3:
         pytest.skip("the job was done before it could be interrupted")
     assert process.returncode == 128 + number
+    assert not psutil.wait_procs(children, TIMEOUT_S)[1], "a child outlived the job"
     num_kept = len(_rows_of(journal))
     said = err.decode()
-    assert f"{num_kept} of {NUM_ROWS} rows are answered and kept" in said and "--resume" in said
+    assert times > 1 or (f"{num_kept} of {NUM_ROWS} rows are answered and kept" in said and "--resume" in said)
     assert "Traceback" not in said
     refused = command(*arguments)
     assert refused.code == 2 and "--resume" in refused.err

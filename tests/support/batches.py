@@ -89,6 +89,8 @@ def done_answer(row: int, text: str = "yes") -> Answer:
 def write_tables(folder: Path) -> None:
     """Those that the documents name."""
     (folder / "reviews.csv").write_text("id,review\n1,Lovely and quiet.\n2,It leaks.\n3,Lovely and quiet.\n")
+    schema = {"type": "object", "properties": {"verdict": {"enum": ["good", "bad"]}}, "required": ["verdict"]}
+    (folder / "verdict.json").write_text(json.dumps(schema))
     body = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8, "temperature": 0}
     request = {"custom_id": "first", "method": "POST", "url": "/v1/chat/completions", "body": body}
     (folder / "requests.jsonl").write_text(json.dumps(request) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -142,6 +143,55 @@ def test_refused_before_anything_is_computed(
     ended = pipo("batch", "smollm2", "in.csv", "-o", "out.csv", "-n", "4", "--temp", "0", *flags)
     assert ended.code in (1, 2) and says in ended.err and "Traceback" not in ended.err
     assert [path.name for path in tmp_path.iterdir()] == ["in.csv"]
+
+
+def _parquet() -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"id": [1]}), stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "flags", "says"),
+    [
+        ("in.csv", b"id,prompt\n1,sea\n2,a,b\n", (), "line 3: wanted 2 values, as the header has, found 3"),
+        ("in.csv", b"id,prompt\n1,\xff\n", (), "line 2: wanted UTF-8, found byte 2 of the line, 0xFF"),
+        ("in.jsonl", b'{"prompt": "sea"}\n{"prompt": \n', (), "line 2: wanted a JSON object"),
+        ("in.parquet", _parquet(), ("--prompt-column", "prompt"), "'prompt', the table has 'id'"),
+        ("in.parquet", b"PAR1 no more", (), "is not a sound Parquet file"),
+        ("in.txt", b"sea", (), "no table that can be read"),
+        ("in.csv", b"prompt\nsea\n", ("-o", "no/such/folder/out.csv"), "there is no folder"),
+        ("in.csv", b"prompt\nsea\n", ("-o", "/proc/out.csv"), "/proc/out.csv.journal"),
+        ("in.csv", b"prompt\nsea\n", ("-o", "in.csv"), "would be part of the input"),
+    ],
+)
+def test_bad_tables_and_places_are_refused_in_one_line(
+    pipo: CommandLine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    data: bytes,
+    flags: tuple[str, ...],
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table, out = Path(name), f"out{Path(name).suffix}"
+    table.write_bytes(data)
+    ended = pipo("batch", "smollm2", name, "-o", out, "-n", "4", "--temp", "0", *flags)
+    assert ended.code in (1, 2) and says in ended.err.splitlines()[0] and "Traceback" not in ended.err, ended.err
+    assert [path.name for path in tmp_path.iterdir()] == [name] and table.read_bytes() == data
+
+
+def test_an_output_that_is_there_is_touched_by_overwrite_alone(pipo: CommandLine, tmp_path: Path) -> None:
+    table, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    table.write_text("prompt\nsea\n" + "moon " * 200 + "\n")
+    out.write_text("mine")
+    for flags in ((), ("--resume",)):
+        ended = pipo("batch", "smollm2", str(table), "-o", str(out), *FLAGS, *flags)
+        assert ended.code == 2 and "already there" in ended.err and out.read_text() == "mine"
+    ended = _batch(pipo, table, out, "--overwrite", "-c", "64", code=3)
+    assert "1 of 2 rows have an error; the first: " in ended.err and "do not fit the context of 64" in ended.err
+    assert len(out.read_text().splitlines()) == 3 and "not fit the context of 64" in out.read_text().splitlines()[2]
 
 
 def test_schema_that_is_none_is_refused(pipo: CommandLine, tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,15 @@ import pytest
 from bench.random_model import write_random_model
 from pipo.base.config import EngineConfig
 from pipo.base.errors import ComputeError, EngineBusy, MalformedTable, UsageError
-from pipo.generation.request import SamplingParams
+from pipo.generation.answer import Piece
+from pipo.generation.request import GenerationRequest, SamplingParams
 from pipo.jobs.batch import Batch, BatchSettings
+from pipo.jobs.job import MOST_WAITING, Job, Tally
+from pipo.jobs.journal import JobIdentity, Journal
+from pipo.jobs.preparation import Prepared
 from pipo.jobs.prompts import PromptSettings
+from pipo.jobs.reader import Window
+from pipo.serving.contract import Summary
 from tests.support.batches import GREEDY, EchoEngine, answer_all, settings_of
 
 
@@ -63,6 +70,42 @@ def test_equal_prompts_are_asked_once(model: Path, tmp_path: Path) -> None:
     with Batch(_settings(model, tmp_path, [f"word {i % 3}" for i in range(200)])) as job:
         answer_all(job, engine)
         assert len(engine.asked) == 3 and job.tally.num_copied == 197 and job.tally.num_done == 200
+
+
+def test_rows_that_wait_for_one_answer_are_not_all_in_memory(tmp_path: Path) -> None:
+    """However large the table of equal rows is."""
+    window_rows, num_windows = MOST_WAITING // 2, 9
+    num_taken = 0
+
+    class Slow(EchoEngine):
+        gate = asyncio.Event()
+
+        async def stream(self, request: GenerationRequest) -> AsyncIterator[Piece | Summary]:
+            await self.gate.wait()
+            async for piece in super().stream(request):
+                yield piece
+
+    async def windows() -> AsyncIterator[Window]:
+        nonlocal num_taken
+        for num_taken in range(1, num_windows + 1):
+            first = (num_taken - 1) * window_rows
+            yield [Prepared(first + i, GenerationRequest((1, 2), GREEDY), b"same") for i in range(window_rows)]
+
+    async def run() -> None:
+        engine = Slow()
+        running = asyncio.create_task(Job(engine, journal, tally, 4).run(windows()))
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        assert num_taken == 3, "one row asks, and so many wait"
+        engine.gate.set()
+        await running
+
+    journal, tally = Journal(tmp_path / "journal"), Tally(window_rows * num_windows)
+    journal.begin(JobIdentity({}, {}, {}, {}))
+    asyncio.run(run())
+    assert tally.num_done == tally.num_rows == tally.num_copied + 1
+    assert [answer.row for answer in journal.in_order(tally.num_rows)] == list(range(tally.num_rows))
+    journal.close()
 
 
 def test_answers_that_are_drawn_are_drawn_for_each_row(model: Path, tmp_path: Path) -> None:

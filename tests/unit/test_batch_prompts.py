@@ -30,6 +30,9 @@ def test_template_over_columns() -> None:
     template = PromptTemplate("{% for x in list %}{{ x }}-{% endfor %}{{ name|upper }} {{ other|default('none') }}")
     assert template.columns == {"list", "name", "other"} and template.needed == {"list", "name"}
     assert template.render({"list": [1, 2], "name": "ab"}) == "1-2-AB none"
+    assert PromptTemplate("{% if name %}{% set kind = 'b' %}{% endif %}{{ kind|default('a') ~ kind }}").needed == {
+        "name"
+    }
     with pytest.raises(UsageError, match=r"'name' is undefined"):
         template.render({"list": []})
 

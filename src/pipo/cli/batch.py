@@ -140,7 +140,7 @@ def _run(job: Batch, output: OutputFlags, place: RayPlace | None, *, json: bool)
         report.end()
     if job.tally.num_failed:
         raise RowsFailed(
-            f"{job.tally.num_failed} of {job.num_rows} rows have an error",
+            f"{job.tally.num_failed} of {job.num_rows} rows have an error; the first: {job.tally.first_error!s:.400}",
             hint=f"{job.settings.output} says for each what it is",
         )
 

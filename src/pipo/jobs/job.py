@@ -22,6 +22,7 @@ from pipo.serving.contract import EngineClient, Summary
 
 SYNC_EVERY_S = 0.25  # a sync costs the drive that weights stream from some ms
 BUSY_WAIT_S = 0.05
+MOST_WAITING = 1024  # rows for one answer, so that a table of equal rows is not in memory before its first answer is
 KNOWN_PROMPTS = 1 << 15  # whose answers can be found again; 200 bytes each
 
 
@@ -35,10 +36,12 @@ class Tally:
     num_copied: int = 0  # answered by another row's answer
     prompt_tokens: int = 0  # of answers that are complete
     completion_tokens: int = 0
+    first_error: str | None = None  # of those in the journal
 
     def note(self, answer: Answer) -> None:
         self.num_done += 1
         self.num_failed += answer.error is not None
+        self.first_error = self.first_error or answer.error
 
 
 class Job:
@@ -85,6 +88,8 @@ class Job:
             self._finish(None, each)
         elif each.key is not None and each.key in self._asking:
             self._asking[each.key].append(each.row)
+            while len(self._asking.get(each.key, ())) >= MOST_WAITING:
+                await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
         elif (known := self._find(each.key)) is not None:
             self._tally.num_copied += 1
             self._finish(None, _of_row(known, each.row))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipo.base.errors import ContextOverflow, PipoError, UsageError
+from pipo.base.units import MIB
 from pipo.generation.request import GenerationRequest
 from pipo.jobs.answers import Answer
+from pipo.jobs.bounds import MAX_ROW_BYTES, MAX_ROW_S, row_bounds
 from pipo.jobs.prompts import Asked, PromptSource
 from pipo.jobs.table import Row
 from pipo.model_file import ModelFile
 from pipo.text.chat_template import Message
 
 DEFAULT_ANSWER_TOKENS = 256  # where nobody asked for a length, or what is left where that is less
+MAX_TOO_MUCH = 3  # rows for which a template takes too much, until it ends the job: each costs seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +37,33 @@ class Preparer:
         trained = model.manifest.hyper.context_tokens
         self._model = model
         self._source = source
+        self._num_too_much = 0
         self._context_tokens = min(context_tokens or trained, trained)
         if source.needs_chat_template:
             _ = model.chat_template  # raises where there is none: no row could be asked
 
     def prepare(self, idx: int, row: Row) -> Prepared | Answer:
-        """Never raises what is the row's own fault."""
+        """Never raises what is the row's own fault. Raises UsageError for a template that always takes too much."""
         try:
             if isinstance(row, UsageError):
                 raise row
-            return self._prepared(idx, self._source.ask(row))
+            with row_bounds():
+                asked = self._source.ask(row)
+            return self._prepared(idx, asked)
         except PipoError as error:
             return Answer.failed(idx, error)
+        except (MemoryError, TimeoutError) as error:
+            failed = Answer.failed(idx, self._too_much(error))
+        gc.collect()  # Jinja's errors are in cycles with all that the template had made
+        return failed
+
+    def _too_much(self, error: MemoryError | TimeoutError) -> UsageError:
+        self._num_too_much += 1
+        bound = f"{MAX_ROW_S:g} s of computing" if isinstance(error, TimeoutError) else f"{MAX_ROW_BYTES // MIB} MiB"
+        found = UsageError(f"the prompt template takes more than {bound} for a row")
+        if self._num_too_much == MAX_TOO_MUCH:
+            raise UsageError(f"{found.message}, and this is row number {MAX_TOO_MUCH} of that kind") from error
+        return found
 
     def _prepared(self, idx: int, asked: Asked) -> Prepared | Answer:
         ids = self._encode(asked.prompt)

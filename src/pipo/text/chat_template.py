@@ -3,7 +3,8 @@
 A template is a stranger's program. It runs in Jinja's sandbox: no attribute that begins with an underscore, no
 change to what it is given, no file, no import. What is bounded besides: numbers from `range` (per rendering),
 `*` and `**`, the length of the result. What is not: a template can still build a large string by doubling a small one
-again and again, or by padding, and take hours by loops in loops over a list that it made once.
+again and again, or by padding, and take hours by loops in loops over a list that it made once. Batch jobs, which render
+a user's own templates, bound time and memory of the process besides.
 """
 
 from __future__ import annotations
@@ -182,12 +183,20 @@ def sandbox(undefined: type[jinja2.Undefined] = jinja2.Undefined) -> jinja2.Envi
         lstrip_blocks=True,
         extensions=[_Generation, "jinja2.ext.loopcontrols"],
         undefined=undefined,
+        optimized=False,  # with what `finalize` has, nothing is computed while a template is compiled
+        finalize=_as_it_is,
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _strftime_now
     del environment.globals["lipsum"]  # text of any length
     return environment
+
+
+@jinja2.pass_context
+def _as_it_is(context: Context, value: object) -> object:
+    """Needs a context, so that {{ 'x'|center(10000000000) }} is not a constant, which Jinja would compute at once."""
+    return value
 
 
 def _to_json(

@@ -31,12 +31,17 @@ class PromptTemplate:
         except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:  # nested too deep
             raise UsageError(f"the prompt template does not compile: {said(error)}") from error
         self.columns = frozenset(meta.find_undeclared_variables(tree)) - environment.globals.keys()
-        self.needed = self.columns - _forgiven(tree)
+        self.needed = self.columns - _forgiven(tree) - _assigned(tree)
 
     def render(self, row: Mapping[str, object]) -> str:
-        """Raises UsageError where the row lacks a column, or the template fails on what it has."""
+        """Raises UsageError where the row lacks a column, or the template fails on what it has.
+
+        Raises MemoryError and TimeoutError, where the caller has bounds for them.
+        """
         try:
             return render_bounded(self._template, row)
+        except (MemoryError, TimeoutError):
+            raise
         except jinja2.UndefinedError as error:
             raise UsageError(f"the prompt template wants what this row does not have: {said(error.message)}") from error
         except MalformedFile as error:
@@ -49,3 +54,8 @@ def _forgiven(tree: nodes.Template) -> set[str]:
     """Names that the template itself asks after."""
     asked = (node for node in tree.find_all((nodes.Test, nodes.Filter)) if node.name in _FORGIVING)
     return {node.node.name for node in asked if isinstance(node.node, nodes.Name)}
+
+
+def _assigned(tree: nodes.Template) -> set[str]:
+    """Names that the template itself gives a value, if only in a branch."""
+    return {node.name for node in tree.find_all(nodes.Name) if node.ctx == "store"}
