@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 import numpy as np
 
-from pipo.base.errors import EngineBusy
+from pipo.base.errors import EngineBusy, PipoError
 from pipo.generation.answer import Answer, Piece
 from pipo.generation.request import GenerationRequest, Usage
 from pipo.serving.contract import EngineInfo, EngineStats, Summary
@@ -23,7 +23,9 @@ def answer_text(prompt: Sequence[int]) -> str:
 
 
 class FakeEngine:
-    """An EngineClient. `delay_s` lies before each token; the `fail_at`th token is `error` instead."""
+    """A ServedEngine. `delay_s` lies before each token; the `fail_at`th token is `error` instead.
+    One that `is_stuck` does not close until it is killed.
+    """
 
     def __init__(
         self,
@@ -36,12 +38,17 @@ class FakeEngine:
         text: str | None = None,
         max_running: int = 1000,
         adapters: tuple[str, ...] = (),
+        is_stuck: bool = False,
     ) -> None:
         self.info = EngineInfo("fake", context_tokens, 4, 10**9, adapters, {"plan": {"weight_bytes": 1000}})
         self.requests: list[GenerationRequest] = []
         self.num_running = 0
         self.num_cancelled = 0
-        self.is_closed = False
+        self.is_closing = self.is_closed = self.is_killed = False
+        self._death: asyncio.Future[PipoError] | None = None  # once somebody waits for it
+        self._is_over = asyncio.Event()
+        if not is_stuck:
+            self._is_over.set()
         self._tokenizer = tokenizer
         self._delay_s, self._error, self._fail_at = delay_s, error, fail_at
         self._text, self._max_running = text, max_running
@@ -97,5 +104,20 @@ class FakeEngine:
             limit_bytes=self.info.limit_bytes,
         )
 
+    async def ended(self) -> PipoError:
+        self._death = asyncio.get_running_loop().create_future()
+        return await self._death
+
+    def die(self, error: PipoError) -> None:
+        """Threads: the event loop's."""
+        assert self._death is not None
+        self._death.set_result(error)
+
     async def close(self) -> None:
+        self.is_closing = True
+        await self._is_over.wait()
         self.is_closed = True
+
+    async def kill(self) -> None:
+        self.is_killed = True
+        self._is_over.set()

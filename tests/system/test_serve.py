@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -18,6 +19,7 @@ import openai
 import pytest
 
 from tests.support.command_line import TIMEOUT_S, CommandLine
+from tests.support.engine_process import exists
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 SERVE = ("serve", "smollm2", "--port", "0", "-c", "512", "--ram", "400MB")
@@ -28,10 +30,21 @@ class Served:
     process: subprocess.Popen[bytes]
     url: str = ""
     said: list[str] = field(default_factory=list)
+    reading: threading.Thread = field(default_factory=threading.Thread)
+
+    @property
+    def engine_id(self) -> int:
+        """The engine's process: the only child."""
+        (line,) = subprocess.check_output(["ps", "--ppid", str(self.process.pid), "-o", "pid="]).split()
+        return int(line)
 
     @property
     def openai(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def read_on(self) -> None:
+        assert self.process.stderr is not None
+        self.said += [line.decode() for line in self.process.stderr]
 
     def end(self, number: int) -> tuple[int, float]:
         """The exit code, and the seconds it took."""
@@ -51,7 +64,8 @@ def _serving(pipo: CommandLine, *arguments: str) -> Iterator[Served]:
                 served.url = found[1]
                 break
         assert served.url, served.said
-        threading.Thread(target=served.process.stderr.read, daemon=True).start()
+        served.reading = threading.Thread(target=served.read_on, daemon=True)
+        served.reading.start()
         yield served
     finally:
         served.process.kill()
@@ -143,7 +157,7 @@ def test_what_this_engine_cannot_is_said(served: Served) -> None:
         served.openai.chat.completions.create(model="smollm2", messages=HELLO, max_tokens=1000)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_ends_it_and_tells_who_waits(pipo: CommandLine, number: int, code: int) -> None:
     with _serving(pipo, *SERVE) as served:
         stream = served.openai.completions.create(
@@ -151,11 +165,38 @@ def test_a_signal_ends_it_and_tells_who_waits(pipo: CommandLine, number: int, co
         )
         chunks = iter(stream)
         next(chunks)
+        engine = served.engine_id
         found, seconds = served.end(number)
-        assert found == code
+        assert found == code and not exists(engine)
         assert seconds < 10, "nothing hangs; it takes under two seconds on a machine that has nothing else to do"
         with pytest.raises(openai.APIError, match="the server is shutting down"):
             list(chunks)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_second_signal_ends_an_engine_that_is_stuck(pipo: CommandLine, number: int, code: int) -> None:
+    with _serving(pipo, *SERVE) as served:
+        engine = served.engine_id
+        os.kill(engine, signal.SIGSTOP)  # as one whose read never comes back
+        served.process.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            served.process.wait(2)
+        assert served.end(number)[0] == code and not exists(engine)
+
+
+def test_an_engine_that_is_killed_ends_the_server_which_says_why(pipo: CommandLine) -> None:
+    with _serving(pipo, *SERVE) as served:
+        stream = served.openai.completions.create(
+            model="smollm2", prompt="1, 2, 3,", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        )
+        chunks = iter(stream)
+        next(chunks)
+        os.kill(served.engine_id, signal.SIGKILL)
+        with pytest.raises(openai.APIError, match=r"has ended \(signal SIGKILL\); this server ends with it"):
+            list(chunks)
+        assert served.process.wait(TIMEOUT_S) == 1
+        served.reading.join(TIMEOUT_S)
+        assert "error: the engine's process has ended (signal SIGKILL)" in "".join(served.said)
 
 
 def test_a_port_that_is_taken(pipo: CommandLine) -> None:

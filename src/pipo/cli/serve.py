@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipo.hardware.probe import Progress
     from pipo.model_file import ModelFile
     from pipo.server.settings import Limits, ServerSettings
-    from pipo.serving.contract import EngineClient, EngineInfo
+    from pipo.serving.contract import EngineInfo, ServedEngine
     from pipo.serving.wire import EngineSetup
 
 _LISTEN, _LIMITS = "Server", "Limits"
@@ -190,7 +190,7 @@ class _Serving:
         service = Service(self._settings, Prompts.of_model(self._model))
         setup = self._setup()
 
-        async def open_one(progress: Progress) -> EngineClient:
+        async def open_one(progress: Progress) -> ServedEngine:
             with starting(self._output) as say:
 
                 def tell(step: str, fraction: float) -> None:
@@ -212,7 +212,7 @@ class _Serving:
         growth = GROWTH_BYTES + limits.kept_bytes(self._config.context_tokens or trained)
         return EngineSetup(self._model.path, self._config, "server", asking_bytes(PROCESS_BYTES, growth))
 
-    def _say_ready(self, client: EngineClient) -> None:
+    def _say_ready(self, client: ServedEngine) -> None:
         from pipo.cli.session import model_title
         from pipo.cli.terminal import print_note, print_rows, stderr
 
