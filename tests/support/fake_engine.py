@@ -10,7 +10,7 @@ import numpy as np
 
 from pipo.base.errors import EngineBusy, PipoError
 from pipo.generation.answer import Answer, Piece
-from pipo.generation.request import GenerationRequest, Usage
+from pipo.generation.request import GenerationRequest, Sampled, Usage
 from pipo.serving.contract import EngineInfo, EngineStats, Summary
 from pipo.text.contract import ModelTokenizer
 
@@ -20,6 +20,11 @@ PEAK = 30.0  # of the logit that is to be chosen: the others have no chance
 def answer_text(prompt: Sequence[int]) -> str:
     """What the engine says to a prompt."""
     return f"You sent {len(prompt)} tokens, their sum is {sum(prompt)}."
+
+
+def _scored(prompt: Sequence[int]) -> tuple[Sampled, ...]:
+    """Each token is as likely as it is late."""
+    return Sampled(prompt[0]), *(Sampled(each, -float(i), ((each, -float(i)),)) for i, each in enumerate(prompt) if i)
 
 
 class FakeEngine:
@@ -80,6 +85,8 @@ class FakeEngine:
         script = tokenizer.encode(text, add_special=False, parse_special=False)
         most = request.params.max_tokens or self.info.context_tokens
         answer = Answer(request.params, most, tokenizer.end_ids, tokenizer.detokenizer(prompt, request.shown))
+        if request.scores_prompt:
+            yield Piece(None, "", scored=_scored(prompt))
         for i, token_id in enumerate([*script, min(tokenizer.end_ids)]):
             if self._error is not None and i == self._fail_at:
                 raise self._error

@@ -124,6 +124,15 @@ def serve(
     num_sequences: Annotated[
         int, typer.Option(min=1, metavar="N", help="Requests that share a sweep.", rich_help_panel=_LISTEN)
     ] = 2,
+    scored_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens of a prompt that are scored in a pass; each takes memory.",
+            rich_help_panel=_LISTEN,
+        ),
+    ] = 8,
     constraints: Annotated[
         bool,
         typer.Option(
@@ -142,7 +151,7 @@ def serve(
     """
     name = only_model(model, model_flag)
     config = make_config(memory, compute)
-    config = replace(config, num_sequences=num_sequences, constraints=constraints)
+    config = replace(config, num_sequences=num_sequences, max_outputs=scored_tokens, constraints=constraints)
 
     from pipo.cli.session import open_model
     from pipo.cli.terminal import print_warning
