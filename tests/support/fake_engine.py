@@ -99,6 +99,11 @@ class FakeEngine:
                 return
 
     async def embed(self, prompt: Sequence[int]) -> list[float]:
+        self.num_running += 1
+        try:
+            await asyncio.sleep(self._delay_s)
+        finally:
+            self.num_running -= 1
         return [0.6, 0.8, float(len(prompt))]
 
     async def stats(self) -> EngineStats:

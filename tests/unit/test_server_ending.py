@@ -33,6 +33,20 @@ def _slow() -> FakeEngine:
     return _engine(text="word " * 400, context_tokens=4096, delay_s=0.02)
 
 
+def test_who_waits_for_embeddings_is_told_of_the_end() -> None:
+    engine = _engine(delay_s=1000.0)
+    with running(engine, PROMPTS) as server:
+        texts: list[str] = []
+        asking = threading.Thread(
+            target=lambda: texts.append(server.http.post("/v1/embeddings", json={"input": "a"}).text)
+        )
+        asking.start()
+        server.wait_for(lambda: engine.num_running == 1)
+        server.server.end()
+        asking.join(WAIT_S)
+    assert json.loads(texts[0])["error"]["code"] == "shutting_down" and engine.num_running == 0
+
+
 def test_running_requests_are_told_of_the_end() -> None:
     engine = _slow()
     found: dict[str, str] = {}

@@ -182,6 +182,14 @@ def test_a_request_that_takes_too_long() -> None:
         assert engine.num_cancelled == 2
 
 
+def test_embeddings_that_take_too_long() -> None:
+    engine = _engine(delay_s=1000.0)
+    with running(engine, PROMPTS, limits=Limits(max_request_s=0.2)) as server:
+        reply = server.http.post("/v1/embeddings", json={"input": ["a", "b"]})
+        assert reply.status_code == 504 and "within 0.2 s" in reply.json()["error"]["message"]
+        server.wait_for(lambda: engine.num_running == 0)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_hangs_up_cancels(stream: bool) -> None:
     engine = _slow()

@@ -328,6 +328,7 @@ def test_tokens_of_messages_are_counted(anthropic_client: anthropic.Anthropic, e
 
 def test_props_health_and_stats(server: RunningServer) -> None:
     assert server.http.get("/health").json() == {"status": "ok"}
+    assert server.http.head("/health").status_code == 200
     props = server.http.get("/props").json()
     assert props["default_generation_settings"]["n_ctx"] == 512 and props["total_slots"] == 4
     stats = server.http.get("/stats").json()
