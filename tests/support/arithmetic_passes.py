@@ -5,7 +5,7 @@ up sequences, positions or adapters gets other answers. They keep what a KV cach
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,6 +71,14 @@ class ArithmeticPasses:
             self.rows[span.sequence] += [(token, self._kinds[span.sequence]) for token in span.token_ids]
         found = [logits_after(self.rows[span.sequence]) for span in spans if span.wants_logits]
         return np.stack(found) if found else np.empty((0, 0), np.float32)
+
+    def run_rows(
+        self, token_ids: Sequence[int], start: int, outputs: Sequence[int], sequence: int
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        assert len(outputs) <= self.max_outputs
+        self.run_spans([Span(sequence, start, token_ids, wants_logits=False)])
+        rows = self.rows[sequence]
+        return (logits_after(rows[: start + output + 1]) for output in outputs)
 
     def release(self, sequence: int) -> None:
         self.rows[sequence].clear()

@@ -67,10 +67,17 @@ class Bench:
         self.ends: dict[int, Summary | Embedding | PipoError] = {}
 
     def submit(
-        self, number: int, prompt: Sequence[int], weights: Mapping[Any, float] | None = None, **params: Any
+        self,
+        number: int,
+        prompt: Sequence[int],
+        weights: Mapping[Any, float] | None = None,
+        *,
+        scores_prompt: bool = False,
+        **params: Any,
     ) -> None:
         settings = SamplingParams(**{"temperature": 0, "max_tokens": 6, **params})
-        self.batcher.submit(RequestId(number), GenerationRequest(prompt, settings), dict(weights or {}))
+        request = GenerationRequest(prompt, settings, scores_prompt=scores_prompt)
+        self.batcher.submit(RequestId(number), request, dict(weights or {}))
 
     def step(self) -> None:
         self.take(self.batcher.step())

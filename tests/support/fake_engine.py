@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, Sequence
 
 import numpy as np
 
-from pipo.base.errors import EngineBusy
+from pipo.base.errors import EngineBusy, PipoError
 from pipo.generation.answer import Answer, Piece
-from pipo.generation.request import GenerationRequest, Usage
+from pipo.generation.request import GenerationRequest, Sampled, Usage
 from pipo.serving.contract import EngineInfo, EngineStats, Summary
 from pipo.text.contract import ModelTokenizer
 
@@ -22,8 +22,15 @@ def answer_text(prompt: Sequence[int]) -> str:
     return f"You sent {len(prompt)} tokens, their sum is {sum(prompt)}."
 
 
+def _scored(prompt: Sequence[int]) -> tuple[Sampled, ...]:
+    """Each token is as likely as it is late."""
+    return Sampled(prompt[0]), *(Sampled(each, -float(i), ((each, -float(i)),)) for i, each in enumerate(prompt) if i)
+
+
 class FakeEngine:
-    """An EngineClient. `delay_s` lies before each token; the `fail_at`th token is `error` instead."""
+    """A ServedEngine. `delay_s` lies before each token; the `fail_at`th token is `error` instead.
+    One that `is_stuck` does not close until it is killed.
+    """
 
     def __init__(
         self,
@@ -36,12 +43,17 @@ class FakeEngine:
         text: str | None = None,
         max_running: int = 1000,
         adapters: tuple[str, ...] = (),
+        is_stuck: bool = False,
     ) -> None:
         self.info = EngineInfo("fake", context_tokens, 4, 10**9, adapters, {"plan": {"weight_bytes": 1000}})
         self.requests: list[GenerationRequest] = []
         self.num_running = 0
         self.num_cancelled = 0
-        self.is_closed = False
+        self.is_closing = self.is_closed = self.is_killed = False
+        self._death: asyncio.Future[PipoError] | None = None  # once somebody waits for it
+        self._is_over = asyncio.Event()
+        if not is_stuck:
+            self._is_over.set()
         self._tokenizer = tokenizer
         self._delay_s, self._error, self._fail_at = delay_s, error, fail_at
         self._text, self._max_running = text, max_running
@@ -73,6 +85,8 @@ class FakeEngine:
         script = tokenizer.encode(text, add_special=False, parse_special=False)
         most = request.params.max_tokens or self.info.context_tokens
         answer = Answer(request.params, most, tokenizer.end_ids, tokenizer.detokenizer(prompt, request.shown))
+        if request.scores_prompt:
+            yield Piece(None, "", scored=_scored(prompt))
         for i, token_id in enumerate([*script, min(tokenizer.end_ids)]):
             if self._error is not None and i == self._fail_at:
                 raise self._error
@@ -85,6 +99,11 @@ class FakeEngine:
                 return
 
     async def embed(self, prompt: Sequence[int]) -> list[float]:
+        self.num_running += 1
+        try:
+            await asyncio.sleep(self._delay_s)
+        finally:
+            self.num_running -= 1
         return [0.6, 0.8, float(len(prompt))]
 
     async def stats(self) -> EngineStats:
@@ -97,5 +116,20 @@ class FakeEngine:
             limit_bytes=self.info.limit_bytes,
         )
 
+    async def ended(self) -> PipoError:
+        self._death = asyncio.get_running_loop().create_future()
+        return await self._death
+
+    def die(self, error: PipoError) -> None:
+        """Threads: the event loop's."""
+        assert self._death is not None
+        self._death.set_result(error)
+
     async def close(self) -> None:
+        self.is_closing = True
+        await self._is_over.wait()
         self.is_closed = True
+
+    async def kill(self) -> None:
+        self.is_killed = True
+        self._is_over.set()

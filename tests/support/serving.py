@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import httpx
 
+from pipo.base.errors import PipoError
 from pipo.server.connection import listen
 from pipo.server.prompts import Prompts
 from pipo.server.run import Server, serve_with
 from pipo.server.service import Service
 from pipo.server.settings import Limits, ServerSettings
-from pipo.serving.contract import EngineClient
+from pipo.serving.contract import ServedEngine
 from pipo.text.chat_template import ChatTemplate
 from pipo.text.tokenizer import Tokenizer
 from tests.support.vocabularies import byte_pair_metadata
@@ -43,6 +44,7 @@ class RunningServer:
     server: Server
     port: int
     thread: threading.Thread
+    error: Exception | None = None  # that it ended with
 
     @property
     def url(self) -> str:
@@ -55,6 +57,10 @@ class RunningServer:
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
 
+    def call(self, function: Callable[[], None]) -> None:
+        """In the server's event loop."""
+        self.server.loop.call_soon_threadsafe(function)
+
     def wait_for(self, is_so: Callable[[], bool]) -> None:
         deadline = time.monotonic() + WAIT_S
         while not is_so():
@@ -62,17 +68,17 @@ class RunningServer:
             time.sleep(0.01)
 
 
-async def _ready(client: EngineClient) -> EngineClient:
+async def _ready(client: ServedEngine) -> ServedEngine:
     return client
 
 
 @contextmanager
 def running(
-    client: EngineClient,
+    client: ServedEngine,
     prompts: Prompts,
     *,
     limits: Limits | None = None,
-    open_engine: Callable[[Callable[[str, float], None]], Awaitable[EngineClient]] | None = None,
+    open_engine: Callable[[Callable[[str, float], None]], Awaitable[ServedEngine]] | None = None,
     api_key: str | None = None,
     cors_origins: tuple[str, ...] = (),
     host: str = "127.0.0.1",
@@ -83,9 +89,16 @@ def running(
     server = Server(service)
     listener = listen(host, 0, settings.limits)
     opening = open_engine or (lambda progress: _ready(client))
-    thread = threading.Thread(target=lambda: asyncio.run(serve_with(server, service, listener, opening)))
+
+    def serve() -> None:
+        try:
+            asyncio.run(serve_with(server, service, listener, opening))
+        except PipoError as error:
+            found.error = error
+
+    found = RunningServer(service, server, listener.getsockname()[1], threading.Thread(target=serve))
+    thread = found.thread
     thread.start()
-    found = RunningServer(service, server, listener.getsockname()[1], thread)
     try:
         found.wait_for(lambda: server.started and (service.is_ready or open_engine is not None))
         yield found

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
+import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import anthropic
 import httpx
+import jsonschema
+import numpy as np
+import numpy.typing as npt
 import openai
 import pytest
 
+import pipo as pipo_api
 from tests.support.command_line import TIMEOUT_S, CommandLine
+from tests.support.engine_process import exists
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 SERVE = ("serve", "smollm2", "--port", "0", "-c", "512", "--ram", "400MB")
@@ -28,10 +39,21 @@ class Served:
     process: subprocess.Popen[bytes]
     url: str = ""
     said: list[str] = field(default_factory=list)
+    reading: threading.Thread = field(default_factory=threading.Thread)
+
+    @property
+    def engine_id(self) -> int:
+        """The engine's process: the only child."""
+        (line,) = subprocess.check_output(["ps", "--ppid", str(self.process.pid), "-o", "pid="]).split()
+        return int(line)
 
     @property
     def openai(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def read_on(self) -> None:
+        assert self.process.stderr is not None
+        self.said += [line.decode() for line in self.process.stderr]
 
     def end(self, number: int) -> tuple[int, float]:
         """The exit code, and the seconds it took."""
@@ -51,7 +73,8 @@ def _serving(pipo: CommandLine, *arguments: str) -> Iterator[Served]:
                 served.url = found[1]
                 break
         assert served.url, served.said
-        threading.Thread(target=served.process.stderr.read, daemon=True).start()
+        served.reading = threading.Thread(target=served.read_on, daemon=True)
+        served.reading.start()
         yield served
     finally:
         served.process.kill()
@@ -87,6 +110,107 @@ def test_answers_are_those_of_run(served: Served, pipo: CommandLine) -> None:
         message = events.get_final_message()
     assert message.content[0].type == "text" and message.content[0].text == want
     assert message.usage.cache_read_input_tokens, "the prompt was there already"
+
+
+def test_prompts_are_scored_as_a_harness_asks(served: Served, smollm2_path: Path) -> None:
+    """Several at once, beside answers to others; the oracle makes all logits of a text in one process."""
+    texts = ["The capital of France is Paris.", "Oceans are made of water and salt, mostly of water.", "x"]
+    with pipo_api.load(smollm2_path, ram=2_000_000_000, context_tokens=512) as engine:
+        prompts = [engine.encode(text) for text in texts]
+        want = [_scores(engine.logits(prompt), prompt) for prompt in prompts]
+    beside = served.openai.completions.create(
+        model="smollm2", prompt="1, 2, 3,", max_tokens=40, stream=True, extra_body={"ignore_eos": True}
+    )
+    reply = served.openai.completions.create(
+        model="smollm2", prompt=prompts, echo=True, logprobs=2, max_tokens=1, seed=1234, temperature=0
+    )
+    assert len(list(beside)) >= 40
+    for choice, prompt, text, scores in zip(reply.choices, prompts, texts, want, strict=True):
+        logprobs = choice.logprobs
+        assert logprobs is not None and logprobs.token_logprobs is not None and logprobs.top_logprobs is not None
+        assert choice.text.startswith(text) and len(logprobs.token_logprobs) == len(prompt) + 1
+        first, *found = logprobs.token_logprobs[:-1]
+        assert first is None and found == pytest.approx(scores, abs=0.05)
+        for logprob, top in zip(found, logprobs.top_logprobs[1:-1], strict=True):
+            assert len(top) == 2 and max(top.values()) >= logprob
+
+
+def _scores(logits: npt.NDArray[np.float32], tokens: Sequence[int]) -> list[float]:
+    """Log-probabilities of all tokens but the first."""
+    wide = logits[:-1].astype(np.float64)
+    totals = np.log(np.exp(wide - wide.max(axis=1, keepdims=True)).sum(axis=1)) + wide.max(axis=1)
+    return list(wide[np.arange(len(wide)), tokens[1:]] - totals)
+
+
+def test_answers_of_a_given_form_share_passes(served: Served) -> None:
+    """A schema, a regex, a grammar and none at all, at the same time."""
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 99}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    formats: dict[str, Any] = {
+        "schema": {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": schema}},
+        "object": {"type": "json_object"},
+        "regex": {"type": "regex", "pattern": r"(Yes|No), [a-z]{3,9}\."},
+        "grammar": {"type": "grammar", "grammar": 'start: "it is " ("so" | "not so")'},
+        "free": {"type": "text"},
+    }
+    found: dict[str, tuple[str, str]] = {}
+
+    def ask(name: str) -> None:
+        reply = served.openai.chat.completions.create(
+            model="smollm2", messages=HELLO, max_tokens=120, seed=1, response_format=formats[name]
+        )
+        found[name] = reply.choices[0].message.content or "", reply.choices[0].finish_reason
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in formats]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+    text, finish = found["schema"]
+    assert finish == "stop"
+    jsonschema.validate(json.loads(text), schema)
+    assert found["object"][1] == "length" or isinstance(json.loads(found["object"][0]), dict)
+    assert re.fullmatch(r"(Yes|No), [a-z]{3,9}\.", found["regex"][0])
+    assert found["grammar"][0] in ("it is so", "it is not so") and found["free"][0]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        ({"type": "regex", "pattern": "(a"}, "the regex cannot be used"),
+        ({"type": "grammar", "grammar": "start: nowhere"}, "the grammar cannot be used"),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "frob"}}}, "Invalid type: frob"),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "file:///etc/passwd"}}}, "not fetch"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_that_is_none_is_refused(served: Served, wanted: Any, says: str, stream: bool) -> None:
+    with pytest.raises(openai.BadRequestError, match=re.escape(says)):
+        served.openai.chat.completions.create(model="smollm2", messages=HELLO, response_format=wanted, stream=stream)
+
+
+def test_only_what_changed_of_several_conversations_is_computed(served: Served) -> None:
+    """Two at a time, in turn; then the end of a system prompt changes."""
+    rules = "Answer briefly. " * 20
+    talks = [[{"role": "system", "content": rules}, {"role": "user", "content": f"Talk {i} begins."}] for i in "ab"]
+    for turn in range(3):
+        for talk in talks:
+            reply = served.openai.chat.completions.create(
+                model="smollm2", messages=talk, max_tokens=4, extra_body={"ignore_eos": True}
+            )
+            assert reply.usage is not None and reply.usage.prompt_tokens_details is not None
+            computed = reply.usage.prompt_tokens - (reply.usage.prompt_tokens_details.cached_tokens or 0)
+            assert turn == 0 or computed < 30, "the last answer's end, the new message and the markers around them"
+            answer = reply.choices[0].message.content or ""
+            talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": "Go on."}]
+    changed = [{"role": "system", "content": rules + "Rhyme."}, {"role": "user", "content": "Talk c begins."}]
+    reply = served.openai.chat.completions.create(model="smollm2", messages=changed, max_tokens=1)
+    assert reply.usage is not None and reply.usage.prompt_tokens_details is not None
+    assert reply.usage.prompt_tokens - (reply.usage.prompt_tokens_details.cached_tokens or 0) < 20
 
 
 def test_a_seed_repeats_an_answer(served: Served) -> None:
@@ -128,6 +252,17 @@ def test_who_goes_away_stops_the_engine(served: Served) -> None:
     assert after < 400
 
 
+def test_what_the_guide_asks_a_server_is_answered(served: Served) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guide" / "server.md").read_text()
+    blocks = re.findall(r"^(?:    .*\n)+", guide, re.MULTILINE)
+    programs = [textwrap.dedent(block) for block in blocks if "http://127.0.0.1:8080" in block]
+    curl, *clients = [program.replace("http://127.0.0.1:8080", served.url) for program in programs]
+    assert "data: [DONE]" in subprocess.check_output([*shlex.split(curl), "-sS"], text=True)
+    assert len(clients) == 2
+    for client in clients:
+        exec(compile(client, "docs/guide/server.md", "exec"), {})
+
+
 def test_stats_and_metrics_tell_of_the_engine(served: Served) -> None:
     stats = httpx.get(f"{served.url}/stats").json()
     assert stats["engine"]["num_passes"] > 10 and stats["engine"]["completion_tokens"] > 10
@@ -143,7 +278,7 @@ def test_what_this_engine_cannot_is_said(served: Served) -> None:
         served.openai.chat.completions.create(model="smollm2", messages=HELLO, max_tokens=1000)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_ends_it_and_tells_who_waits(pipo: CommandLine, number: int, code: int) -> None:
     with _serving(pipo, *SERVE) as served:
         stream = served.openai.completions.create(
@@ -151,11 +286,38 @@ def test_a_signal_ends_it_and_tells_who_waits(pipo: CommandLine, number: int, co
         )
         chunks = iter(stream)
         next(chunks)
+        engine = served.engine_id
         found, seconds = served.end(number)
-        assert found == code
+        assert found == code and not exists(engine)
         assert seconds < 10, "nothing hangs; it takes under two seconds on a machine that has nothing else to do"
         with pytest.raises(openai.APIError, match="the server is shutting down"):
             list(chunks)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_second_signal_ends_an_engine_that_is_stuck(pipo: CommandLine, number: int, code: int) -> None:
+    with _serving(pipo, *SERVE) as served:
+        engine = served.engine_id
+        os.kill(engine, signal.SIGSTOP)  # as one whose read never comes back
+        served.process.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            served.process.wait(2)
+        assert served.end(number)[0] == code and not exists(engine)
+
+
+def test_an_engine_that_is_killed_ends_the_server_which_says_why(pipo: CommandLine) -> None:
+    with _serving(pipo, *SERVE) as served:
+        stream = served.openai.completions.create(
+            model="smollm2", prompt="1, 2, 3,", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        )
+        chunks = iter(stream)
+        next(chunks)
+        os.kill(served.engine_id, signal.SIGKILL)
+        with pytest.raises(openai.APIError, match=r"has ended \(signal SIGKILL\); this server ends with it"):
+            list(chunks)
+        assert served.process.wait(TIMEOUT_S) == 1
+        served.reading.join(TIMEOUT_S)
+        assert "error: the engine's process has ended (signal SIGKILL)" in "".join(served.said)
 
 
 def test_a_port_that_is_taken(pipo: CommandLine) -> None:

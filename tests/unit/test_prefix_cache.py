@@ -53,6 +53,29 @@ def test_a_shared_beginning_is_copied_and_the_conversation_it_is_from_stays() ->
     assert ask(bench, 2, [*long, 50]) == len(long)
 
 
+def test_conversations_that_begin_alike_keep_what_is_theirs() -> None:
+    """Each is shorter than what they share; a third one takes the place of the one that was used longest ago."""
+    bench = Bench(ArithmeticPasses(2, 16))
+    talks = [[*SYSTEM, *range(1, 12)], [*SYSTEM, *range(40, 50)]]
+    assert [ask(bench, number, talk) for number, talk in enumerate(talks)] == [0, len(SYSTEM)]
+    for turn in (2, 4):
+        for i, talk in enumerate(talks):
+            talk += [50 + turn, 51]
+            assert ask(bench, turn + i, talk) == len(talk) - 2
+    assert ask(bench, 6, [*SYSTEM, 60]) == len(SYSTEM)
+    assert ask(bench, 7, [*talks[1], 61]) == len(talks[1])
+
+
+def test_a_conversation_whose_last_answer_is_dropped_goes_on_in_place() -> None:
+    """As templates do with thoughts: nobody else is given up for it."""
+    bench = Bench(ArithmeticPasses(2, 16))
+    other, talk = [60] * 40, [*SYSTEM, *range(1, 20)]
+    ask(bench, 0, other)
+    ask(bench, 1, [*talk, 62, 63])
+    assert ask(bench, 2, [*talk, 41, 42]) == len(talk) and bench.passes.num_copied == 0
+    assert ask(bench, 3, [*other, 42]) == len(other)
+
+
 def test_few_tokens_are_computed_rather_than_copied() -> None:
     bench = Bench(ArithmeticPasses(2, 16))
     ask(bench, 0, [7, 8, *range(20, 50)])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import re
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -17,9 +17,8 @@ import pytest
 from pipo.base.errors import UsageError
 from pipo.server.connection import listen
 from pipo.server.settings import Limits, ServerSettings
-from pipo.serving.contract import EngineClient
 from tests.support.fake_engine import FakeEngine
-from tests.support.serving import WAIT_S, RunningServer, running, small_prompts
+from tests.support.serving import RunningServer, running, small_prompts
 
 PROMPTS = small_prompts()
 HELLO = [{"role": "user", "content": "hello"}]
@@ -183,6 +182,14 @@ def test_a_request_that_takes_too_long() -> None:
         assert engine.num_cancelled == 2
 
 
+def test_embeddings_that_take_too_long() -> None:
+    engine = _engine(delay_s=1000.0)
+    with running(engine, PROMPTS, limits=Limits(max_request_s=0.2)) as server:
+        reply = server.http.post("/v1/embeddings", json={"input": ["a", "b"]})
+        assert reply.status_code == 504 and "within 0.2 s" in reply.json()["error"]["message"]
+        server.wait_for(lambda: engine.num_running == 0)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_hangs_up_cancels(stream: bool) -> None:
     engine = _slow()
@@ -206,6 +213,43 @@ def test_who_hangs_up_while_the_queue_is_long_cancels() -> None:
         server.wait_for(lambda: engine.num_running == 1)
         connection.close()
         server.wait_for(lambda: engine.num_running == 0)
+
+
+@pytest.mark.parametrize("more", [b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /he", b"x" * 200_000])
+def test_who_sends_more_and_hangs_up_cancels(more: bytes) -> None:
+    """What comes after a request is not read on by uvicorn until that is answered."""
+    engine = _engine(delay_s=1000.0)
+    with running(engine, PROMPTS) as server:
+        connection = server.connect()
+        connection.sendall(_request({"messages": HELLO}))
+        server.wait_for(lambda: engine.num_running == 1)
+        with suppress(ConnectionError):
+            connection.sendall(more)
+        time.sleep(0.05)  # it arrives by itself
+        connection.close()
+        server.wait_for(lambda: engine.num_running == 0)
+        assert server.http.get("/health").status_code == 200
+
+
+def test_requests_that_are_sent_ahead_are_answered_in_turn() -> None:
+    with running(_engine(delay_s=0.001), PROMPTS) as server, server.connect() as connection:
+        connection.sendall(_request({"messages": HELLO}) + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        found = b"".join(iter(lambda: connection.recv(1000), b""))
+        assert re.findall(rb"HTTP/1.1 (\d+)", found) == [b"200", b"200", b"404"]
+
+
+def test_connections_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipo.server.connection.MOST_CONNECTIONS", 3)
+    with running(_engine(), PROMPTS) as server:
+        idle = [server.connect() for _ in range(3)]
+        server.wait_for(lambda: len(server.server.server_state.connections) == 3)
+        with server.connect() as more:
+            assert more.recv(1000).startswith(b"HTTP/1.1 503") and more.recv(1000) == b""
+        for connection in idle:
+            connection.close()
+        server.wait_for(lambda: not server.server.server_state.connections)
+        assert server.http.post(CHAT, json={"messages": HELLO}).status_code == 200
 
 
 def test_who_does_not_read_is_cut_off() -> None:
@@ -254,49 +298,6 @@ def test_bodies_together_have_a_limit() -> None:
             connection.close()
         server.wait_for(lambda: server.service.body_room.num_bytes == 0)
         assert server.http.post(CHAT, json={"messages": HELLO}).status_code == 200
-
-
-def test_running_requests_are_told_of_the_end() -> None:
-    engine = _slow()
-    found: dict[str, str] = {}
-
-    def ask(server: RunningServer, stream: bool) -> None:
-        found[str(stream)] = server.http.post(CHAT, json={"messages": HELLO, "stream": stream}).text
-
-    with running(engine, PROMPTS) as server:
-        threads = [threading.Thread(target=ask, args=(server, stream)) for stream in (False, True)]
-        for thread in threads:
-            thread.start()
-        server.wait_for(lambda: engine.num_running == 2)
-        server.server.end()
-        for thread in threads:
-            thread.join(WAIT_S)
-        server.thread.join(WAIT_S)
-    assert "the server is shutting down" in found["True"] and "[DONE]" not in found["True"]
-    assert json.loads(found["False"])["error"]["code"] == "shutting_down"
-    assert engine.is_closed and engine.num_cancelled == 2
-
-
-def test_health_says_how_far_loading_is() -> None:
-    engine, is_loaded = _engine(), threading.Event()
-
-    async def load(progress: Callable[[str, float], None]) -> EngineClient:
-        progress("measuring", 0.5)
-        while not is_loaded.is_set():
-            await asyncio.sleep(0.01)
-        return engine
-
-    with running(engine, PROMPTS, open_engine=load) as server:
-        server.wait_for(lambda: server.http.get("/health").json().get("step") == "measuring")
-        reply = server.http.get("/health")
-        assert reply.status_code == 503 and reply.json()["fraction"] == 0.5 and reply.headers["retry-after"] == "1"
-        refused = server.http.post(CHAT, json={"messages": HELLO})
-        assert refused.status_code == 503 and "measuring, 50%" in refused.json()["error"]["message"]
-        assert "pipo_ready 0.0" in server.http.get("/metrics").text
-        assert server.http.get("/").status_code == 200
-        is_loaded.set()
-        server.wait_for(lambda: server.service.is_ready)
-        assert server.http.get("/health").json() == {"status": "ok"}
 
 
 def test_a_port_that_is_taken() -> None:

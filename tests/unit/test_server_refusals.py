@@ -66,6 +66,13 @@ def server() -> Iterator[RunningServer]:
         ({"tool_choice": "required"}, "tool_choice", "need tools"),
         ({"tools": [TOOL, TOOL]}, "tools", "same name"),
         ({"response_format": {"type": "xml"}}, "response_format", "'xml'"),
+        ({"response_format": {"type": "regex"}}, "response_format.pattern", "is missing"),
+        ({"response_format": {"type": "grammar", "grammar": 5}}, "response_format.grammar", "string"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "response_format.json_schema.name",
+            "is missing",
+        ),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "'messages'"),
         ({"model": 5}, "model", "string"),
     ],
@@ -90,7 +97,7 @@ def test_a_field_that_cannot_be_used(
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": "x", "suffix": "y"}, "'suffix' is not supported"),
         ({"prompt": "x", "best_of": 2}, "'best_of' is not supported"),
-        ({"prompt": "x", "echo": True, "logprobs": 1}, "echo without logprobs"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens is 0, which needs echo"),
         ({"prompt": ["x"] * 9, "n": 2}, "18 answers"),
     ],
 )

@@ -153,6 +153,20 @@ def test_a_format_reaches_the_engine(server: RunningServer, engine: FakeEngine, 
     assert json.loads(constraint.text or "{}") == (schema if form == "json_schema" else {})
 
 
+@pytest.mark.parametrize(
+    ("wanted", "text"),
+    [({"type": "regex", "pattern": "a+"}, "a+"), ({"type": "grammar", "grammar": 'start: "a"'}, 'start: "a"')],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_regex_and_a_grammar_reach_the_engine(
+    server: RunningServer, engine: FakeEngine, path: str, wanted: dict[str, str], text: str
+) -> None:
+    asked = {"prompt": "x"} if path == "/v1/completions" else {"messages": HELLO}
+    assert server.http.post(path, json=asked | {"response_format": wanted}).status_code == 200
+    constraint = engine.requests[-1].constraint
+    assert constraint is not None and (constraint.kind.value, constraint.text) == (wanted["type"], text)
+
+
 def test_completions_of_every_kind_of_prompt(openai_client: openai.OpenAI, engine: FakeEngine) -> None:
     ids = PROMPTS.tokenizer.encode("one two", add_special=True, parse_special=True)
     for prompt in ("one two", ["one two"], ids, [ids]):
@@ -184,6 +198,53 @@ def test_completion_logprobs_and_streams(openai_client: openai.OpenAI) -> None:
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 6
     echoed = openai_client.completions.create(model="small", prompt="hi", echo=True, max_tokens=6, stream=True)
     assert "".join(chunk.choices[0].text for chunk in echoed) == "hi" + reply.choices[0].text
+
+
+def test_a_prompt_is_scored(openai_client: openai.OpenAI, engine: FakeEngine) -> None:
+    """As evaluation harnesses ask for it."""
+    text = "héllo 世界 one"
+    ids = PROMPTS.tokenizer.encode(text, add_special=True, parse_special=True)
+    pieces = [PROMPTS.token_text(each)[0] for each in ids]
+    for prompt in (text, ids):
+        reply = openai_client.completions.create(model="small", prompt=prompt, echo=True, logprobs=1, max_tokens=1)
+        choice, logprobs = reply.choices[0], reply.choices[0].logprobs
+        assert logprobs is not None and logprobs.tokens is not None and logprobs.text_offset is not None
+        assert logprobs.tokens[:-1] == pieces and choice.text == text + logprobs.tokens[-1]
+        assert logprobs.token_logprobs is not None
+        assert logprobs.token_logprobs[:-1] == [None, *(-float(i) for i in range(1, len(ids)))]
+        assert list(logprobs.top_logprobs or ())[:3] == [None, {pieces[1]: -1.0}, {pieces[2]: -2.0}]
+        assert logprobs.text_offset == sorted(logprobs.text_offset) and logprobs.text_offset[-1] == len(text)
+        for piece, offset in zip(pieces, logprobs.text_offset, strict=False):
+            assert "\ufffd" in piece or choice.text[offset : offset + len(piece)] == piece
+        assert engine.requests[-1].scores_prompt and engine.requests[-1].params.ignore_eos
+
+
+def test_a_prompt_alone_is_scored_or_echoed(openai_client: openai.OpenAI) -> None:
+    for logprobs in (0, None):
+        whole = openai_client.completions.create(model="small", prompt="hi", echo=True, logprobs=logprobs, max_tokens=0)
+        chunks = list(
+            openai_client.completions.create(
+                model="small", prompt="hi", echo=True, logprobs=logprobs, max_tokens=0, stream=True
+            )
+        )
+        assert whole.choices[0].text == "".join(chunk.choices[0].text for chunk in chunks) == "hi"
+        assert whole.choices[0].finish_reason == chunks[-1].choices[0].finish_reason == "length"
+        assert whole.usage is not None and whole.usage.completion_tokens == 0 and whole.usage.prompt_tokens > 0
+        parts = [chunk.choices[0].logprobs for chunk in chunks]
+        if logprobs is None:
+            assert whole.choices[0].logprobs is None and not any(parts)
+            continue
+        assert whole.choices[0].logprobs is not None
+        streamed = [each for part in parts if part is not None for each in part.token_logprobs or ()]
+        assert streamed == whole.choices[0].logprobs.token_logprobs and len(streamed) == whole.usage.prompt_tokens
+
+
+def test_the_last_token_of_a_scored_prompt_is_there_whatever_it_is() -> None:
+    """Who scores prompts cuts one token off at the end."""
+    with running(FakeEngine(PROMPTS.tokenizer, text=""), PROMPTS) as server:
+        body = {"prompt": [5, 6, 7], "echo": True, "logprobs": 1, "max_tokens": 1}
+        logprobs = server.http.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+        assert len(logprobs["token_logprobs"]) == len(logprobs["tokens"]) == len(logprobs["text_offset"]) == 4
 
 
 def test_embeddings(openai_client: openai.OpenAI, server: RunningServer) -> None:
@@ -267,6 +328,7 @@ def test_tokens_of_messages_are_counted(anthropic_client: anthropic.Anthropic, e
 
 def test_props_health_and_stats(server: RunningServer) -> None:
     assert server.http.get("/health").json() == {"status": "ok"}
+    assert server.http.head("/health").status_code == 200
     props = server.http.get("/props").json()
     assert props["default_generation_settings"]["n_ctx"] == 512 and props["total_slots"] == 4
     stats = server.http.get("/stats").json()

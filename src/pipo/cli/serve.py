@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipo.hardware.probe import Progress
     from pipo.model_file import ModelFile
     from pipo.server.settings import Limits, ServerSettings
-    from pipo.serving.contract import EngineClient, EngineInfo
+    from pipo.serving.contract import EngineInfo, ServedEngine
     from pipo.serving.wire import EngineSetup
 
 _LISTEN, _LIMITS = "Server", "Limits"
@@ -138,6 +138,15 @@ def serve(
             rich_help_panel=_LISTEN,
         ),
     ] = "auto",
+    scored_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens of a prompt that are scored in a pass; each takes memory.",
+            rich_help_panel=_LISTEN,
+        ),
+    ] = 8,
     constraints: Annotated[
         bool,
         typer.Option(
@@ -157,7 +166,7 @@ def serve(
     name = only_model(model, model_flag)
     config = make_config(memory, compute)
     wanted = parse_num_sequences(num_sequences)
-    config = replace(config, num_sequences=wanted or 1, constraints=constraints)
+    config = replace(config, num_sequences=wanted or 1, max_outputs=scored_tokens, constraints=constraints)
 
     from pipo.cli.session import open_model
     from pipo.cli.terminal import print_warning
@@ -213,7 +222,7 @@ class _Serving:
         service = Service(self._settings, Prompts.of_model(self._model))
         setup = self._setup()
 
-        async def open_one(progress: Progress) -> EngineClient:
+        async def open_one(progress: Progress) -> ServedEngine:
             with starting(self._output) as say:
 
                 def tell(step: str, fraction: float) -> None:
@@ -241,7 +250,7 @@ class _Serving:
             most_sequences=self._most_sequences,
         )
 
-    def _say_ready(self, client: EngineClient) -> None:
+    def _say_ready(self, client: ServedEngine) -> None:
         from pipo.cli.session import model_title
         from pipo.cli.terminal import print_note, print_rows, stderr
 

@@ -35,13 +35,15 @@ class Detokenizer(Protocol):
 class Piece:
     """What one pass added: a token (None when the last piece only flushes text) and the text that can be shown.
 
-    `stop` is the stop string that ended the answer, where one did.
+    `stop` is the stop string that ended the answer, where one did. `scored` are the prompt's next tokens, where their
+    log-probabilities were asked for: they come before the answer.
     """
 
     token: Sampled | None
     text: str
     finish: FinishReason | None = None
     stop: str | None = None
+    scored: tuple[Sampled, ...] = ()
 
 
 class Answer:

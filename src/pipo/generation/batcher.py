@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from pipo.base.clock import Clock
 from pipo.base.errors import Cancelled, PipoError, UsageError
-from pipo.generation.answer import Answer, Constraint, Detokenizer
+from pipo.generation.answer import Answer, Constraint, Detokenizer, Piece
 from pipo.generation.constraints import MOST_AT_A_TIME
 from pipo.generation.events import Embedding, Event, RequestId
 from pipo.generation.limits import Limits
 from pipo.generation.passes import SpanPasses
 from pipo.generation.prefill_shares import shares
-from pipo.generation.request import ConstraintSpec, GenerationRequest, Summary
+from pipo.generation.request import ConstraintSpec, GenerationRequest, Sampled, Summary
 from pipo.generation.running import Running, Shared
+from pipo.generation.sampling import scored
 from pipo.generation.slots import Slots
 from pipo.generation.waiting import QueueSize, Waiting, WaitingLine, compact
 from pipo.pipeline.adapters import Weights
 from pipo.pipeline.spans import Span
 
 Floats = npt.NDArray[np.float32]
+T = TypeVar("T")
 
 
 class Interrupt(Protocol):
@@ -74,7 +76,8 @@ class Counters:
 
 class Batcher:
     """Answers requests, `step` by `step`: each is one pass with a token of every sequence that decodes and parts of the
-    prompts of those that do not yet. A request's failure ends it alone; that of a pass ends all that have a slot.
+    prompts of those that do not yet. Prompts that are scored have passes of their own. A request's failure ends it
+    alone; that of a pass ends all that have a slot.
 
     Threads: one, but `cancel` from any.
     """
@@ -137,7 +140,9 @@ class Batcher:
             self._interrupt.set()
 
     def step(self) -> list[Event]:
-        """One pass, and one more where an embedding is wanted. Raises Cancelled where everything was to end."""
+        """One pass, and one more each where an embedding is wanted and where a prompt is scored. Raises Cancelled where
+        everything was to end.
+        """
         self._drop_cancelled()
         while self.num_running < len(self._slots.all) and (waiting := self._line.take_first(self._may_begin)):
             self._admit(waiting)
@@ -146,6 +151,9 @@ class Batcher:
         wanting = next((each for each in self._running.values() if each.answer is None), None)
         if wanting is not None:
             self._embed(wanting)
+        scoring = next((each for each in self._running.values() if each.is_scoring), None)
+        if scoring is not None:
+            self._score(scoring)
         spans = self._spans()
         if spans:
             self._pass(spans)
@@ -197,6 +205,8 @@ class Batcher:
         self._running[waiting.request_id] = running
         self._copy_when_ready(running)  # at once where it can be: somebody else may take the source
         self.counters.prompt_tokens += len(prompt)
+        if running.num_top is not None:
+            self._say_scored(running, [Sampled(prompt[0])])  # comes after nothing
 
     def _answer_to(self, waiting: Waiting, prompt: Sequence[int]) -> Answer | None:
         request = waiting.request
@@ -208,7 +218,9 @@ class Batcher:
 
     def _seated(self, waiting: Waiting, prompt: Sequence[int], answer: Answer | None) -> Running:
         passes, slots = self._passes, self._slots
-        known = prompt if answer is not None else []  # an embedding is computed from the first token on
+        num_top = waiting.request.params.logprobs if waiting.request and waiting.request.scores_prompt else None
+        is_afresh = answer is None or num_top is not None  # computed from the first token on
+        known = [] if is_afresh else prompt
         seat = slots.find_seat(known, waiting.weights, passes.can_resume, can_copy=passes.can_copy_rows)
         num_kept = seat.num_shared if seat.source is None else 0
         if not num_kept:
@@ -217,7 +229,7 @@ class Batcher:
         slots.take(seat.slot, waiting.request_id, prompt, waiting.weights, num_kept)
         since_s, now_s = waiting.since_s, self._clock.now()
         return Running(
-            waiting.request_id, seat.slot, answer, since_s, now_s, len(prompt), cached_tokens=num_kept, shared=shared
+            waiting.request_id, seat.slot, answer, since_s, now_s, len(prompt), num_kept, num_top, shared=shared
         )
 
     def _copy_when_ready(self, running: Running) -> None:
@@ -232,7 +244,8 @@ class Batcher:
             self._passes.copy_rows(shared.source.sequence, slot.sequence, num_common)
 
     def _spans(self) -> list[Span]:
-        ready = [each for each in self._running.values() if each.shared is None and each.answer is not None]
+        running = (each for each in self._running.values() if each.shared is None and each.answer is not None)
+        ready = [each for each in running if not each.is_scoring]
         decoding = [running for running in ready if running.is_decoding]
         reading = [running for running in ready if not running.is_decoding]
         room = self._passes.max_tokens - len(decoding)
@@ -261,7 +274,28 @@ class Batcher:
             wide = vector.astype(np.float64)
             self._end(running, Embedding((wide / np.linalg.norm(wide)).tolist()))
 
-    def _computed(self, ours: Sequence[Running], compute: Callable[[], Floats]) -> Floats | None:
+    def _score(self, running: Running) -> None:
+        """A pass over the next tokens of its prompt: how likely those were that came after them."""
+        slot, num_top = running.slot, running.num_top
+        assert num_top is not None
+        start, most = slot.num_stored, min(self._passes.max_tokens, self._passes.max_outputs)
+        part = slot.tokens[start : min(start + most, running.prompt_tokens - 1)]
+        rows = self._computed([running], lambda: self._passes.run_rows(part, start, range(len(part)), slot.sequence))
+        if rows is None:
+            return
+        slot.num_stored += len(part)
+        nexts = slot.tokens[start + 1 : start + 1 + len(part)]
+        try:
+            found = [scored(logits, token_id, num_top) for logits, token_id in zip(rows, nexts, strict=True)]
+        except PipoError as error:
+            self._end(running, error)
+        else:
+            self._say_scored(running, found)
+
+    def _say_scored(self, running: Running, tokens: Sequence[Sampled]) -> None:
+        self._events.append((running.request_id, Piece(None, "", scored=tuple(tokens))))
+
+    def _computed(self, ours: Sequence[Running], compute: Callable[[], T]) -> T | None:
         """None where it was ended: by a cancellation, in which case whoever is left goes on, or by a failure, which
         ends all that have a slot.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ class SpanPasses(Protocol):
 
     @property
     def max_outputs(self) -> int:
-        """Spans of a pass that may want logits; as many as there are sequences at least."""
+        """Tokens of a pass that may want logits; as many as there are sequences at least."""
 
     @property
     def num_sequences(self) -> int:
@@ -32,6 +32,13 @@ class SpanPasses(Protocol):
 
         A sequence has one span at most, and afterwards the positions before and in it, no later ones; after an error
         those before it. Raises TransferError, ComputeError, Cancelled.
+        """
+
+    def run_rows(
+        self, token_ids: Sequence[int], start: int, outputs: Sequence[int], sequence: int
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """As `run_spans` of one span: logits (vocabulary) of each of its tokens that `outputs` has, `max_outputs` at
+        most, valid until the next is asked for. The pass itself is over when this returns.
         """
 
     def release(self, sequence: int) -> None:

@@ -91,7 +91,8 @@ class ConstraintSpec:
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence that is to be answered. `adapters` is what AdapterSet is: None for all that are loaded. `shown` are
-    control tokens that are part of the answer's text, as the markers of tool calls are.
+    control tokens that are part of the answer's text, as the markers of tool calls are. `scores_prompt` asks for
+    log-probabilities of the prompt's tokens, too, with as many alternatives as `params.logprobs`.
     """
 
     prompt: Sequence[int]
@@ -99,6 +100,11 @@ class GenerationRequest:
     adapters: str | Mapping[str, float] | None = None
     constraint: ConstraintSpec | None = None
     shown: frozenset[int] = frozenset()
+    scores_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scores_prompt and self.params.logprobs is None:
+            raise UsageError("a prompt is scored with log-probabilities: set logprobs")
 
 
 def copies_of(request: GenerationRequest, num_copies: int) -> list[GenerationRequest]:

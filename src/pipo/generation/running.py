@@ -34,7 +34,9 @@ class Shared:
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """`answer` is None where an embedding of the prompt is wanted. Times are those of the batcher's clock."""
+    """`answer` is None where an embedding of the prompt is wanted. Times are those of the batcher's clock. `num_top` is
+    how many alternatives are to be listed with each token of the prompt; None: the prompt is not scored.
+    """
 
     request_id: RequestId
     slot: Slot
@@ -43,6 +45,7 @@ class Running:
     begun_s: float  # it got the slot
     prompt_tokens: int
     cached_tokens: int = 0
+    num_top: int | None = None
     shared: Shared | None = None  # until that is copied, it waits
     completion_tokens: int = 0
     first_s: float | None = None  # its first token was there
@@ -51,6 +54,11 @@ class Running:
     @property
     def is_decoding(self) -> bool:
         return self.first_s is not None
+
+    @property
+    def is_scoring(self) -> bool:
+        """What comes after some of the prompt's tokens is known, and how likely it was is not."""
+        return self.num_top is not None and self.slot.num_stored < self.prompt_tokens - 1
 
     @property
     def num_to_compute(self) -> int:

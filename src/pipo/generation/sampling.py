@@ -151,6 +151,11 @@ def _finite_argmax(logits: Floats) -> int:
     return best
 
 
+def scored(logits: Floats, token_id: int, num_top: int) -> Sampled:
+    """A token that came, whatever was likely. Raises ComputeError as `Sampler.sample`."""
+    return _with_logprobs(logits, float(logits[_finite_argmax(logits)]), token_id, num_top)
+
+
 def _with_logprobs(logits: Floats, peak: float, token_id: int, num_top: int) -> Sampled:
     log_total = peak + math.log(float(np.exp(logits - np.float32(peak)).sum(dtype=np.float64)))
     return Sampled(token_id, float(logits[token_id]) - log_total, _top_logprobs(logits, log_total, num_top))

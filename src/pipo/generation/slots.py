@@ -9,6 +9,7 @@ from pipo.generation.events import RequestId
 from pipo.pipeline.adapters import Weights
 
 LEAST_COPY_TOKENS = 16  # fewer are computed again sooner than another sequence is waited for
+END_TOKENS = 8  # of a prompt: what a template writes otherwise once the answer is there, as where thoughts begin
 _COMPARED_AT_ONCE = 256
 
 
@@ -21,13 +22,16 @@ class Slot:
     sequence: int
     tokens: list[int] = field(default_factory=list)
     num_stored: int = 0
+    num_prompt: int = 0  # of the tokens
     weights: Weights = field(default_factory=dict)  # of adapters: what that was computed with
     owner: RequestId | None = None
     last_used: int = 0  # later is more; 0: never
 
-    @property
-    def to_compute(self) -> Sequence[int]:
-        return self.tokens[self.num_stored :]
+    def goes_on_with(self, num_shared: int) -> bool:
+        """Whether a prompt that has so many tokens in common with it may be the next of the same conversation, or the
+        same again: of the last answer it may have nothing.
+        """
+        return num_shared >= min(self.num_prompt - END_TOKENS, len(self.tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +61,9 @@ class Slots:
         self, prompt: Sequence[int], weights: Weights, can_resume: Callable[[int], bool], *, can_copy: bool
     ) -> Seat:
         """For a request, while a slot is free. The longest beginning of its prompt that is in a slot with the same
-        adapters serves it: in place where nobody owns the slot and the request goes on with most of what is in it, or
-        where rows cannot be copied, else as a copy. The last token of a prompt is always computed.
+        adapters serves it: in place where nobody owns the slot and the request goes on from the last one there, or
+        where rows cannot be copied; else as a copy in the slot that was used longest ago, so that conversations that
+        begin alike keep what is theirs. The last token of a prompt is always computed.
         """
         free = self.free
         owned = [slot for slot in self.all if slot.owner is not None] if can_copy else []
@@ -69,17 +74,18 @@ class Slots:
             lengths[slot.sequence] = shared if can_resume(shared) else 0
         best = max([*free, *owned], key=lambda slot: lengths[slot.sequence])  # the first of equals
         shared = lengths[best.sequence]
-        if best.owner is None and (not can_copy or 2 * shared >= len(best.tokens)):
-            return Seat(best, shared)
-        if shared >= LEAST_COPY_TOKENS and best is not free[0]:
+        is_long = shared >= LEAST_COPY_TOKENS
+        if can_copy and is_long and best is not free[0] and (best.owner is not None or not best.goes_on_with(shared)):
             return Seat(free[0], shared, best)
+        if best.owner is None and (not can_copy or is_long or 2 * shared >= len(best.tokens)):
+            return Seat(best, shared)
         return Seat(free[0], lengths[free[0].sequence])
 
     def take(self, slot: Slot, owner: RequestId, prompt: Sequence[int], weights: Weights, num_kept: int) -> None:
         """For a request, which goes on from the first `num_kept` tokens."""
         assert slot.owner is None
         slot.owner, slot.weights = owner, weights
-        slot.tokens, slot.num_stored = list(prompt), num_kept
+        slot.tokens, slot.num_stored, slot.num_prompt = list(prompt), num_kept, len(prompt)
         self._touch(slot)
 
     def give_back(self, slot: Slot) -> None:

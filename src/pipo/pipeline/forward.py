@@ -152,12 +152,12 @@ class Forward:
         return self._logits(len(outputs))
 
     def run_rows(
-        self, token_ids: Sequence[int], start: int, outputs: Sequence[int]
+        self, token_ids: Sequence[int], start: int, outputs: Sequence[int], sequence: int = 0
     ) -> Iterator[npt.NDArray[np.float32]]:
-        """As `run` of the first sequence, but logits (vocabulary) output by output, each valid until the next is asked
+        """As `run`, but logits (vocabulary) output by output, each valid until the next is asked
         for: all at once they would be there twice where the head comes in pieces. The pass itself is over.
         """
-        self._run(PassRows.of([Span(0, start, token_ids, bool(outputs))]), outputs)
+        self._run(PassRows.of([Span(sequence, start, token_ids, bool(outputs))]), outputs)
         return self._buffers.logit_rows(self._head_rows, len(outputs))
 
     def run_batch(self, token_ids: Sequence[int], starts: Sequence[int]) -> npt.NDArray[np.float32]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from secrets import token_hex
@@ -12,7 +12,7 @@ from secrets import token_hex
 from pipo.generation.answer import Piece
 from pipo.generation.request import FinishReason, GenerationRequest, Usage
 from pipo.server.errors import ApiError, Fault
-from pipo.server.service import Service
+from pipo.server.service import Service, Stoppable
 from pipo.serving.contract import EngineClient, Summary
 
 _MAX_AHEAD = 64  # pieces that wait for a slow reader; then its sequences wait
@@ -53,10 +53,8 @@ class Answers:
 
         Raises ApiError, and what the engine raises.
         """
-        engine, seconds = self._service.engine, self._service.settings.limits.max_request_s
-        done = self._service.begin(self)
-        late = ApiError(Fault.OUT_OF_TIME, f"the answer was not finished within {seconds:g} s")
-        deadline = asyncio.get_running_loop().call_later(seconds, self.fail, late)
+        engine = self._service.engine
+        done = _watched(self._service, self)
         feeders = [
             asyncio.ensure_future(self._feed(engine, index, request)) for index, request in enumerate(self._requests)
         ]
@@ -73,7 +71,6 @@ class Answers:
                     raise growth.error
                 num_left -= 1
         finally:
-            deadline.cancel()
             done()
             for feeder in feeders:
                 feeder.cancel()
@@ -92,6 +89,50 @@ class Answers:
             await self._queue.put(_Ended())
         finally:
             await _close(stream)
+
+
+class Embeddings:
+    """Asks the engine for the vector of each prompt, one by one: it orders them. `fail` ends it."""
+
+    def __init__(self, service: Service, prompts: Sequence[Sequence[int]]) -> None:
+        self._service = service
+        self._prompts = prompts
+        self._failure: asyncio.Future[list[list[float]]] = asyncio.get_running_loop().create_future()
+
+    def fail(self, error: ApiError) -> None:
+        if not self._failure.done():
+            self._failure.set_exception(error)
+
+    async def vectors(self) -> list[list[float]]:
+        """Raises ApiError, and what the engine raises."""
+        engine = self._service.engine
+        done = _watched(self._service, self)
+        asking = asyncio.ensure_future(self._ask(engine))
+        try:
+            await asyncio.wait({asking, self._failure}, return_when=asyncio.FIRST_COMPLETED)
+            return (self._failure if self._failure.done() else asking).result()
+        finally:
+            done()
+            asking.cancel()
+            self._failure.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    async def _ask(self, engine: EngineClient) -> list[list[float]]:
+        return [await engine.embed(ids) for ids in self._prompts]
+
+
+def _watched(service: Service, work: Stoppable) -> Callable[[], None]:
+    """It fails where it takes longer than a request may, or the server ends. Returns what to call when it is over."""
+    seconds = service.settings.limits.max_request_s
+    forget = service.begin(work)
+    late = ApiError(Fault.OUT_OF_TIME, f"the answer was not finished within {seconds:g} s")
+    deadline = asyncio.get_running_loop().call_later(seconds, work.fail, late)
+
+    def done() -> None:
+        deadline.cancel()
+        forget()
+
+    return done
 
 
 async def _close(stream: AsyncIterator[Piece | Summary]) -> None:

@@ -18,6 +18,7 @@ from pipo.server.service import service_of
 _MAX_WORDS = 300  # of what is quoted in an error
 _DRAINED = 4  # times the largest body: read on and dropped, as a connection closed before takes the refusal with it
 _BRANCHES = {"str", "int", "float", "bool", "dict", "list", "none", "json-invalid"}  # of a union, no fields
+_TAGGED = {"response_format", "tool_choice"}  # fields whose values are told apart by their type
 _TAGS = {"system", "developer", "user", "assistant", "tool", "text", "tool_use", "tool_result", "thinking"}
 
 
@@ -122,7 +123,8 @@ def _field_path(details: ErrorDetails) -> list[str]:
     *path, last = details["loc"] or ("",)
     fields = []
     for i, each in enumerate(path):
-        is_tag = each in _TAGS and i > 0 and isinstance(path[i - 1], int)
+        before = path[i - 1] if i > 0 else ""
+        is_tag = before in _TAGGED or (each in _TAGS and isinstance(before, int))
         if isinstance(each, int) or not (is_tag or _is_branch(each)):
             fields.append(str(each))
     is_field = isinstance(last, int) or details["type"] == "extra_forbidden" or not _is_branch(last)

@@ -7,13 +7,15 @@ import socket
 from contextlib import suppress
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipo.base.errors import UsageError
-from pipo.server.settings import Limits
+from pipo.server.settings import MOST_CONNECTIONS, Limits
 
 SEND_BUFFER_BYTES = 64 << 10  # in the kernel: more would hide for long that nobody reads
 _KEEPALIVE_S, _KEEPALIVE_PROBES = 15, 4
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 def listen(host: str, port: int, limits: Limits) -> socket.socket:
@@ -55,7 +57,9 @@ def _watch_peers(listener: socket.socket, limits: Limits) -> None:
 
 
 def protocol_with(limits: Limits) -> type[H11Protocol]:
-    """uvicorn's HTTP with two more time limits: for a request's head to arrive, and for what was written to be read."""
+    """uvicorn's HTTP with two more time limits: for a request's head to arrive, and for what was written to be read;
+    with a limit of connections; and with an ear for the client while a request is answered.
+    """
 
     class Protocol(H11Protocol):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,6 +70,10 @@ def protocol_with(limits: Limits) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             assert isinstance(transport, asyncio.Transport)
             super().connection_made(transport)
+            if len(self.connections) > MOST_CONNECTIONS:
+                transport.write(_FULL)
+                transport.close()
+                return
             self._expect_head()
 
         def data_received(self, data: bytes) -> None:
@@ -78,6 +86,18 @@ def protocol_with(limits: Limits) -> type[H11Protocol]:
             super().handle_events()
             if self.cycle is not before:
                 self._stop_reading_timer()
+            if self.conn.their_state is h11.DONE and self.cycle is not None and not self.cycle.response_complete:
+                self._go_on_reading()
+
+        def _go_on_reading(self) -> None:
+            """What comes after a request waits until that is answered. uvicorn reads no more of it then, and would not
+            see that the client hangs up.
+            """
+            waiting, _ = self.conn.trailing_data
+            if len(waiting) > limits.max_header_bytes:
+                self.transport.abort()
+            elif waiting:
+                self.flow.resume_reading()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_reading_timer()

@@ -13,6 +13,7 @@ from pipo.base.errors import (
     Cancelled,
     ContextOverflow,
     EngineBusy,
+    EngineDied,
     MalformedFile,
     OverBudget,
     PipoError,
@@ -99,11 +100,18 @@ def api_error_of(error: Exception) -> ApiError:
     if isinstance(error, Cancelled):
         return stopping()
     what = type(error).__name__
+    if isinstance(error, EngineDied):
+        return engine_gone(error)
     if isinstance(error, PipoError):
         _log.error("engine_failed=%s: %s", what, error.message)
         return ApiError(Fault.BROKEN, f"the engine failed ({what}); the server's log says more")
     _log.error("bug=%s\n%s", what, "".join(traceback.format_exception(error)))
     return ApiError(Fault.BROKEN, f"the server has a bug ({what}); its log says more")
+
+
+def engine_gone(error: PipoError) -> ApiError:
+    """Nobody is asked to try again: the server ends, too."""
+    return ApiError(Fault.BROKEN, f"{error.message}; this server ends with it", code="engine_died")
 
 
 def stopping() -> ApiError:

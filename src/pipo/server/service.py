@@ -11,11 +11,12 @@ from typing import Protocol, cast
 from fastapi import Request
 
 from pipo import __version__
-from pipo.server.errors import ApiError, Fault, invalid, stopping
+from pipo.base.errors import PipoError
+from pipo.server.errors import ApiError, Fault, engine_gone, invalid, stopping
 from pipo.server.metrics import Metrics
 from pipo.server.prompts import Prompts
 from pipo.server.settings import BODIES_READ, ServerSettings
-from pipo.serving.contract import EngineClient, EngineInfo
+from pipo.serving.contract import EngineClient, EngineInfo, ServedEngine
 
 LOADING_BODY_TOKENS = 8192  # before the context is known
 
@@ -38,23 +39,23 @@ class Service:
         self.progress: tuple[str, float] = ("starting", 0.0)
         self.started_s = time.time()
         self.page: dict[str, object] = {}
-        self._client: EngineClient | None = None
+        self._client: ServedEngine | None = None
         self._answers: set[Stoppable] = set()
-        self._is_stopping = False
+        self._end: ApiError | None = None  # what everybody is told from then on
 
-    def ready(self, client: EngineClient) -> None:
+    def ready(self, client: ServedEngine) -> None:
         self._client = client
         self.metrics.limit_bytes = client.info.limit_bytes
 
     @property
     def is_ready(self) -> bool:
-        return self._client is not None and not self._is_stopping
+        return self._client is not None and self._end is None
 
     @property
     def engine(self) -> EngineClient:
         """Raises ApiError while it is loaded, and once the server is to end."""
-        if self._is_stopping:
-            raise stopping()
+        if self._end is not None:
+            raise self._end
         if self._client is None:
             step, fraction = self.progress
             raise ApiError(Fault.UNAVAILABLE, f"loading the model: {step}, {fraction:.0%}", code="loading")
@@ -117,22 +118,27 @@ class Service:
 
     def begin(self, answers: Stoppable) -> Callable[[], None]:
         """They are told when the server ends. Returns what to call when they are over."""
-        if self._is_stopping:
-            raise stopping()
+        if self._end is not None:
+            raise self._end
         self._answers.add(answers)
         return lambda: self._answers.discard(answers)
 
-    def stop(self) -> None:
-        """Tell everybody. What is asked from now on is refused."""
-        self._is_stopping = True
+    def stop(self, died: PipoError | None = None) -> None:
+        """Tell everybody, also what the engine has `died` of. What is asked from now on is refused."""
+        if self._end is None:
+            self._end = stopping() if died is None else engine_gone(died)
         for answers in list(self._answers):
-            answers.fail(stopping())
+            answers.fail(self._end)
 
     async def close(self) -> None:
         self.stop()
         if self._client is not None:
-            client, self._client = self._client, None
-            await asyncio.wait_for(client.close(), None)
+            await self._client.close()
+
+    async def kill(self) -> None:
+        """The engine, where `close` takes too long."""
+        if self._client is not None:
+            await self._client.kill()
 
 
 def service_of(request: Request) -> Service:

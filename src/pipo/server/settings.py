@@ -16,6 +16,8 @@ BODIES_READ = 8  # of the largest size, that arrive or wait for their turn; smal
 PROCESS_BYTES = 60 * MIB  # anonymous memory of a serving process with a tokenizer of 49k tokens; 57 measured
 GROWTH_BYTES = 16 * MIB  # more of it after requests of every kind; 14 measured
 BODY_COPIES = 26  # what a body takes at most while its turn lasts, in its own size: 25 measured, of tiny messages
+MOST_CONNECTIONS = 256  # open at a time, whatever they say or do not say
+CONNECTION_BYTES = 8 * KIB  # of each, besides its head; 7 measured
 _SECONDS = {
     "max_request_s": "--max-request-time",
     "read_timeout_s": "--read-timeout",
@@ -58,7 +60,8 @@ class Limits:
 
     def kept_bytes(self, context_tokens: int) -> int:
         """What requests take at most, besides the process as it is without any."""
-        return (BODIES_READ + BODY_COPIES) * self.body_bytes(context_tokens) + self.max_logprob_bytes
+        connections = MOST_CONNECTIONS * (CONNECTION_BYTES + self.max_header_bytes)
+        return (BODIES_READ + BODY_COPIES) * self.body_bytes(context_tokens) + self.max_logprob_bytes + connections
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ async def open_engine(setup: EngineSetup, on_progress: Progress = lambda step, f
 
 
 class ProcessEngine:
-    """An EngineClient. Threads: those of one event loop; two of its own read and write the pipes."""
+    """A ServedEngine. Threads: those of one event loop; two of its own read and write the pipes."""
 
     def __init__(self, setup: EngineSetup, on_progress: Progress) -> None:
         """Starts the process; `open_engine` waits for it, too."""
@@ -106,6 +106,12 @@ class ProcessEngine:
             anonymous_bytes=theirs.anonymous_bytes + ours,
             peak_bytes=theirs.peak_bytes + self._peak.peak_bytes,
         )
+
+    async def ended(self) -> PipoError:
+        """Waits until the process has ended: why it did, of itself or because it was closed."""
+        await self._has_ended.wait()
+        assert self._error is not None
+        return self._error
 
     async def close(self) -> None:
         """End the process; what is open ends with Cancelled. Closing again does nothing."""

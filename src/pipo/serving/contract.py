@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pipo.base.errors import PipoError
 from pipo.generation.answer import Piece
 from pipo.generation.request import GenerationRequest, Summary
 
-__all__ = ["EngineClient", "EngineInfo", "EngineStats", "Summary"]
+__all__ = ["EngineClient", "EngineInfo", "EngineStats", "ServedEngine", "Summary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +67,13 @@ class EngineClient(Protocol):
     async def stats(self) -> EngineStats: ...
 
     async def close(self) -> None: ...
+
+
+class ServedEngine(EngineClient, Protocol):
+    """One that a server lives and ends with."""
+
+    async def ended(self) -> PipoError:
+        """Waits until it has ended: why."""
+
+    async def kill(self) -> None:
+        """End it without waiting for what it does, also where `close` waits already."""

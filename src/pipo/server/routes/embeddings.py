@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from pipo.server.answers import Embeddings
 from pipo.server.body import body_of
 from pipo.server.errors import invalid
 from pipo.server.replies import JsonResponse
@@ -26,8 +27,7 @@ async def embeddings(request: Request) -> Response:
         prompts = await _encoded(service, body)
         model, form = body.model or service.settings.name, body.encoding_format
     del body
-    engine = service.engine
-    vectors = [await engine.embed(ids) for ids in prompts]  # one by one: the engine orders them
+    vectors = await Embeddings(service, prompts).vectors()
     num_tokens = sum(map(len, prompts))
     return JsonResponse(
         {

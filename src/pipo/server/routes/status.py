@@ -19,7 +19,7 @@ router = APIRouter()
 _NOT_A_DEFAULT = {"max_tokens", "seed", "stop", "logprobs", "logit_bias"}
 
 
-@router.get("/health")
+@router.api_route("/health", methods=["GET", "HEAD"])
 async def health(request: Request) -> Response:
     """503 with how far it is while the model is loaded."""
     service = service_of(request)

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipo.generation.request import ConstraintKind, ConstraintSpec
+from pipo.generation.request import ConstraintSpec
 from pipo.server.answer_reader import ToolChoice
 from pipo.server.body import Body
 from pipo.server.errors import invalid
+from pipo.server.schemas.formats import AnyFormat
 from pipo.server.schemas.sampling import MAX_LOGPROBS, Positive, SamplingBody
 
 _OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "range"}
@@ -98,29 +99,6 @@ class NamedChoice(Body):
     function: FunctionName
 
 
-class JsonSchema(Body):
-    name: str
-    description: str | None = None
-    schema_: Annotated[dict[str, object], Field(alias="schema")]
-    strict: bool | None = None
-
-
-class TextFormat(Body):
-    type: Literal["text"]
-
-
-class ObjectFormat(Body):
-    type: Literal["json_object"]
-
-
-class SchemaFormat(Body):
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-AnyFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
-
-
 class ChatBody(SamplingBody):
     messages: Annotated[list[AnyMessage], Field(min_length=1)]
     max_tokens: Positive | None = None
@@ -150,12 +128,7 @@ class ChatBody(SamplingBody):
 
     @property
     def constraint(self) -> ConstraintSpec | None:
-        if isinstance(self.response_format, ObjectFormat):
-            return ConstraintSpec(ConstraintKind.JSON_OBJECT)
-        if isinstance(self.response_format, SchemaFormat):
-            schema = self.response_format.json_schema.schema_
-            return ConstraintSpec(ConstraintKind.JSON_SCHEMA, json.dumps(schema, ensure_ascii=False))
-        return None
+        return None if self.response_format is None else self.response_format.constraint
 
     @property
     def choice(self) -> ToolChoice:

@@ -10,7 +10,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipo.server.body import Body
-from pipo.server.schemas.sampling import MAX_COUNT, MAX_LOGPROBS, Positive, SamplingBody
+from pipo.server.errors import invalid
+from pipo.server.schemas.formats import AnyFormat
+from pipo.server.schemas.sampling import MAX_COUNT, MAX_LOGPROBS, SamplingBody
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -20,9 +22,21 @@ DEFAULT_TOKENS = 16  # OpenAI's
 
 class CompletionBody(SamplingBody):
     prompt: Prompt
-    max_tokens: Positive | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
+    response_format: AnyFormat | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Of each answer. Raises ApiError where there would be nothing at all."""
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("max_tokens is 0, which needs echo", "max_tokens")
+        return DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
 
 
 class EmbeddingsBody(Body):
