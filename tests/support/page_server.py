@@ -269,8 +269,9 @@ def stats_of(state: State) -> dict[str, object]:
     now = time.time()
     names = ("num_passes", "bytes_read", "completion_tokens", "prompt_tokens", "compute_s", "wall_s")
     engine = {name: counters.get(name, 0) for name in names} | {
-        "num_waiting": 0,
+        "num_waiting": int(counters.get("waiting", 0)),
         "num_running": int(counters.get("running", 0)),
+        "num_unread": int(counters.get("unread", 0)),
         "cached_tokens": 0,
         "stall_s": {cause: counters.get(cause, 0.0) for cause in ("queue", "disk", "repack", "copy")},
         "ledger": LEDGER,

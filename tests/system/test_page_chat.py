@@ -338,3 +338,52 @@ def test_a_model_that_is_still_loading_is_waited_for(tab: Tab, stand_in: Server)
     assert not tab.page.evaluate("document.querySelector('#strip').classList.contains('is-down')")
     stand_in.state.loading = ""
     tab.until("document.querySelector('#strip-text').textContent.startsWith('At rest')")
+
+
+def test_what_the_engine_does_is_said_until_the_first_word(tab: Tab, stand_in: Server) -> None:
+    tab.open()
+    stand_in.state.count(unread=340)
+    tab.ask("hello")
+    tab.page.wait_for_selector("text=Reading the prompt, 340 tokens to go")
+    stand_in.state.count(unread=-340, waiting=1)
+    tab.page.wait_for_selector("text=Waiting for a place: others are being answered")
+    tab.page.wait_for_selector("text=/others are being answered · [1-9]/")  # seconds
+    answer = stand_in.next_answer()
+    answer.say("Good day.")
+    tab.wait_for_words("Good day.")
+    tab.until("!/Waiting|Reading/.test(document.querySelector('.turn.assistant .cost').textContent)")
+
+
+def test_another_tab_sees_the_answer_grow_and_does_not_write_into_it(tab: Tab, stand_in: Server) -> None:
+    asked(tab.open(), stand_in, "first", "one")
+    other = Tab(tab.page.context.new_page(), tab.url).open()
+    other.page.click("#conversations >> text=first")
+    tab.ask("second")
+    answer = stand_in.next_answer()
+    answer.say("two ")
+    other.wait_for_words("two")
+    assert "another tab writes it" in other.page.inner_text(".turn.assistant:last-child .cost")
+    other.ask("third")
+    assert "Another tab writes this answer" in other.page.inner_text(".notice")
+    assert other.page.input_value("#prompt") == "third"
+    answer.end()
+    other.wait_for_end()
+    asked(other, stand_in, "third", "three")
+    tab.wait_for_words("three")
+    assert tab.turns == other.turns == ["first", "one", "second", "two", "third", "three"]
+    tab.page.locator(".turn.user").last.get_by_role("button", name="Delete").click()
+    other.until("document.querySelectorAll('.turn').length === 4")
+    other.check()
+
+
+def test_a_tab_that_closes_in_the_middle_of_an_answer_leaves_it_to_the_other(tab: Tab, stand_in: Server) -> None:
+    asked(tab.open(), stand_in, "first", "one")
+    other = Tab(tab.page.context.new_page(), tab.url).open()
+    other.page.click("#conversations >> text=first")
+    other.ask("second")
+    stand_in.next_answer().say("two ")
+    tab.wait_for_words("two")
+    other.page.close(run_before_unload=True)
+    tab.wait_for_end()
+    asked(tab, stand_in, "third", "three")
+    assert tab.turns[-2:] == ["third", "three"]

@@ -26,8 +26,10 @@ class Slot:
     last_used: int = 0  # later is more; 0: never
 
     @property
-    def to_compute(self) -> Sequence[int]:
-        return self.tokens[self.num_stored :]
+    def num_unread(self) -> int:
+        """Of the prompt: an answer has one token at most that is not computed."""
+        num = len(self.tokens) - self.num_stored
+        return num if num > 1 and self.owner is not None else 0
 
 
 @dataclass(frozen=True, slots=True)
