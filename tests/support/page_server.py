@@ -14,6 +14,8 @@ from queue import Empty, Queue
 from threading import Event, Lock, Thread
 from typing import Any
 
+from tests.support.browser import Tab
+
 CSP = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 MIB = 1 << 20
@@ -108,6 +110,16 @@ def running() -> Iterator[Server]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def asked(tab: Tab, server: Server, text: str = "hello", answer: str = "Good day.") -> None:
+    """One question and its whole answer."""
+    tab.ask(text)
+    request = server.next_answer()
+    request.say(answer)
+    request.end()
+    tab.wait_for_words(answer)
+    tab.wait_for_end()
 
 
 @contextmanager

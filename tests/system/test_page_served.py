@@ -19,7 +19,16 @@ from tests.support.browser import Tab
 from tests.support.command_line import CommandLine
 from tests.support.server_process import Served, serving
 
-SERVE = ("serve", "smollm2", "--ram", "290MB", "-c", "512", "--num-sequences", "2")  # 92 MiB of weights, most of which stream
+SERVE = (
+    "serve",
+    "smollm2",
+    "--ram",
+    "290MB",
+    "-c",
+    "512",
+    "--num-sequences",
+    "2",
+)  # 92 MiB of weights, most of which stream
 STORY = "Write a long story about a river."
 IN_REST = "fetch('stats').then(r => r.json()).then(s => s.engine.num_running === 0)"
 MOVING = r"^1 running · [\d.]*[1-9][\d.]* tok\/s · [\d.]*[1-9]"  # tokens and bytes
@@ -101,6 +110,9 @@ def test_the_pipeline_view_has_the_figures_of_stats_metrics_and_plan(tab: Tab, s
     num_resident = sum(unit["home"] == "ram" for unit in plan["units"])
     assert f"{num_resident} units in memory" in text or f"{num_resident} unit in memory" in text
     assert f"{size(plan['streamed_bytes_per_pass'])} planned" in text
+    assert re.search(r"[\d.]+ planned for 2 at a time", text)
+    lent = engine["ledger"]["resident weights"] - plan["breakdown_bytes"]["resident weights"]
+    assert lent > 0 and f"and {size(lent)} more until the context needs the room" in text
     assert f"of {plan['drive_bytes_per_s'] / 1e9:.2f} GB/s" in text
 
 
@@ -127,6 +139,7 @@ def test_a_server_that_ends_and_comes_back_is_found_again(chromium: Any, pipo: C
         tab.wait_for_end()
         first.end(signal.SIGTERM)
         tab.page.wait_for_selector("#strip.is-down")
+        assert "These are the figures of" in (tab.page.text_content("#pipeline.is-stale .trouble") or "")
         tab.ask("And then?")
         tab.page.wait_for_selector(".turn-error.is-error")
         assert "Is `pipo serve` still running?" in tab.page.inner_text(".turn-error.is-error")
@@ -136,6 +149,7 @@ def test_a_server_that_ends_and_comes_back_is_found_again(chromium: Any, pipo: C
             assert tab.page.locator(".turn-error.is-error").count() == 0
             assert len(tab.answers) == 2 and tab.answers[1]
             tab.page.wait_for_selector("#strip:not(.is-down)")
+            assert tab.page.locator("#pipeline.is-stale").count() == 0
 
 
 @pytest.mark.parametrize(("scheme", "view"), [("dark", "chat"), ("light", "pipeline")])

@@ -109,7 +109,7 @@ export class Chat {
     const message = newMessage('assistant')
     message.state = 'running'
     const controller = new AbortController()
-    const run = { controller, message, startedAt: performance.now(), numSaid: 0, savedAt: 0 }
+    const run = { controller, message, startedAt: performance.now(), numSaid: 0, saving: null }
     conversation.messages.push(message)
     conversation.updated = Date.now()
     this.running.set(conversation.id, run)
@@ -149,11 +149,16 @@ export class Chat {
     }
     if (choice?.finish_reason) meta.finish = choice.finish_reason
     if (chunk.usage) takeUsage(meta, chunk.usage)
-    if (now - run.savedAt > SAVE_MS) {
-      run.savedAt = now
-      this.saveRun(conversation)
-    }
+    this.saveSoon(conversation, run)
     this.showSoon(run)
+  }
+
+  /** What has come is kept within a second, also where the next word takes a minute. */
+  saveSoon(conversation, run) {
+    run.saving ??= setTimeout(() => {
+      run.saving = null
+      if (this.running.get(conversation.id) === run) this.saveRun(conversation)
+    }, SAVE_MS)
   }
 
   /** At most once a frame: a fast model makes more pieces than a screen shows. */

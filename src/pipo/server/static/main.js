@@ -127,7 +127,7 @@ function takeStats(next) {
   strip.setRate(history.sweepsPerS)
   byId('strip').classList.remove('is-down')
   setText(byId('strip-text'), stripWords(next.engine, plan, now))
-  setText(byId('empty-lead'), leadOf(plan))
+  setText(byId('empty-lead'), leadOf(plan, next.engine))
   setText(byId('empty-sub'), next.info?.context_tokens ? `${modelName(next.model)} within ${size(next.engine.limit_bytes)} of memory, ${count(next.info.context_tokens)} tokens of context.` : '')
   showModel()
   if (isFirst || hasOtherModel) loadModels()

@@ -8,7 +8,7 @@ import { update } from './markdown.js'
 export class TurnView {
   constructor(message, name, actions) {
     this.message = message
-    this.body = h('div', { class: 'body' })
+    this.body = h('div', { class: 'body', dir: message.role === 'user' ? 'auto' : null })
     this.reasoning = null
     this.cost = h('p', { class: 'cost' })
     this.error = h('div', { class: 'turn-error', hidden: true })
@@ -87,7 +87,7 @@ export class TurnView {
   /** A field in the text's place. Resolves to the new text, or null when it is given up. */
   edit() {
     return new Promise((resolve) => {
-      const field = h('textarea', { 'aria-label': 'Edit your message', rows: Math.min(12, this.message.content.split('\n').length + 1) })
+      const field = h('textarea', { dir: 'auto', 'aria-label': 'Edit your message', rows: Math.min(12, this.message.content.split('\n').length + 1) })
       field.value = this.message.content
       const end = (text) => {
         form.replaceWith(this.body)
