@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from pipo.base.adapter import NamedAdapter
 from pipo.model_file import ModelFile
 from pipo.plan import Plan
@@ -60,11 +62,17 @@ def homed_plan_dict(model: ModelFile, plan: Plan) -> dict[str, object]:
 
 def served_plan_dict(model: ModelFile, plan: Plan) -> dict[str, object]:
     """As `pipo plan --json` says it, of a plan that an engine follows."""
-    prediction = None
+    workload = prediction = None
     if plan.prediction is not None:
+        workload = asdict(plan.prediction.workload)
         lane = busiest(plan.prediction).value
         prediction = prediction_dict(plan.prediction) | {"limit": {"lane": lane, "text": lane}}
-    return {"model": model.manifest.name, "plan": homed_plan_dict(model, plan), "prediction": prediction}
+    return {
+        "model": model.manifest.name,
+        "workload": workload,
+        "plan": homed_plan_dict(model, plan),
+        "prediction": prediction,
+    }
 
 
 def prediction_dict(prediction: Prediction) -> dict[str, object]:

@@ -14,6 +14,8 @@ from queue import Empty, Queue
 from threading import Event, Lock, Thread
 from typing import Any
 
+from tests.support.browser import Tab
+
 CSP = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 MIB = 1 << 20
@@ -108,6 +110,16 @@ def running() -> Iterator[Server]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def asked(tab: Tab, server: Server, text: str = "hello", answer: str = "Good day.") -> None:
+    """One question and its whole answer."""
+    tab.ask(text)
+    request = server.next_answer()
+    request.say(answer)
+    request.end()
+    tab.wait_for_words(answer)
+    tab.wait_for_end()
 
 
 @contextmanager
@@ -269,8 +281,9 @@ def stats_of(state: State) -> dict[str, object]:
     now = time.time()
     names = ("num_passes", "bytes_read", "completion_tokens", "prompt_tokens", "compute_s", "wall_s")
     engine = {name: counters.get(name, 0) for name in names} | {
-        "num_waiting": 0,
+        "num_waiting": int(counters.get("waiting", 0)),
         "num_running": int(counters.get("running", 0)),
+        "num_unread": int(counters.get("unread", 0)),
         "cached_tokens": 0,
         "stall_s": {cause: counters.get(cause, 0.0) for cause in ("queue", "disk", "repack", "copy")},
         "ledger": LEDGER,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support import browser
 from tests.support.browser import Tab
-from tests.support.page_server import Server
+from tests.support.page_server import Server, asked
 
 LONG = "\n\n".join(f"Paragraph {i} of many." for i in range(60))
 
@@ -23,16 +21,6 @@ def tab(chromium: Any, stand_in: Server) -> Iterator[Tab]:
         yield opened
         opened.errors = [error for error in opened.errors if not error.startswith("Failed to load resource")]
         opened.check()
-
-
-def asked(tab: Tab, server: Server, text: str = "hello", answer: str = "Good day.") -> None:
-    """One question and its whole answer."""
-    tab.ask(text)
-    request = server.next_answer()
-    request.say(answer)
-    request.end()
-    tab.wait_for_words(answer)
-    tab.wait_for_end()
 
 
 def test_words_show_before_the_answer_is_whole(tab: Tab, stand_in: Server) -> None:
@@ -273,64 +261,6 @@ def test_a_screen_reader_hears_paragraphs_not_tokens(tab: Tab, stand_in: Server)
     assert heard[3].startswith("Answer complete, 6 tokens")
 
 
-def test_conversations_go_to_a_file_and_come_back(tab: Tab, stand_in: Server, tmp_path: Path) -> None:
-    asked(tab.open(), stand_in, "first", "one")
-    with tab.page.expect_download() as download:
-        tab.page.click("#export")
-    file = tmp_path / "kept.json"
-    download.value.save_as(file)
-    tab.page.set_input_files("#import-file", file)
-    tab.page.wait_for_selector("text=All of these conversations are here already.")
-    tab.page.evaluate("localStorage.clear()")
-    tab.page.reload()
-    tab.page.set_input_files("#import-file", file)
-    tab.page.click("#conversations >> text=first")
-    assert tab.turns == ["first", "one"]
-    assert json.loads(file.read_text())["version"] == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("{", "is not JSON"),
-        ("[]", "holds no conversations of pipo"),
-        ('{"format": "pipo-conversations", "version": 9, "conversations": []}', "version 9, this page reads version 1"),
-        (
-            '{"format": "pipo-conversations", "version": 1, "conversations": [{"messages": [{"role": "boss"}]}]}',
-            'role "boss", wanted "user" or "assistant"',
-        ),
-    ],
-)
-def test_a_file_that_is_none_is_refused_whole(tab: Tab, text: str, words: str) -> None:
-    tab.open().page.set_input_files("#import-file", {"name": "x.json", "mimeType": "", "buffer": text.encode()})
-    assert words in tab.page.inner_text(".notice.error")
-    assert tab.page.locator("#conversations li").count() == 0
-
-
-def test_a_full_browser_loses_nothing_and_says_so(tab: Tab, stand_in: Server) -> None:
-    tab.open().page.evaluate(
-        """() => {
-          for (let size = 1 << 20; size >= 1; size >>= 1) {
-            try {
-              for (let i = 0; ; i++) localStorage.setItem(`fill${size}-${i}`, 'x'.repeat(size))
-            } catch { /* full */ }
-          }
-        }"""
-    )
-    asked(tab, stand_in, "first", "one")
-    assert "no room for more conversations" in tab.page.inner_text(".notice.error")
-    asked(tab, stand_in, "second", "two")
-    assert tab.turns == ["first", "one", "second", "two"]
-    assert tab.page.locator(".notice.error").count() == 1
-
-
-def test_what_cannot_be_read_is_left_alone(tab: Tab) -> None:
-    tab.open().page.evaluate("localStorage.setItem('pipo:v1:conversation:bad', '{')")
-    tab.page.reload()
-    assert "1 kept conversation could not be read" in tab.page.inner_text(".notice.error")
-    assert tab.page.evaluate("localStorage.getItem('pipo:v1:conversation:bad')") == "{"
-
-
 def test_a_model_that_is_still_loading_is_waited_for(tab: Tab, stand_in: Server) -> None:
     stand_in.state.loading = "the model is being loaded: 40 %"
     tab.page.goto(stand_in.url)
@@ -338,3 +268,17 @@ def test_a_model_that_is_still_loading_is_waited_for(tab: Tab, stand_in: Server)
     assert not tab.page.evaluate("document.querySelector('#strip').classList.contains('is-down')")
     stand_in.state.loading = ""
     tab.until("document.querySelector('#strip-text').textContent.startsWith('At rest')")
+
+
+def test_what_the_engine_does_is_said_until_the_first_word(tab: Tab, stand_in: Server) -> None:
+    tab.open()
+    stand_in.state.count(unread=340)
+    tab.ask("hello")
+    tab.page.wait_for_selector("text=Reading the prompt, 340 tokens to go")
+    stand_in.state.count(unread=-340, waiting=1)
+    tab.page.wait_for_selector("text=Waiting for a place: others are being answered")
+    tab.page.wait_for_selector("text=/others are being answered · [1-9]/")  # seconds
+    answer = stand_in.next_answer()
+    answer.say("Good day.")
+    tab.wait_for_words("Good day.")
+    tab.until("!/Waiting|Reading/.test(document.querySelector('.turn.assistant .cost').textContent)")

@@ -41,9 +41,11 @@ RENDER = """async texts => {
   return texts.map(text => {
     const box = document.createElement('div')
     update(box, text)
-    return box.innerHTML
+    return box.innerHTML.replaceAll(' dir="auto"', '')
   })
 }"""
+
+DIRECTED = (".user .body", ".assistant p >> nth=0", ".assistant ul", ".assistant p >> nth=1", "#conversations .open")
 
 
 @pytest.fixture
@@ -84,6 +86,18 @@ def shared(chromium: Any) -> Iterator[Tab]:
 )
 def test_markdown(shared: Tab, text: str, html: str) -> None:
     assert shared.page.evaluate(RENDER, [text]) == [html]
+
+
+def test_text_of_another_direction_runs_from_its_side(tab: Tab, stand_in: Server) -> None:
+    tab.ask("مرحبا")
+    answer = stand_in.next_answer()
+    answer.say("أنا بخير!\n\n- واحد\n\nAnd English.")
+    answer.end()
+    tab.wait_for_words("And English.")
+    found = [tab.page.locator(name).evaluate("element => element.matches(':dir(rtl)')") for name in DIRECTED]
+    assert found == [True, True, True, False, True]
+    tab.page.fill("#prompt", "שלום")
+    assert tab.page.locator("#prompt").evaluate("element => element.matches(':dir(rtl)')")
 
 
 def test_code_keeps_every_character_and_ends_at_its_fence(shared: Tab) -> None:

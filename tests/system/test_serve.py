@@ -13,8 +13,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,61 +27,15 @@ import pytest
 import pipo as pipo_api
 from tests.support.command_line import TIMEOUT_S, CommandLine
 from tests.support.engine_process import exists
+from tests.support.server_process import Served, serving
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 SERVE = ("serve", "smollm2", "--port", "0", "-c", "512", "--ram", "400MB")
 
 
-@dataclass(slots=True)
-class Served:
-    process: subprocess.Popen[bytes]
-    url: str = ""
-    said: list[str] = field(default_factory=list)
-    reading: threading.Thread = field(default_factory=threading.Thread)
-
-    @property
-    def engine_id(self) -> int:
-        """The engine's process: the only child."""
-        (line,) = subprocess.check_output(["ps", "--ppid", str(self.process.pid), "-o", "pid="]).split()
-        return int(line)
-
-    @property
-    def openai(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    def read_on(self) -> None:
-        assert self.process.stderr is not None
-        self.said += [line.decode() for line in self.process.stderr]
-
-    def end(self, number: int) -> tuple[int, float]:
-        """The exit code, and the seconds it took."""
-        begin = time.monotonic()
-        self.process.send_signal(number)
-        return self.process.wait(TIMEOUT_S), time.monotonic() - begin
-
-
-@contextmanager
-def _serving(pipo: CommandLine, *arguments: str) -> Iterator[Served]:
-    served = Served(pipo.start(*arguments))
-    try:
-        assert served.process.stderr is not None
-        for line in served.process.stderr:
-            served.said.append(line.decode())
-            if found := re.search(r"at (http://\S+)", served.said[-1]):
-                served.url = found[1]
-                break
-        assert served.url, served.said
-        served.reading = threading.Thread(target=served.read_on, daemon=True)
-        served.reading.start()
-        yield served
-    finally:
-        served.process.kill()
-        served.process.wait()
-
-
 @pytest.fixture(scope="module")
 def served(pipo: CommandLine) -> Iterator[Served]:
-    with _serving(pipo, *SERVE) as found:
+    with serving(pipo, *SERVE) as found:
         yield found
 
 
@@ -280,7 +232,7 @@ def test_what_this_engine_cannot_is_said(served: Served) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_ends_it_and_tells_who_waits(pipo: CommandLine, number: int, code: int) -> None:
-    with _serving(pipo, *SERVE) as served:
+    with serving(pipo, *SERVE) as served:
         stream = served.openai.completions.create(
             model="smollm2", prompt="1, 2, 3,", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
         )
@@ -296,7 +248,7 @@ def test_a_signal_ends_it_and_tells_who_waits(pipo: CommandLine, number: int, co
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_second_signal_ends_an_engine_that_is_stuck(pipo: CommandLine, number: int, code: int) -> None:
-    with _serving(pipo, *SERVE) as served:
+    with serving(pipo, *SERVE) as served:
         engine = served.engine_id
         os.kill(engine, signal.SIGSTOP)  # as one whose read never comes back
         served.process.send_signal(number)
@@ -306,7 +258,7 @@ def test_a_second_signal_ends_an_engine_that_is_stuck(pipo: CommandLine, number:
 
 
 def test_an_engine_that_is_killed_ends_the_server_which_says_why(pipo: CommandLine) -> None:
-    with _serving(pipo, *SERVE) as served:
+    with serving(pipo, *SERVE) as served:
         stream = served.openai.completions.create(
             model="smollm2", prompt="1, 2, 3,", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
         )
@@ -345,11 +297,11 @@ def test_what_cannot_be_served(pipo: CommandLine, arguments: tuple[str, ...], sa
 
 def test_a_key_from_the_environment_and_a_warning_without_one(pipo: CommandLine) -> None:
     keyed = CommandLine({**pipo.environment, "PIPO_API_KEY": "s3cret"})
-    with _serving(keyed, *SERVE, "--host", "0.0.0.0") as served:
+    with serving(keyed, *SERVE, "--host", "0.0.0.0") as served:
         assert "anybody" not in "".join(served.said)
         port = served.url.rpartition(":")[2]
         assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 401
         key = {"authorization": "Bearer s3cret"}
         assert httpx.get(f"http://127.0.0.1:{port}/v1/models", headers=key).status_code == 200
-    with _serving(pipo, *SERVE, "--host", "0.0.0.0") as served:
+    with serving(pipo, *SERVE, "--host", "0.0.0.0") as served:
         assert "anybody who reaches 0.0.0.0 can use this server" in "".join(served.said)

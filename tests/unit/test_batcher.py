@@ -55,6 +55,23 @@ def test_each_gets_what_it_gets_alone(num_sequences: int, max_tokens: int, can_c
         assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), len(bench.tokens(number)))
 
 
+def test_prompts_count_as_they_are_read() -> None:
+    bench = Bench(ArithmeticPasses(2, max_tokens=8))
+    bench.submit(0, prompt_of(20), max_tokens=2, ignore_eos=True)
+    seen = []
+    while not bench.batcher.is_idle:
+        bench.step()
+        seen.append((bench.batcher.counters.prompt_tokens, bench.batcher.num_unread))
+    assert seen == [(8, 12), (16, 4), (20, 0), (20, 0)]
+    bench.submit(1, [*prompt_of(20), 1], max_tokens=1)  # most of it is there already
+    bench.run()
+    assert bench.summary(1).usage.cached_tokens == bench.batcher.counters.cached_tokens == 20
+    assert bench.batcher.counters.prompt_tokens == 20 + 21
+    bench.batcher.submit_embedding(RequestId(2), prompt_of(5), {})
+    bench.run()
+    assert bench.batcher.counters.prompt_tokens == 20 + 21 + 5
+
+
 def test_a_pass_has_a_token_of_all_that_decode_and_parts_of_several_prompts() -> None:
     bench = Bench(ArithmeticPasses(4, max_tokens=40))
     bench.submit(0, prompt_of(3), max_tokens=30, ignore_eos=True)

@@ -67,7 +67,7 @@ class BatchSettings:
 
 @dataclass(slots=True)
 class Counters:
-    """Tokens since the start, of requests that have got a slot."""
+    """Tokens since the start. Those of prompts count as they are read, or found to be there already."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -107,6 +107,11 @@ class Batcher:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens of prompts that have a slot and no keys and values yet. Threads: any."""
+        return sum(slot.num_unread for slot in self._slots.all)
 
     @property
     def is_idle(self) -> bool:
@@ -204,7 +209,6 @@ class Batcher:
         running = self._seated(waiting, prompt, answer)
         self._running[waiting.request_id] = running
         self._copy_when_ready(running)  # at once where it can be: somebody else may take the source
-        self.counters.prompt_tokens += len(prompt)
         if running.num_top is not None:
             self._say_scored(running, [Sampled(prompt[0])])  # comes after nothing
 
@@ -264,6 +268,8 @@ class Batcher:
         rows = iter(logits)
         for running, span in zip(ours, spans, strict=True):
             running.slot.num_stored += len(span.token_ids)
+            if not running.is_decoding:
+                self.counters.prompt_tokens += len(span.token_ids)
             if span.wants_logits:
                 self._choose(running, next(rows))
 
@@ -271,6 +277,7 @@ class Batcher:
         slot = running.slot
         vector = self._computed([running], lambda: self._passes.embed(slot.tokens, slot.sequence))
         if vector is not None:
+            self.counters.prompt_tokens += len(slot.tokens)
             wide = vector.astype(np.float64)
             self._end(running, Embedding((wide / np.linalg.norm(wide)).tolist()))
 
@@ -284,6 +291,7 @@ class Batcher:
         if rows is None:
             return
         slot.num_stored += len(part)
+        self.counters.prompt_tokens += len(part)
         nexts = slot.tokens[start + 1 : start + 1 + len(part)]
         try:
             found = [scored(logits, token_id, num_top) for logits, token_id in zip(rows, nexts, strict=True)]
@@ -330,14 +338,15 @@ class Batcher:
 
     def _choose(self, running: Running, logits: Floats) -> None:
         assert running.answer is not None
-        is_first = not running.is_decoding
+        if not running.is_decoding:
+            self.counters.prompt_tokens += running.cached_tokens
+            self.counters.cached_tokens += running.cached_tokens
         try:
             piece = running.answer.take(logits, running.slot.tokens)
         except PipoError as error:
             self._end(running, error)
             return
         self._events.append((running.request_id, piece))
-        self.counters.cached_tokens += running.cached_tokens if is_first else 0
         self.counters.completion_tokens += piece.token is not None
         if not running.take(piece, self._clock.now()):
             self._end(running, running.summary)

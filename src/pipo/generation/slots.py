@@ -33,6 +33,12 @@ class Slot:
         """
         return num_shared >= min(self.num_prompt - END_TOKENS, len(self.tokens))
 
+    @property
+    def num_unread(self) -> int:
+        """Of the prompt: an answer has one token at most that is not computed."""
+        num = len(self.tokens) - self.num_stored
+        return num if num > 1 and self.owner is not None else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Seat:

@@ -106,6 +106,7 @@ class _EngineCollector(Collector):
             return
         yield GaugeMetricFamily("pipo_queue_length", "Requests that wait.", value=stats.num_waiting)
         yield GaugeMetricFamily("pipo_running", "Requests that are answered.", value=stats.num_running)
+        yield GaugeMetricFamily("pipo_unread_tokens", "Of prompts that are being read.", value=stats.num_unread)
         yield CounterMetricFamily("pipo_prompt_tokens", "Tokens of prompts.", value=stats.prompt_tokens)
         yield CounterMetricFamily("pipo_cached_tokens", "Those that were cached.", value=stats.cached_tokens)
         yield CounterMetricFamily("pipo_completion_tokens", "Tokens of answers.", value=stats.completion_tokens)

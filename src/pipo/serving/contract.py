@@ -34,6 +34,7 @@ class EngineStats:
 
     num_waiting: int = 0
     num_running: int = 0
+    num_unread: int = 0  # tokens of prompts that are being read, and are still to come
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompts
     completion_tokens: int = 0

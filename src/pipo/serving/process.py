@@ -184,6 +184,7 @@ class _Service:
         return EngineStats(
             num_waiting=batcher.num_waiting,
             num_running=batcher.num_running,
+            num_unread=batcher.num_unread,
             prompt_tokens=batcher.counters.prompt_tokens,
             cached_tokens=batcher.counters.cached_tokens,
             completion_tokens=batcher.counters.completion_tokens,

@@ -22,6 +22,10 @@ export function setApiKey(value) {
   }
 }
 
+const ADVICE = {
+  context_length_exceeded: 'Shorten the message, delete turns above it, begin a new conversation, or ask for fewer “Most tokens” in the settings. `pipo serve -c N` gives a longer context.',
+}
+
 /** `status` is 0 where no answer came, or where an answer broke off. */
 export class ApiError extends Error {
   constructor(message, status = 0, retryAfter = null) {
@@ -46,18 +50,24 @@ async function ask(path, options = {}) {
 
 async function refusal(response) {
   const text = await response.text().catch(() => '')
-  return new ApiError(wordsOf(text) ?? `${response.status} ${response.statusText} ${text.slice(0, 300)}`.trim(), response.status, response.headers.get('Retry-After'))
+  return new ApiError(wordsOf(text) || `${response.status} ${response.statusText} ${text.slice(0, 300)}`.trim(), response.status, response.headers.get('Retry-After'))
 }
 
-/** The message of an error body: OpenAI's {error: {message}}, or FastAPI's {detail}. Null where there is none. */
+/** The message of an error body: OpenAI's {error: {message, code}}, or a proxy's {detail}. Empty where there is none. */
 function wordsOf(text) {
   try {
     const body = JSON.parse(text)
-    const words = body.error?.message ?? body.error ?? body.detail ?? body.message
-    return typeof words === 'string' ? words : words ? JSON.stringify(words) : null
+    return wordsOfError(body.error ?? body.detail ?? body.message)
   } catch {
-    return null
+    return ''
   }
+}
+
+/** What the server says, and what can be done about it here. */
+function wordsOfError(error) {
+  const words = error?.message ?? error ?? ''
+  const text = typeof words === 'string' ? words : JSON.stringify(words)
+  return [text, ADVICE[error?.code]].filter(Boolean).join('\n\n')
 }
 
 export const getStats = async (signal) => (await ask('stats', { signal })).json()
@@ -82,7 +92,7 @@ export async function* streamChat(body, signal) {
     for await (const data of eventData(response.body)) {
       if (data === '[DONE]') return
       const chunk = JSON.parse(data)
-      if (chunk.error) throw new ApiError(chunk.error.message ?? JSON.stringify(chunk.error), chunk.error.status ?? 0)
+      if (chunk.error) throw new ApiError(wordsOfError(chunk.error), chunk.error.status ?? 0)
       hasFinished ||= chunk.choices?.some((choice) => choice.finish_reason) ?? false
       yield chunk
     }

@@ -2,7 +2,7 @@
 
 import { ApiError, getStats, streamChat } from './api.js'
 import { alarm, notice, say } from './announce.js'
-import { count, few } from './format.js'
+import { count, few, seconds } from './format.js'
 import { newConversation, newMessage } from './store.js'
 import { TurnView } from './turn.js'
 
@@ -22,6 +22,17 @@ export class Chat {
     return this.running.has(this.conversation.id)
   }
 
+  /** What has been asked of the open conversation is not answered yet, here or in another tab. Says so. */
+  refuses() {
+    if (this.isRunning) {
+      say('The answer before is not finished.')
+      return true
+    }
+    if (this.conversation.messages.at(-1)?.state !== 'elsewhere') return false
+    notice('Another tab writes this answer: wait for its end, or stop it there. If that tab is gone, reload this page.', { seconds: 12 })
+    return true
+  }
+
   open(conversation) {
     this.conversation = conversation
     this.views.clear()
@@ -29,6 +40,24 @@ export class Chat {
     for (const message of conversation.messages) this.addView(message)
     this.page.onChange()
     this.page.follower.toEnd()
+  }
+
+  /** Another tab changed the open conversation: what did not change stays where it is. */
+  takeOver(conversation) {
+    const { messages } = conversation
+    const shown = this.conversation.messages
+    this.conversation = conversation
+    if (shown.length > messages.length || shown.some((message, i) => message.id !== messages[i].id)) {
+      this.open(conversation)
+      return
+    }
+    for (const message of messages) {
+      const view = this.views.get(message.id) ?? this.addView(message)
+      view.message = message
+      view.show()
+    }
+    this.page.onChange()
+    this.page.follower.grow()
   }
 
   openNew() {
@@ -54,11 +83,7 @@ export class Chat {
 
   /** Returns false where nothing was sent, and says why. */
   send(text) {
-    if (this.isRunning) {
-      say('The answer before is not finished.')
-      return false
-    }
-    if (!this.sampling()) return false
+    if (this.refuses() || !this.sampling()) return false
     const { conversation } = this
     const message = newMessage('user', text)
     conversation.messages.push(message)
@@ -84,7 +109,7 @@ export class Chat {
     const message = newMessage('assistant')
     message.state = 'running'
     const controller = new AbortController()
-    const run = { controller, message, startedAt: performance.now(), numSaid: 0, savedAt: 0 }
+    const run = { controller, message, startedAt: performance.now(), numSaid: 0, saving: null }
     conversation.messages.push(message)
     conversation.updated = Date.now()
     this.running.set(conversation.id, run)
@@ -101,6 +126,7 @@ export class Chat {
       this.fail(message, error)
       if (error.status === 401) this.askKey(conversation, message, error)
     }
+    delete message.meta.waiting
     this.running.delete(conversation.id)
     await this.end(conversation, run, await before)
   }
@@ -114,6 +140,7 @@ export class Chat {
     const thought = delta.reasoning_content ?? delta.reasoning ?? ''
     if (delta.content || thought) {
       run.firstAt ??= now
+      delete meta.waiting
       meta.ttft_s ??= (now - startedAt) / 1000
       meta.decode_s = (now - run.firstAt) / 1000
       meta.num_pieces = (meta.num_pieces ?? 0) + 1
@@ -122,11 +149,16 @@ export class Chat {
     }
     if (choice?.finish_reason) meta.finish = choice.finish_reason
     if (chunk.usage) takeUsage(meta, chunk.usage)
-    if (now - run.savedAt > SAVE_MS) {
-      run.savedAt = now
-      this.saveRun(conversation)
-    }
+    this.saveSoon(conversation, run)
     this.showSoon(run)
+  }
+
+  /** What has come is kept within a second, also where the next word takes a minute. */
+  saveSoon(conversation, run) {
+    run.saving ??= setTimeout(() => {
+      run.saving = null
+      if (this.running.get(conversation.id) === run) this.saveRun(conversation)
+    }, SAVE_MS)
   }
 
   /** At most once a frame: a fast model makes more pieces than a screen shows. */
@@ -147,6 +179,15 @@ export class Chat {
     for (const element of elements) say(element.textContent)
     run.numSaid += elements.length
     this.page.follower.grow()
+  }
+
+  /** Before its first word an answer says what the engine does meanwhile. */
+  showWaiting(engine) {
+    for (const run of this.running.values()) {
+      if (run.firstAt !== undefined) continue
+      run.message.meta.waiting = waitingWords(engine, (performance.now() - run.startedAt) / 1000)
+      this.showSoon(run)
+    }
   }
 
   fail(message, error) {
@@ -189,7 +230,7 @@ export class Chat {
 
   /** Ask for the same answer again; what stood there can be had back. */
   retry(message) {
-    if (this.isRunning || !this.sampling()) return
+    if (this.refuses() || !this.sampling()) return
     const undo = this.keepForUndo()
     this.retryIn(this.conversation, message)
     if (message.content) undo('The answer was replaced.')
@@ -204,16 +245,16 @@ export class Chat {
   retryLast() {
     const last = this.conversation.messages.at(-1)
     if (last?.role === 'assistant') this.retry(last)
-    else if (last && !this.isRunning) this.answer(this.conversation)
+    else if (last && !this.refuses()) this.answer(this.conversation)
   }
 
   async edit(message) {
-    if (this.isRunning) return
-    const { conversation } = this
+    if (this.refuses()) return
     const text = await this.views.get(message.id).edit()
-    if (text === null || this.isRunning || !this.sampling()) return
+    const { conversation } = this // as another tab may have changed it
+    const at = conversation.messages.findIndex(({ id }) => id === message.id)
+    if (text === null || at === -1 || this.refuses() || !this.sampling()) return
     const undo = this.keepForUndo()
-    const at = conversation.messages.indexOf(message)
     conversation.messages.splice(at, Infinity, newMessage('user', text))
     this.open(conversation)
     this.answer(conversation)
@@ -227,7 +268,7 @@ export class Chat {
 
   /** A message of the user goes with its answer, an answer alone. */
   remove(message) {
-    if (this.isRunning) return
+    if (this.refuses()) return
     const undo = this.keepForUndo()
     const { messages } = this.conversation
     const at = messages.indexOf(message)
@@ -277,6 +318,13 @@ function requestOf(conversation, model, fields) {
     else messages.push({ role, content })
   }
   return { ...(model ? { model } : {}), messages, stream: true, stream_options: { include_usage: true }, ...fields }
+}
+
+function waitingWords({ num_running, num_waiting, num_unread }, waited_s) {
+  let words = num_running > 1 ? 'Reading prompts' : 'Reading the prompt'
+  if (num_waiting) words = num_unread ? 'Waiting for a place, or reading the prompt' : 'Waiting for a place: others are being answered'
+  else if (num_unread) words += `, ${count(num_unread)} tokens to go`
+  return waited_s < 1 ? `${words}…` : `${words} · ${seconds(waited_s)}`
 }
 
 function takeUsage(meta, usage) {

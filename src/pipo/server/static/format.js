@@ -9,7 +9,7 @@ export function size(bytes) {
 }
 
 /** Bytes a second. */
-export const rate = (bytes) => (bytes >= 1e9 || bytes === 0 ? `${(bytes / 1e9).toFixed(2)}${NBSP}GB/s` : `${(bytes / 1e6).toFixed(0)}${NBSP}MB/s`)
+export const rate = (bytes) => (bytes >= 1e9 ? `${(bytes / 1e9).toFixed(2)}${NBSP}GB/s` : `${(bytes / 1e6).toFixed(0)}${NBSP}MB/s`)
 
 export const percent = (share) => `${Math.round(share * 100)}${NBSP}%`
 

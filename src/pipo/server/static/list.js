@@ -18,7 +18,7 @@ export function showList(chat, store) {
 function item(chat, conversation) {
   const title = titleOf(conversation)
   const isOpen = conversation.id === chat.conversation.id
-  const open = h('button', { type: 'button', class: 'open', 'aria-current': isOpen ? 'true' : null, onclick: () => choose(chat, conversation) }, title)
+  const open = h('button', { type: 'button', class: 'open', dir: 'auto', 'aria-current': isOpen ? 'true' : null, onclick: () => choose(chat, conversation) }, title)
   const remove = h('button', { type: 'button', class: 'icon remove', 'aria-label': `Delete: ${title}`, onclick: () => chat.removeConversation(conversation) }, '×')
   return h('li', { 'data-id': conversation.id, class: chat.running.has(conversation.id) ? 'running' : null }, open, remove)
 }

@@ -66,12 +66,13 @@ function openFirst() {
 window.addEventListener('storage', (event) => {
   const id = store.takeEvent(event)
   if (id === null || chat.running.has(id)) return
-  if (id === chat.conversation.id && store.conversations.has(id)) chat.open(store.conversations.get(id))
+  if (id === chat.conversation.id && store.conversations.has(id)) chat.takeOver(store.conversations.get(id))
   showList(chat, store)
 })
 window.addEventListener('pagehide', () => {
   chat.isLeaving = true
-  for (const id of chat.running.keys()) {
+  for (const [id, { message }] of chat.running) {
+    message.state = 'stopped'
     const conversation = store.conversations.get(id)
     if (conversation) store.save(conversation)
   }
@@ -117,6 +118,7 @@ function takeStats(next) {
   const isFirst = stats === null
   stats = next
   history.add(next)
+  chat.showWaiting(next.engine)
   const plan = readPlan(next.info)
   pipeline.show(next, plan, history)
   strip.setPlan(plan)
@@ -125,7 +127,7 @@ function takeStats(next) {
   strip.setRate(history.sweepsPerS)
   byId('strip').classList.remove('is-down')
   setText(byId('strip-text'), stripWords(next.engine, plan, now))
-  setText(byId('empty-lead'), leadOf(plan))
+  setText(byId('empty-lead'), leadOf(plan, next.engine))
   setText(byId('empty-sub'), next.info?.context_tokens ? `${modelName(next.model)} within ${size(next.engine.limit_bytes)} of memory, ${count(next.info.context_tokens)} tokens of context.` : '')
   showModel()
   if (isFirst || hasOtherModel) loadModels()

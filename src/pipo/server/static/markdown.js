@@ -4,6 +4,7 @@
 import { h } from './dom.js'
 import { inline } from './markdown_inline.js'
 
+const AUTO = { dir: 'auto' } // Arabic and Hebrew run from the right
 const MAX_DEPTH = 8 // of quotes and lists; deeper ones are text
 const FENCE = /^( {0,3})(`{3,}|~{3,})\s*([^`]*)$/
 const HEADING = /^ {0,3}(#{1,6})\s+(.*?)(?:\s+#+)?\s*$/
@@ -142,17 +143,17 @@ export function render(block) {
     case 'code':
       return renderCode(block)
     case 'heading':
-      return h(`h${Math.min(block.level + 2, 6)}`, {}, ...inline(block.text))
+      return h(`h${Math.min(block.level + 2, 6)}`, AUTO, ...inline(block.text))
     case 'rule':
       return h('hr')
     case 'quote':
-      return h('blockquote', {}, ...block.blocks.map(render))
+      return h('blockquote', AUTO, ...block.blocks.map(render))
     case 'list':
-      return h(block.start === null ? 'ul' : 'ol', { start: block.start > 1 ? block.start : null }, ...block.items.map(renderItem))
+      return h(block.start === null ? 'ul' : 'ol', { ...AUTO, start: block.start > 1 ? block.start : null }, ...block.items.map(renderItem))
     case 'table':
       return renderTable(block)
     default:
-      return h('p', {}, ...inline(block.text))
+      return h('p', AUTO, ...inline(block.text))
   }
 }
 
@@ -184,7 +185,7 @@ async function copyText(element, button) {
 
 function renderTable({ align, head, rows }) {
   const row = (tag, cells) => h('tr', {}, ...cells.map((cell, i) => h(tag, { class: `align-${align[i]}` }, ...inline(cell))))
-  return h('div', { class: 'table', tabindex: '0', role: 'region', 'aria-label': 'Table' }, h('table', {}, h('thead', {}, row('th', head)), h('tbody', {}, ...rows.map((cells) => row('td', cells)))))
+  return h('div', { class: 'table', tabindex: '0', role: 'region', 'aria-label': 'Table' }, h('table', AUTO, h('thead', {}, row('th', head)), h('tbody', {}, ...rows.map((cells) => row('td', cells)))))
 }
 
 /** Makes `container` show `text`; what did not change keeps its elements. Returns the blocks. */

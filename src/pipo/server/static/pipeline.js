@@ -7,6 +7,7 @@ import { countHomes, homeWords } from './plan.js'
 import { Sweep } from './sweep.js'
 
 const CAUSES = { queue: 'waiting in the queue of reads', disk: 'waiting for the drive', repack: 'waiting for repacking', copy: 'waiting for the copy to the device' }
+const LANES = { drive: 'the drive', upload: 'the link to the device', download: 'the link from the device', cpu: 'the CPU', device: 'the device' }
 const HOLDERS = [
   ['resident weights', 'ram'],
   ['experts', 'ram'],
@@ -24,6 +25,8 @@ const section = (id, title, ...children) => h('section', { 'aria-labelledby': id
 
 export class PipelineView {
   constructor(root) {
+    this.root = root
+    this.shownAt = null
     this.map = h('canvas', { class: 'map', role: 'img' })
     this.mapRows = h('div', { class: 'map-rows', 'aria-hidden': 'true' })
     this.sweep = new Sweep(this.map, { gap: 3 })
@@ -50,7 +53,7 @@ export class PipelineView {
     root.append(
       this.trouble,
       h('div', { class: 'hero' }, this.lead, h('div', { class: 'map-frame' }, this.mapRows, this.map), this.legend),
-      h('div', { class: 'sparks' }, ...this.sparks.map(({ spark }) => spark.element)),
+      section('p-rates', 'The last two minutes', h('div', { class: 'sparks' }, ...this.sparks.map(({ spark }) => spark.element))),
       h('div', { class: 'pair' }, section('p-memory', 'Memory against the budget', this.memoryWords, this.memory.element), section('p-time', 'Where a second goes', this.timeWords, this.time.element)),
       this.deviceSection,
       h('div', { class: 'pair' }, section('p-requests', 'Requests', this.facts), section('p-plan', 'Planned and found', this.expected, this.helps)),
@@ -60,8 +63,10 @@ export class PipelineView {
   /** `plan` is of readPlan. */
   show(stats, plan, history) {
     this.trouble.hidden = true
+    this.root.classList.remove('is-stale')
+    this.shownAt = new Date()
     const now = history.now
-    this.showMap(plan, history)
+    this.showMap(plan, stats.engine, history)
     this.showSparks(plan, history, now)
     this.showMemory(stats.engine, plan)
     this.showTime(now, stats.engine)
@@ -71,12 +76,13 @@ export class PipelineView {
 
   showTrouble(words) {
     this.trouble.hidden = false
-    setText(this.trouble, words)
+    this.root.classList.toggle('is-stale', Boolean(this.shownAt))
+    setText(this.trouble, this.shownAt ? `${words} These are the figures of ${this.shownAt.toLocaleTimeString()}.` : words)
     this.sweep.setRate(0)
   }
 
-  showMap(plan, history) {
-    setText(this.lead, leadOf(plan))
+  showMap(plan, engine, history) {
+    setText(this.lead, leadOf(plan, engine))
     this.sweep.setPlan(plan)
     this.sweep.setRate(history.sweepsPerS)
     const words = mapWords(plan.units)
@@ -147,7 +153,8 @@ export class PipelineView {
     const perPass = engine.num_passes ? engine.bytes_read / engine.num_passes : null
     rows.push(['Streamed in a pass', `${size(plan.streamedBytes)} planned${perPass === null ? '' : `, ${size(perPass)} found`}`])
     if (prediction) rows.push(['Tokens a second', `${few(prediction.tokens_per_s)} planned${plan.workload ? ` for ${plan.workload.num_sequences} at a time` : ''}, ${few(now.completion_tokens)} now`])
-    if (prediction?.limit?.text) rows.push(['What limits it', prediction.limit.text])
+    const lane = prediction?.limit?.lane
+    if (lane) rows.push(['What limits it', `${LANES[lane] ?? lane}, busy for ${percent(prediction.busy?.[lane] ?? 1)} of decode`])
     if (machine?.name) rows.push(['Machine', [machine.name, machine.source].filter(Boolean).join(', ')])
     facts(this.expected, this.expectedValues, rows)
     const helping = plan.changes.filter((change) => change.gain >= 0.01).slice(0, 4)
@@ -186,10 +193,15 @@ function orderedLedger(ledger) {
     .map(([name, bytes]) => [name, HOLDERS[place(name)]?.[1] ?? 'work', bytes])
 }
 
-/** What is special about this model on this budget, in two sentences. */
-export function leadOf({ weightBytes, streamedBytes }) {
+/** What is special about this model on this budget. Weights also lie where keys and values will, while the context is short. */
+export function leadOf({ weightBytes, residentBytes, streamedBytes }, engine) {
   if (!weightBytes) return 'The plan is not known yet.'
   if (!streamedBytes) return `All ${size(weightBytes)} of weights stay in memory.`
+  const lent = Math.min((engine.ledger?.['resident weights'] ?? 0) - residentBytes, streamedBytes)
+  if (residentBytes && lent >= streamedBytes * 0.02) {
+    const more = `${size(weightBytes - streamedBytes)} stay in memory, and ${size(lent)} more until the context needs the room.`
+    return `Of ${size(weightBytes)} of weights, ${more} The rest streams past in every pass.`
+  }
   return `Of ${size(weightBytes)} of weights, ${size(weightBytes - streamedBytes)} stay in memory. The other ${size(streamedBytes)} stream past in every pass.`
 }
 
@@ -204,6 +216,9 @@ function legendOf(plan) {
   }
   if (counts.disk) items.push(entry('disk', `read ahead, into ${size(plan.slotBytes)} of slots`))
   items.push(entry('compute', 'computing'))
+  if (counts.disk && counts.ram && !plan.units.some((unit) => unit.until_context_fills)) {
+    items.push(h('li', { class: 'small' }, 'Units that stay only until the context needs the room are drawn on the drive.'))
+  }
   items.push(h('li', { class: 'small' }, 'The sweep is drawn at the measured rate of passes, slowed down for the eye; where exactly a pass is, nobody measures.'))
   return items
 }

@@ -1,6 +1,6 @@
 // What `pipo plan --json` says, in the words the page needs. Every part may be missing.
 
-/** {units, weightBytes, streamedBytes, driveBytesPerS, slotUnits, device, prediction, changes, machine} of an EngineInfo. */
+/** {units, weightBytes, residentBytes, streamedBytes, driveBytesPerS, slotUnits, device, prediction, changes, machine} of an EngineInfo. */
 export function readPlan(info) {
   const whole = info?.plan ?? {}
   const plan = whole.plan ?? {}
@@ -8,6 +8,7 @@ export function readPlan(info) {
   return {
     units,
     weightBytes: plan.weight_bytes ?? 0,
+    residentBytes: plan.breakdown_bytes?.['resident weights'] ?? 0,
     streamedBytes: plan.streamed_bytes_per_pass ?? 0,
     driveBytesPerS: plan.drive_bytes_per_s ?? whole.drive_bytes_per_s ?? 0,
     slotUnits: slotUnits(plan, units),

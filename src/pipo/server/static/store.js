@@ -16,8 +16,9 @@ export const newMessage = (role, content = '') => ({ id: newId(), role, content,
 const text = (value, fallback = '') => (typeof value === 'string' ? value : fallback)
 const number = (value, fallback) => (Number.isFinite(value) ? value : fallback)
 
-/** A message of a file or of storage, field by field. Throws where it is none. */
-function readMessage(raw) {
+/** A message of a file or of storage, field by field. Throws where it is none. `running` is what an answer that was being written is now:
+ *  it ended with its page, unless another tab writes it. */
+function readMessage(raw, running) {
   if (raw === null || typeof raw !== 'object') throw new Error('a message is not an object')
   if (raw.role !== 'user' && raw.role !== 'assistant') throw new Error(`a message has role ${JSON.stringify(raw.role)}, wanted "user" or "assistant"`)
   if (typeof raw.content !== 'string') throw new Error('a message has no text')
@@ -25,15 +26,14 @@ function readMessage(raw) {
   message.id = text(raw.id) || message.id
   message.reasoning = text(raw.reasoning)
   message.error = text(raw.error)
-  // an answer that was being written when the page went away ended there
-  message.state = raw.state === 'running' ? 'stopped' : ['done', 'stopped', 'failed'].includes(raw.state) ? raw.state : 'done'
+  message.state = ['running', 'elsewhere'].includes(raw.state) ? running : ['done', 'stopped', 'failed'].includes(raw.state) ? raw.state : 'done'
   for (const [name, value] of Object.entries(raw.meta ?? {})) {
     if (Number.isFinite(value) || typeof value === 'string') message.meta[name] = value
   }
   return message
 }
 
-function readConversation(raw) {
+function readConversation(raw, running = 'stopped') {
   if (raw === null || typeof raw !== 'object' || !Array.isArray(raw.messages)) throw new Error('a conversation has no messages')
   const now = Date.now()
   return {
@@ -42,7 +42,7 @@ function readConversation(raw) {
     created: number(raw.created, now),
     updated: number(raw.updated, now),
     system: text(raw.system),
-    messages: raw.messages.map(readMessage),
+    messages: raw.messages.map((message) => readMessage(message, running)),
   }
 }
 
@@ -121,7 +121,7 @@ export class Store {
       return id
     }
     try {
-      const conversation = readConversation(JSON.parse(event.newValue))
+      const conversation = readConversation(JSON.parse(event.newValue), 'elsewhere')
       conversation.id = id
       this.conversations.set(id, conversation)
       return id

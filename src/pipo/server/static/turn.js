@@ -8,7 +8,7 @@ import { update } from './markdown.js'
 export class TurnView {
   constructor(message, name, actions) {
     this.message = message
-    this.body = h('div', { class: 'body' })
+    this.body = h('div', { class: 'body', dir: message.role === 'user' ? 'auto' : null })
     this.reasoning = null
     this.cost = h('p', { class: 'cost' })
     this.error = h('div', { class: 'turn-error', hidden: true })
@@ -21,7 +21,7 @@ export class TurnView {
   /** Bring the element up to the message. Returns blocks that are whole, for who reads them out. */
   show() {
     const { message } = this
-    const isRunning = message.state === 'running'
+    const isRunning = message.state === 'running' || message.state === 'elsewhere'
     this.element.classList.toggle('running', isRunning)
     this.element.setAttribute('aria-busy', String(isRunning))
     let blocks = []
@@ -57,23 +57,37 @@ export class TurnView {
 
   showButtons() {
     const { message, actions } = this
-    if (message.state === 'running') {
+    if (message.state === 'running' || message.state === 'elsewhere') {
       this.buttons.replaceChildren()
       return
     }
-    const button = (label, act) => h('button', { type: 'button', onclick: () => act(message) }, label)
+    const button = (label, act) => h('button', { type: 'button', onclick: () => act(this.message) }, label)
     const made = []
     if (message.role === 'assistant' && actions.retry) made.push(button(message.state === 'failed' ? 'Try again' : 'Answer again', actions.retry))
     if (message.role === 'user' && actions.edit) made.push(button('Edit', actions.edit))
-    if (message.content) made.push(copyButton(message))
+    if (message.content) made.push(this.copyButton())
     made.push(button('Delete', actions.remove))
     this.buttons.replaceChildren(...made)
+  }
+
+  copyButton() {
+    const button = h('button', { type: 'button' }, 'Copy')
+    button.addEventListener('click', async () => {
+      try {
+        await navigator.clipboard.writeText(this.message.content)
+        button.textContent = 'Copied'
+      } catch {
+        button.textContent = 'Select it to copy' // no clipboard without https
+      }
+      setTimeout(() => (button.textContent = 'Copy'), 1500)
+    })
+    return button
   }
 
   /** A field in the text's place. Resolves to the new text, or null when it is given up. */
   edit() {
     return new Promise((resolve) => {
-      const field = h('textarea', { 'aria-label': 'Edit your message', rows: Math.min(12, this.message.content.split('\n').length + 1) })
+      const field = h('textarea', { dir: 'auto', 'aria-label': 'Edit your message', rows: Math.min(12, this.message.content.split('\n').length + 1) })
       field.value = this.message.content
       const end = (text) => {
         form.replaceWith(this.body)
@@ -103,25 +117,11 @@ export class TurnView {
   }
 }
 
-function copyButton(message) {
-  const button = h('button', { type: 'button' }, 'Copy')
-  button.addEventListener('click', async () => {
-    try {
-      await navigator.clipboard.writeText(message.content)
-      button.textContent = 'Copied'
-    } catch {
-      button.textContent = 'Select it to copy' // no clipboard without https
-    }
-    setTimeout(() => (button.textContent = 'Copy'), 1500)
-  })
-  return button
-}
-
 /** What an answer cost, in a line. */
 export function costOf({ role, state, meta }) {
   if (role !== 'assistant') return ''
   const parts = []
-  const isRunning = state === 'running'
+  const isRunning = state === 'running' || state === 'elsewhere'
   const about = meta.completion_tokens === undefined ? '≈ ' : '' // pieces, counted as they came
   const num = meta.completion_tokens ?? meta.num_pieces ?? 0
   if (isRunning && num === 0) return meta.waiting ?? 'Reading the prompt…'
@@ -131,6 +131,7 @@ export function costOf({ role, state, meta }) {
   if (meta.ttft_s !== undefined && !isRunning) parts.push(`first after ${seconds(meta.ttft_s)}`)
   if (meta.prompt_tokens !== undefined) parts.push(`prompt ${tokens(meta.prompt_tokens)}${meta.cached_tokens ? `, ${tokens(meta.cached_tokens)} kept from before` : ''}`)
   if (meta.bytes_streamed) parts.push(`${size(meta.bytes_streamed)} of weights streamed`)
+  if (state === 'elsewhere') parts.push('another tab writes it')
   if (meta.finish === 'length') parts.push('cut at the most tokens')
   return parts.join(' · ')
 }
