@@ -17,7 +17,6 @@ from pipo.compute.device_backend import DeviceBackend
 from pipo.pipeline.forward import Forward
 from pipo.planner.device_placement import DevicePlacement, place_on_device
 from pipo.planner.placement import place, smallest_bytes
-from pipo.planner.schedule import SCHEDULES
 from tests.gpu.test_device_engine import relative_error, split
 from tests.support.random_adapters import write_random_adapter
 from tests.support.rigs import FloatArray, Rig, float_rig, read_prompts
@@ -39,10 +38,17 @@ def in_one_piece(rig: Rig, device: ComputeDevice) -> FloatArray:
     return answered(rig, device, placement(rig, device, NUM))
 
 
-def placement(rig: Rig, device: ComputeDevice, at_a_time: int, *, num_on_cpu: int = 0) -> DevicePlacement:
-    """Two blocks pass through the device, and so do keys and values of so many sequences."""
+@pytest.fixture(scope="module")
+def in_three(rig: Rig, device: ComputeDevice) -> FloatArray:
+    return answered(rig, device, placement(rig, device, 2))
+
+
+def placement(
+    rig: Rig, device: ComputeDevice, at_a_time: int, *, num_streamed: int = 2, num_on_cpu: int = 0
+) -> DevicePlacement:
+    """Some blocks pass through the device, and so do keys and values of so many sequences."""
     demand = rig.device_demand(device, ROOMY, CHUNK)
-    return split(demand, 2, num_on_cpu, moves_kv=True, at_a_time=at_a_time)
+    return split(demand, num_streamed, num_on_cpu, moves_kv=True, at_a_time=at_a_time)
 
 
 def greedy(forward: Forward) -> FloatArray:
@@ -64,14 +70,23 @@ def answered(rig: Rig, device: ComputeDevice, wanted: DevicePlacement, schedule:
     return found
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("at_a_time", [3, 2, 1])
 def test_parts_answer_as_the_whole(
-    rig: Rig, device: ComputeDevice, in_one_piece: FloatArray, at_a_time: int, schedule: str
+    rig: Rig, device: ComputeDevice, in_one_piece: FloatArray, in_three: FloatArray, at_a_time: int
 ) -> None:
-    got = answered(rig, device, placement(rig, device, at_a_time), schedule)
+    """Token for token; bit for bit where a pass has one sequence, and so one part."""
+    got = in_three if at_a_time == 2 else answered(rig, device, placement(rig, device, at_a_time))
     np.testing.assert_array_equal(got.argmax(axis=2), in_one_piece.argmax(axis=2))
+    np.testing.assert_array_equal(got[0], in_one_piece[0])
     assert relative_error(got, in_one_piece) < BOUND
+
+
+@pytest.mark.parametrize(("schedule", "num_streamed"), [("layer", 2), ("sequential", 2), ("pipelined", 4)])
+def test_the_same_parts_give_the_same_bits(
+    rig: Rig, device: ComputeDevice, in_three: FloatArray, schedule: str, num_streamed: int
+) -> None:
+    got = answered(rig, device, placement(rig, device, 2, num_streamed=num_streamed), schedule)
+    np.testing.assert_array_equal(got, in_three)
 
 
 @pytest.mark.parametrize("num_on_cpu", [0, 1])
@@ -118,9 +133,9 @@ def test_what_was_too_small_for_all_computes_there(rig: Rig, device: ComputeDevi
     answered(rig, device, found)
 
 
-@pytest.mark.parametrize("nth", [1, 5, 9, 14])
+@pytest.mark.parametrize("nth", [5, 14])
 def test_cancelled_in_mid_pass(
-    rig: Rig, device: ComputeDevice, in_one_piece: FloatArray, monkeypatch: pytest.MonkeyPatch, nth: int
+    rig: Rig, device: ComputeDevice, in_three: FloatArray, monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
     """Also between two micro-batches of a stage; the same pass then gives what it would have given."""
     there = rig.on_device(device, placement(rig, device, 2))
@@ -131,13 +146,11 @@ def test_cancelled_in_mid_pass(
             fail_at(patch, DeviceBackend, "compute", nth, Cancelled("enough"))
             with pytest.raises(Cancelled, match="enough"):
                 forward.run_batch(tokens, starts)
-        again = forward.run_batch(tokens, starts)
-        assert relative_error(again, in_one_piece[1]) < BOUND
+        np.testing.assert_array_equal(forward.run_batch(tokens, starts), in_three[1])
     assert device.held_bytes == 0
 
 
-@pytest.mark.parametrize("way", ["upload", "download"])
-@pytest.mark.parametrize("nth", [3, 30, 90, 140])
+@pytest.mark.parametrize(("way", "nth"), [("upload", 90), ("upload", 140), ("download", 30), ("download", 140)])
 def test_nth_copy_fails(rig: Rig, device: ComputeDevice, monkeypatch: pytest.MonkeyPatch, way: str, nth: int) -> None:
     """A typed error, all memory back, and the next engine answers."""
     wanted = placement(rig, device, 2)
