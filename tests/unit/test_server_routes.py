@@ -349,7 +349,8 @@ def test_metrics_count_what_was_asked(engine: FakeEngine) -> None:
     for name, value in (
         ("bytes_read_total", "4096.0"), ("limit_bytes", "1e+09"), ("queue_length", "0.0"), ("running", "0.0"),
         ("ready", "1.0"), ("prompt_tokens_total", "0.0"), ("cached_tokens_total", "0.0"), ("passes_total", "0.0"),
-        ("compute_seconds_total", "0.0"), ("pass_seconds_total", "0.0"), ("anonymous_bytes", "0.0"), ("peak_bytes", "0.0"),
+        ("compute_seconds_total", "0.0"), ("pass_seconds_total", "0.0"), ("anonymous_bytes", "0.0"),
+        ("peak_bytes", "0.0"),
     ):  # fmt: skip
         assert f"\npipo_{name} {value}\n" in text
     for name in ("ttft", "tpot", "queue"):
