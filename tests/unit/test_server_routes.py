@@ -346,6 +346,13 @@ def test_metrics_count_what_was_asked(engine: FakeEngine) -> None:
     assert 'pipo_requests_total{route="/chat/completions",status="400"} 1.0' in text
     assert 'pipo_requests_total{route="other",status="404"} 1.0' in text, "a path of a stranger is no label"
     assert 'pipo_ledger_bytes{name="weights"} 900.0' in text and 'pipo_stall_seconds_total{cause="drive"} 1.5' in text
+    for name, value in (
+        ("bytes_read_total", "4096.0"), ("limit_bytes", "1e+09"), ("queue_length", "0.0"), ("running", "0.0"),
+        ("ready", "1.0"), ("prompt_tokens_total", "0.0"), ("cached_tokens_total", "0.0"), ("passes_total", "0.0"),
+        ("compute_seconds_total", "0.0"), ("pass_seconds_total", "0.0"), ("anonymous_bytes", "0.0"),
+        ("peak_bytes", "0.0"),
+    ):  # fmt: skip
+        assert f"\npipo_{name} {value}\n" in text
     for name in ("ttft", "tpot", "queue"):
         assert f"pipo_{name}_seconds_count 1.0" in text
 
