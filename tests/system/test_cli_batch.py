@@ -190,7 +190,7 @@ def test_an_output_that_is_there_is_touched_by_overwrite_alone(pipo: CommandLine
         ended = pipo("batch", "smollm2", str(table), "-o", str(out), *FLAGS, *flags)
         assert ended.code == 2 and "already there" in ended.err and out.read_text() == "mine"
     ended = _batch(pipo, table, out, "--overwrite", "-c", "64", code=3)
-    assert "1 of 2 rows have an error; the first: " in ended.err and "do not fit the context of 64" in ended.err
+    assert "1 of 2 rows have an error; the first: " in ended.err and "not fit the context of 64" in ended.err
     assert len(out.read_text().splitlines()) == 3 and "not fit the context of 64" in out.read_text().splitlines()[2]
 
 

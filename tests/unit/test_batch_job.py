@@ -161,13 +161,25 @@ def test_resume_wants_the_same_job(model: Path, tmp_path: Path) -> None:
     with Batch(settings) as job:
         answer_all(job, EchoEngine())
     other = PromptSettings(SamplingParams(temperature=0, max_tokens=5), is_raw=True)
-    with pytest.raises(UsageError, match="its settings has params"):
+    with pytest.raises(UsageError, match="its settings has max_tokens 6, now it is 5"):
         Batch(settings_of(model, settings.table, settings.output, is_resumed=True, prompts=other))
     settings.table.write_text("prompt,id\na,1\nc,1\n")
     with pytest.raises(UsageError, match="its input has blake2b"):
         Batch(settings_of(model, settings.table, settings.output, is_resumed=True))
     begun_anew = settings_of(model, settings.table, settings.output, is_overwritten=True)
     assert [row["prompt"] for row in _run(begun_anew, EchoEngine())] == ["a", "c"]
+
+
+@pytest.mark.parametrize("notes", ["my notes\n", "my notes"])
+def test_a_file_under_the_journals_name_is_the_users(model: Path, tmp_path: Path, notes: str) -> None:
+    """It is neither emptied nor removed, but where --overwrite says so."""
+    journal = tmp_path / "out.csv.journal"
+    journal.write_text(notes)
+    for is_resumed in (False, True):
+        with pytest.raises(UsageError, match="not a journal"):
+            Batch(_settings(model, tmp_path, ["a"], is_resumed=is_resumed))
+        assert journal.read_text() == notes
+    assert len(_run(_settings(model, tmp_path, ["a"], is_overwritten=True), EchoEngine())) == 1
 
 
 def test_a_table_that_changes_meanwhile_is_refused_and_the_answers_stay(model: Path, tmp_path: Path) -> None:

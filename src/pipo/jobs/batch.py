@@ -161,6 +161,12 @@ class Batch:
                 f"-o {settings.output} is already there and complete: it has no journal", hint="--overwrite"
             )
         journal = Journal(path, write=self._write)
+        try:
+            if not settings.is_overwritten:
+                journal.identity()
+        except BaseException:
+            journal.close()
+            raise
         if journal.has_answers() and not (settings.is_resumed or settings.is_overwritten):
             journal.close()
             raise UsageError(

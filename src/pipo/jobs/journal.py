@@ -23,6 +23,7 @@ from pipo.packing.part import output_failed, sync_folder
 FORMAT = 1
 Write = Callable[[int, bytes], int]  # os.write, or a disk that is full in tests
 _IDENTITY = ("model", "input", "settings")  # that of a journal must be the same; what follows from them is not compared
+_BEGIN = b'{"chosen"'  # of the first line, as `to_line` has it
 _READ_BYTES = 1 << 16
 
 
@@ -56,9 +57,12 @@ class JobIdentity:
             ours, theirs = getattr(self, name), json.loads(json.dumps(getattr(other, name)))
             keys = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
             if keys:
-                was, now = ours.get(keys[0]), theirs.get(keys[0])
+                key, was, now = keys[0], ours.get(keys[0]), theirs.get(keys[0])
+                if isinstance(was, dict) and isinstance(now, dict):
+                    key = next(each for each in sorted({*was, *now}) if was.get(each) != now.get(each))
+                    was, now = was.get(key), now.get(key)
                 raise UsageError(
-                    f"{path} is of another job: its {name} has {keys[0]} {was!r:.120}, now it is {now!r:.120}",
+                    f"{path} is of another job: its {name} has {key} {was!r:.120}, now it is {now!r:.120}",
                     hint="the same command with --resume goes on; --overwrite throws it away and begins anew",
                 )
 
@@ -90,9 +94,10 @@ class Journal:
             raise cannot_write(self.path, error) from error
 
     def identity(self) -> JobIdentity | None:
-        """None where there is no whole first line: nothing was begun."""
+        """None where there is no whole first line: nothing was begun. Raises UsageError for what is no journal."""
         _, line = next(self._lines(), (0, b""))
-        if not line:
+        begun = line or os.pread(self._fd, len(_BEGIN), 0)
+        if not line and _BEGIN.startswith(begun):
             return None
         found = JobIdentity.from_line(line)
         if found is None:
