@@ -282,3 +282,27 @@ def test_what_the_engine_does_is_said_until_the_first_word(tab: Tab, stand_in: S
     answer.say("Good day.")
     tab.wait_for_words("Good day.")
     tab.until("!/Waiting|Reading/.test(document.querySelector('.turn.assistant .cost').textContent)")
+
+
+def test_the_keyboard_goes_on_where_what_had_the_focus_went_away(tab: Tab, stand_in: Server) -> None:
+    long = "word " * 1500 + "end"
+    asked(tab.open(), stand_in, "first", long)
+    asked(tab, stand_in, "second", "two")
+    tab.ask("third")
+    answer = stand_in.next_answer()
+    answer.say(long)
+    tab.wait_for_words(long)
+    tab.page.focus("#stop")
+    tab.page.keyboard.press("Enter")
+    tab.wait_for_end()
+    assert tab.page.evaluate("document.activeElement.id") == "prompt"
+    tab.page.locator(".turn.user").nth(1).get_by_role("button", name="Delete").focus()  # which scrolls up to it
+    tab.page.wait_for_selector("#latest")
+    top = tab.page.evaluate("document.querySelector('#log').scrollTop")
+    tab.page.keyboard.press("Enter")
+    tab.until("document.querySelectorAll('.turn').length === 4")
+    assert tab.page.evaluate("document.activeElement.id") == "prompt"
+    assert tab.page.evaluate("document.querySelector('#log').scrollTop") == top > 0  # and the reader stays there
+    tab.page.get_by_role("button", name="Close this note").first.focus()
+    tab.page.keyboard.press("Enter")
+    assert tab.page.evaluate("document.activeElement.id") == "prompt"

@@ -130,6 +130,7 @@ def test_what_is_longer_than_the_context_is_refused_with_what_helps(tab: Tab, se
     tab.wait_for_end()
     words = tab.page.inner_text(".turn-error.is-error")
     assert f"{context}" in words and "new conversation" in words
+    assert tab.page.inner_text(".turn.assistant .cost") == ""  # it cost nothing
 
 
 def test_a_server_that_ends_and_comes_back_is_found_again(chromium: Any, pipo: CommandLine) -> None:
@@ -157,7 +158,7 @@ def test_pictures_of_the_guide(chromium: Any, served: Served, tmp_path: Path, sc
     """In the middle of an answer. PIPO_PAGE_SHOTS=docs/guide puts them into the guide."""
     file = Path(os.environ.get("PIPO_PAGE_SHOTS", tmp_path)) / f"page-{view}.png"
     size = {"width": 1280, "height": 800}
-    with browser.tab(chromium, served.url, color_scheme=scheme, viewport=size, reduced_motion="reduce") as tab:
+    with browser.tab(chromium, served.url, color_scheme=scheme, viewport=size) as tab:
         tab.sample(temperature=0)
         tab.open().ask(STORY)
         tab.until("document.querySelector('.turn.running .body')?.textContent.length > 400")

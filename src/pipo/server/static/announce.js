@@ -1,6 +1,6 @@
 // What a screen reader hears, and the notes that slide in at the edge.
 
-import { byId, h } from './dom.js'
+import { byId, focusContent, h } from './dom.js'
 
 /** Say it when the reader pauses. An answer is said block by block as blocks are whole, not token by token. */
 export function say(words) {
@@ -16,7 +16,11 @@ export function alarm(words) {
 
 /** A note that stays until it is closed, or for `seconds`. `action` is [label, function]. */
 export function notice(words, { action = null, seconds = 0, isError = false } = {}) {
-  const close = () => note.remove()
+  const close = () => {
+    const hadFocus = note.contains(document.activeElement)
+    note.remove()
+    if (hadFocus) focusContent()
+  }
   const note = h('div', { class: isError ? 'notice error' : 'notice' }, h('p', {}, words))
   if (action) {
     const [label, act] = action

@@ -2,6 +2,7 @@
 
 import { ApiError, getStats, streamChat } from './api.js'
 import { alarm, notice, say } from './announce.js'
+import { focusContent } from './dom.js'
 import { count, few, seconds } from './format.js'
 import { newConversation, newMessage } from './store.js'
 import { TurnView } from './turn.js'
@@ -34,12 +35,17 @@ export class Chat {
   }
 
   open(conversation) {
+    const { turns, follower } = this.page
+    const top = conversation.id === this.conversation.id ? follower.top : null
+    const hadFocus = turns.contains(document.activeElement)
     this.conversation = conversation
     this.views.clear()
-    this.page.turns.replaceChildren()
+    turns.replaceChildren()
     for (const message of conversation.messages) this.addView(message)
     this.page.onChange()
-    this.page.follower.toEnd()
+    if (top === null) follower.toEnd()
+    else follower.backTo(top)
+    if (hadFocus) focusContent()
   }
 
   /** Another tab changed the open conversation: what did not change stays where it is. */
@@ -205,7 +211,7 @@ export class Chat {
     this.saveRun(conversation)
     this.page.onChange()
     const after = before && (await getStats().catch(() => null))
-    if (!after || after.uptime_s < before.uptime_s) return
+    if (!after || after.uptime_s < before.uptime_s || !message.meta.num_pieces) return
     message.meta.bytes_streamed = after.engine.bytes_read - before.engine.bytes_read
     this.saveRun(conversation)
     this.views.get(message.id)?.show()

@@ -24,6 +24,14 @@ export function svg(tag, attributes = {}, ...children) {
 
 export const byId = (id) => document.getElementById(id)
 
+const hover = matchMedia('(hover: hover)') // a field that gets the focus opens the keyboard of a phone
+
+/** Where what had the focus went away: the keyboard goes on from what is shown, not from the top of the page. */
+export function focusContent() {
+  const name = byId('chat').hidden ? 'pipeline' : hover.matches ? 'prompt' : 'log'
+  byId(name).focus({ preventScroll: true })
+}
+
 /** Set text only where it differs: a screen reader and the layout are left alone otherwise. */
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text

@@ -4,7 +4,7 @@ import { notice } from './announce.js'
 import { apiKey, getDefaults, getModels, setApiKey } from './api.js'
 import { Chat } from './chat.js'
 import { setUpComposer } from './composer.js'
-import { byId, h, setText } from './dom.js'
+import { byId, focusContent, h, setText } from './dom.js'
 import { count, few, modelName, percent, rate, size } from './format.js'
 import { setUpKeys } from './keys.js'
 import { closeList, openList, setUpFiles, showList } from './list.js'
@@ -37,8 +37,10 @@ const chat = new Chat({ turns: byId('turns'), follower, sampling, store, onChang
 function showChat() {
   showList(chat, store)
   const { isRunning, conversation } = chat
+  const focused = document.activeElement
   byId('stop').hidden = !isRunning
   byId('send').hidden = isRunning
+  if (focused?.hidden) focusContent()
   byId('empty').hidden = conversation.messages.length > 0
   document.body.classList.toggle('is-empty', conversation.messages.length === 0)
   const last = conversation.messages.findLast((message) => message.meta.prompt_tokens !== undefined)

@@ -127,7 +127,7 @@ export class PipelineView {
     const stalls = Object.keys({ ...engine.stall_s, ...now.stalls }).map((cause, i) => ({ name: CAUSES[cause] ?? `waiting: ${cause}`, tone: `stall-${i % 4}`, share: now.stalls[cause] ?? 0 }))
     const waited = stalls.reduce((sum, part) => sum + part.share, 0)
     const rest = Math.max(0, now.wall_s - now.compute_s - waited)
-    const parts = [{ name: 'computing', tone: 'compute', share: now.compute_s }, ...stalls, { name: 'other work in a pass', tone: 'work', share: rest }, { name: 'nothing to do', tone: 'none', share: Math.max(0, 1 - now.wall_s) }]
+    const parts = [{ name: 'computing', tone: 'compute', share: now.compute_s }, ...stalls, { name: 'other work in a pass', tone: 'work', share: rest }, { name: engine.num_running ? 'between passes' : 'nothing to do', tone: 'none', share: Math.max(0, 1 - now.wall_s) }]
     this.time.show(parts.map((part) => ({ ...part, words: percent(part.share) })))
     const wall = now.wall_s
     setText(this.timeWords, wall > 0.005 ? `Passes take ${percent(Math.min(1, wall))} of the time; within them compute waits for ${percent(Math.min(1, waited / wall))}.` : 'No pass runs now.')

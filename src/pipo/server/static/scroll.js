@@ -36,6 +36,15 @@ export class Follower {
     this.lastTop = this.log.scrollTop
   }
 
+  get top() {
+    return this.isFollowing ? null : this.log.scrollTop
+  }
+
+  backTo(top) {
+    this.log.scrollTop = top
+    this.onScroll()
+  }
+
   toEnd() {
     this.isFollowing = true
     this.grow()
