@@ -130,6 +130,32 @@ def test_answers_of_a_given_form_share_passes(served: Served) -> None:
     assert found["grammar"][0] in ("it is so", "it is not so") and found["free"][0]
 
 
+def test_a_tool_that_must_be_called_is(served: Served) -> None:
+    city = {"type": "string", "maxLength": 12}
+    schema = {"type": "object", "properties": {"city": city}, "required": ["city"], "additionalProperties": False}
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    asked = [{"role": "user", "content": "What is the weather in Paris?"}]
+    reply = served.openai.chat.completions.create(
+        model="smollm2", messages=asked, tools=[tool], tool_choice="required", parallel_tool_calls=False, temperature=0
+    )
+    (call,) = reply.choices[0].message.tool_calls or []
+    assert call.type == "function" and call.function.name == "weather"
+    jsonschema.validate(json.loads(call.function.arguments), schema)
+    client = anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0)
+    choice: Any = {"type": "tool", "name": "weather", "disable_parallel_tool_use": True}
+    with client.messages.stream(
+        model="smollm2",
+        max_tokens=100,
+        messages=asked,
+        tools=[{"name": "weather", "input_schema": schema}],
+        tool_choice=choice,
+    ) as stream:
+        message = stream.get_final_message()
+    (block,) = message.content
+    assert message.stop_reason == "tool_use" and block.type == "tool_use" and block.name == "weather"
+    jsonschema.validate(block.input, schema)
+
+
 @pytest.mark.parametrize(
     ("wanted", "says"),
     [

@@ -12,10 +12,12 @@ from bench.random_model import write_random_model
 from pipo.base.adapter import AdapterChoice
 from pipo.base.config import EngineConfig
 from pipo.base.machine import LayoutRates, SharedUse
+from pipo.cli.report import plan_rows
 from pipo.hardware import host, profiles
 from pipo.model_file import ModelFile
 from pipo.outlook import Outlook
 from pipo.plan import Plan, _soonest, _stall_share
+from pipo.plan_facts import homed_plan_dict
 from pipo.planner.predict import Prediction, Workload
 from pipo.planner.simulate import Forecast, Lane
 from pipo.planner.variations import with_compute, with_drive, with_link
@@ -88,6 +90,18 @@ def test_a_batch_takes_memory_for_each_of_its_sequences(outlook: Outlook) -> Non
     )
     kv = [sum(each.values()) for each in (_kv(one), _kv(four))]
     assert kv[1] == pytest.approx(4 * kv[0], rel=0.01)
+
+
+def test_keys_and_values_of_many_sequences_take_turns_on_a_small_device(model: ModelFile, outlook: Outlook) -> None:
+    """Two slots for all of them would be as large as the device."""
+    work = Workload(768, 256, 64)
+    plan = outlook.plan(outlook.case_elsewhere(LAPTOP, "64GB", "2GB", work, 1024))
+    assert plan.device is not None and plan.device.placement.is_all
+    at_a_time = plan.device.placement.kv_sequences
+    assert 0 < at_a_time < 64 and plan.device.placement.num_bytes <= plan.device.limit_bytes
+    assert f"keys and values move for {at_a_time} of 64 sequences at a time" in dict(plan_rows(plan))["device"]
+    device = homed_plan_dict(model, plan)["device"]
+    assert isinstance(device, dict) and device["kv_sequences_at_a_time"] == at_a_time
 
 
 def _kv(plan: Plan) -> dict[str, int]:

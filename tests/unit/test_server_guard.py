@@ -300,6 +300,19 @@ def test_bodies_together_have_a_limit() -> None:
         assert server.http.post(CHAT, json={"messages": HELLO}).status_code == 200
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has it")
+def test_a_peer_that_is_gone_without_a_word_is_found_out() -> None:
+    limits = Limits(write_timeout_s=7)
+    with listen("127.0.0.1", 0, limits) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7000
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            idle_s = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            each_s = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)
+            assert idle_s + each_s * connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) <= 120
+
+
 def test_a_port_that_is_taken() -> None:
     with listen("127.0.0.1", 0, Limits()) as listener:
         port = listener.getsockname()[1]
