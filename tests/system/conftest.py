@@ -34,6 +34,15 @@ def stand_in() -> Iterator[page_server.Server]:
 
 
 @pytest.fixture
+def tab(chromium: Any, stand_in: page_server.Server) -> Iterator[browser.Tab]:
+    """Errors that the browser itself reports of refused requests are looked at by the tests that cause them."""
+    with browser.tab(chromium, stand_in.url, viewport={"width": 1280, "height": 800}) as opened:
+        yield opened
+        opened.errors = [error for error in opened.errors if not error.startswith("Failed to load resource")]
+        opened.check()
+
+
+@pytest.fixture
 def site() -> Iterator[str]:
     """Where a page is served that answers by itself: PIPO_PAGE_URL (a `pipo serve`), or a stand-in."""
     url = os.environ.get("PIPO_PAGE_URL")

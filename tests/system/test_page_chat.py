@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 
-from tests.support import browser
 from tests.support.browser import Tab
 from tests.support.page_server import Server, asked
 
 LONG = "\n\n".join(f"Paragraph {i} of many." for i in range(60))
-
-
-@pytest.fixture
-def tab(chromium: Any, stand_in: Server) -> Iterator[Tab]:
-    """Errors that the browser itself reports of refused requests are looked at by the tests that cause them."""
-    with browser.tab(chromium, stand_in.url, viewport={"width": 1280, "height": 800}) as opened:
-        yield opened
-        opened.errors = [error for error in opened.errors if not error.startswith("Failed to load resource")]
-        opened.check()
 
 
 def test_words_show_before_the_answer_is_whole(tab: Tab, stand_in: Server) -> None:

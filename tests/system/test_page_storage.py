@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support import browser
 from tests.support.browser import Tab
 from tests.support.page_server import Server, asked
-
-
-@pytest.fixture
-def tab(chromium: Any, stand_in: Server) -> Iterator[Tab]:
-    """Errors that the browser itself reports of refused requests are looked at by the tests that cause them."""
-    with browser.tab(chromium, stand_in.url, viewport={"width": 1280, "height": 800}) as opened:
-        yield opened
-        opened.errors = [error for error in opened.errors if not error.startswith("Failed to load resource")]
-        opened.check()
 
 
 def test_conversations_go_to_a_file_and_come_back(tab: Tab, stand_in: Server, tmp_path: Path) -> None:
